@@ -1,0 +1,203 @@
+"""From token records to sufficient statistics: sums per bucket, and per sentence and bucket.
+
+Every score of a report is a ratio of these sums, so resampling sentences never touches tokens again.
+Records are read in blocks of rows; memory grows with sentences and buckets, and by four bytes a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+
+from analysis.buckets import Family
+from analysis.records import Columns, TokenSet, iterate_columns
+from analysis.stats import Floats
+
+#: What is summed over tokens, in the order of the last axis of every array of sums.
+METRICS = (
+    "kl",
+    "kl_target",
+    "kl_nontarget",
+    "agreement",  # teacher and student have the same first choice
+    "p_gold",
+    "q_gold",
+    "p_of_q_top1",
+    "overlap_top5",
+    "teacher_right",  # first choice is the reference
+    "student_right",
+    "p_max",
+    "q_max",
+    "p_entropy",
+    "q_entropy",
+)
+READ = (
+    *("kl", "kl_target", "kl_nontarget", "p_gold", "q_gold", "p_entropy", "q_entropy"),
+    *("p_top1", "q_top1", "p_max", "q_max", "p_of_q_top1", "overlap_top5"),
+)
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The families of one reference run, with how many tokens each bucket has.
+
+    Attributes
+    ----------
+    families : K buckets in all
+    gamma : Γ in nats
+    tokens : (K,) tokens of each bucket, families one after another
+    by_sentence : (S, K) the same by sentence
+    selector : label of the run whose difficulty cut the tokens
+    """
+
+    families: list[Family]
+    gamma: float
+    tokens: Floats
+    by_sentence: Floats
+    selector: str
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """(family, bucket) of every column."""
+        return [(family.name, bucket) for family in self.families for bucket in family.buckets]
+
+    def columns(self, family: str) -> slice:
+        """Where a family's buckets are among the K."""
+        start = 0
+        for item in self.families:
+            if item.name == family:
+                return slice(start, start + len(item.buckets))
+            start += len(item.buckets)
+        raise KeyError(family)
+
+    def codes(self, family: str) -> NDArray[np.int8]:
+        """The bucket of each token in a family, (N,)."""
+        return next(item.codes for item in self.families if item.name == family)
+
+
+@dataclass(frozen=True)
+class RunSums:
+    """Sums over the tokens of one run under one partition.
+
+    Attributes
+    ----------
+    totals : (K, M) sums of :data:`METRICS` by bucket
+    kl : (S, K) sum of KL by sentence and bucket
+    difficulty : (S, 2, M) sums by sentence for easy and hard tokens
+    calibration : (2, bins, 3) teacher's and student's tokens, confidence and right choices by
+        confidence
+    q_gold : (N,) float32, the student's probability of each reference token
+    """
+
+    totals: Floats
+    kl: Floats
+    difficulty: Floats
+    calibration: Floats
+    q_gold: NDArray[np.float32]
+
+
+def make_partition(
+    families: Sequence[Family], tokens: TokenSet, gamma: float, selector: str
+) -> Partition:
+    """Count the tokens of every bucket."""
+    sentences = len(tokens.sentences)
+    parts = []
+    for family in families:
+        width = len(family.buckets)
+        cells = tokens.sentence.astype(np.int64) * width + family.codes
+        counts = np.bincount(cells, minlength=sentences * width)
+        parts.append(counts.reshape(sentences, width).astype(np.float64))
+    by_sentence = np.concatenate(parts, axis=1)
+    return Partition(list(families), gamma, by_sentence.sum(axis=0), by_sentence, selector)
+
+
+def sum_records(path: Path, tokens: TokenSet, partition: Partition) -> RunSums:
+    """Read a run's records once and sum them."""
+    sentences, width = partition.by_sentence.shape
+    totals = np.zeros((width, len(METRICS)))
+    kl = np.zeros((sentences, width))
+    difficulty = np.zeros((sentences, 2, len(METRICS)))
+    calibration = np.zeros((2, CALIBRATION_BINS, 3))
+    q_gold = np.empty(len(tokens.token), dtype=np.float32)
+    hard = partition.codes("difficulty")
+    start = 0
+    for columns in iterate_columns(path, READ):
+        end = start + len(columns["kl"])
+        rows = slice(start, end)
+        values = token_metrics(columns, tokens.token[rows])  # (rows, M)
+        totals += _bucket_sums(
+            values, [family.codes[rows] for family in partition.families], partition
+        )
+        first, last = int(tokens.sentence[start]), int(tokens.sentence[end - 1]) + 1
+        local = tokens.sentence[rows].astype(np.int64) - first
+        cells = _one_hot(local * 2 + hard[rows], (last - first) * 2)
+        difficulty[first:last] += (cells @ values).reshape(last - first, 2, len(METRICS))
+        column = 0
+        for family in partition.families:
+            size = len(family.buckets)
+            summed = np.bincount(
+                local * size + family.codes[rows], values[:, 0], minlength=(last - first) * size
+            )
+            kl[first:last, column : column + size] += summed.reshape(last - first, size)
+            column += size
+        for side, (confidence, right) in enumerate(
+            (("p_max", "teacher_right"), ("q_max", "student_right"))
+        ):
+            calibration[side] += _calibration(
+                values[:, METRICS.index(confidence)], values[:, METRICS.index(right)]
+            )
+        q_gold[rows] = columns["q_gold"]
+        start = end
+    return RunSums(totals, kl, difficulty, calibration, q_gold)
+
+
+def token_metrics(columns: Columns, token: NDArray[np.int32]) -> Floats:
+    """:data:`METRICS` of each token, (N, M)."""
+    values = np.empty((len(token), len(METRICS)))
+    for index, name in enumerate(METRICS):
+        if name == "agreement":
+            values[:, index] = columns["p_top1"] == columns["q_top1"]
+        elif name == "teacher_right":
+            values[:, index] = columns["p_top1"] == token
+        elif name == "student_right":
+            values[:, index] = columns["q_top1"] == token
+        else:
+            values[:, index] = columns[name]
+    return values
+
+
+def _bucket_sums(values: Floats, codes: Sequence[NDArray[np.int8]], partition: Partition) -> Floats:
+    """Sums of ``values`` (N, M) by bucket for all families in one product, (K, M)."""
+    sizes = [len(family.buckets) for family in partition.families]
+    offsets = np.cumsum([0, *sizes[:-1]])
+    stacked = np.stack(codes, axis=1).astype(np.int32) + offsets.astype(np.int32)  # (N, families)
+    pointers = np.arange(0, stacked.size + 1, len(codes))
+    ones = np.ones(stacked.size)
+    shape = (sum(sizes), len(values))
+    matrix = scipy.sparse.csc_array((ones, stacked.ravel(), pointers), shape=shape)
+    return np.asarray(matrix @ values)
+
+
+def _one_hot(cells: NDArray[np.int64], count: int) -> scipy.sparse.csc_array:
+    """(count, N) matrix with one 1 a column."""
+    pointers = np.arange(len(cells) + 1)
+    return scipy.sparse.csc_array((np.ones(len(cells)), cells, pointers), shape=(count, len(cells)))
+
+
+def _calibration(confidence: Floats, right: Floats) -> Floats:
+    """Tokens, summed confidence and right choices in bins of equal width of confidence."""
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+    return np.stack(
+        [np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, right)],
+        axis=1,
+    )
+
+
+def calibration_error(bins: Floats) -> float:
+    """Expected calibration error of (bins, 3) sums: the mean over tokens of
+    \\|accuracy - confidence\\| of their bin (Guo et al., 2017); NaN without tokens."""
+    count = bins[:, 0].sum()
+    return float(np.abs(bins[:, 2] - bins[:, 1]).sum() / count) if count else float("nan")

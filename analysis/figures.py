@@ -1,0 +1,293 @@
+"""Figures, each a function of a saved table; its CSV lies beside it.
+
+    python -m analysis.figures RUNS
+
+draws them again from the tables of RUNS/report.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from tqdm import tqdm
+
+from analysis.errors import AnalysisError, one_line_errors
+from analysis.style import COLUMN, PAGE, figure, looks, method_name, ordered, save
+
+matplotlib.use("Agg")
+
+
+def draw_difficulty(table: pd.DataFrame, path: Path) -> None:
+    """Distribution of token difficulty by method (mean over seeds), with Γ, a panel a direction."""
+    directions = sorted(table["direction"].unique())
+    with figure(
+        _width(directions), 1.9 * _rows(directions), _rows(directions), _columns(directions)
+    ) as (
+        drawn,
+        axes,
+    ):
+        for axis, direction in zip(axes, directions, strict=False):
+            part = table[table["direction"] == direction]
+            for method, look in looks(table["method"]).items():
+                own = part[part["method"] == method]
+                if own.empty:
+                    continue
+                mean = own.groupby(["low", "high"], as_index=False)["share"].mean()
+                centre = np.sqrt(mean["low"] * mean["high"])
+                axis.plot(
+                    *(centre, mean["share"] * 100),
+                    color=look.colour,
+                    linestyle=look.line,
+                    label=method_name(method),
+                )
+            gamma = part["gamma"].mean()
+            axis.axvline(gamma, color="0.35", linewidth=0.8, linestyle=(0, (2, 2)))
+            axis.annotate(
+                *(f" Γ = {gamma:.2g}", (gamma, 1.0)),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                fontsize=6,
+                color="0.25",
+            )
+            axis.set_xscale("log")
+            axis.set_ylim(bottom=0)
+            axis.set_xlabel("difficulty KL(p‖q), nats")
+            axis.set_ylabel("tokens, %")
+            _title(axis, direction, directions)
+        _hide(axes[len(directions) :])
+        axes[0].legend(loc="upper left", handlelength=2.4)
+        save(drawn, path)
+
+
+#: Families of the transfer figure and what its axes say.
+PANELS = {
+    "difficulty": "difficulty",
+    "difficulty quantile": "quantile of difficulty",
+    "frequency": "training frequency",
+    "teacher entropy": "teacher entropy (quantile)",
+    "position": "target position",
+    "teacher": "teacher about reference",
+    "piece": "piece",
+}
+
+
+def draw_transfer(table: pd.DataFrame, path: Path) -> None:
+    """KL to the teacher by bucket and method, a panel a family; mean over directions and seeds, bars
+    are the mean of the runs' intervals."""
+    families = [family for family in PANELS if family in set(table["family"])]
+    with figure(PAGE, 1.75 * -(-len(families) // 2), -(-len(families) // 2), 2) as (drawn, axes):
+        for axis, family in zip(axes, families, strict=False):
+            part = table[table["family"] == family]
+            codes = _bucket_codes(part)
+            drawn_methods = looks(table["method"])
+            width = 0.8 / len(drawn_methods)
+            for index, (method, look) in enumerate(drawn_methods.items()):
+                own = part[part["method"] == method].assign(code=codes)
+                mean = own.groupby("code")[["kl", "kl_low", "kl_high"]].mean()
+                place = mean.index.to_numpy() + (index - (len(drawn_methods) - 1) / 2) * width
+                errors = np.abs(
+                    np.stack([mean["kl"] - mean["kl_low"], mean["kl_high"] - mean["kl"]])
+                )
+                axis.bar(
+                    *(place, mean["kl"], width),
+                    yerr=errors,
+                    color=look.colour,
+                    hatch=look.hatch,
+                    edgecolor="white" if index == 0 else "black",
+                    linewidth=0.3,
+                    error_kw={"elinewidth": 0.6, "capsize": 1.2},
+                    label=method_name(method),
+                )
+            names = part.assign(code=codes).drop_duplicates("code").sort_values("code")
+            labels = [_short(name) for name in names["bucket"]]
+            axis.set_xticks(range(len(labels)), labels)
+            for code in names.loc[names["tokens"] == 0, "code"]:
+                axis.annotate(
+                    "no\ntokens", (code, 0), ha="center", va="bottom", fontsize=5, color="0.4"
+                )
+            axis.set_xlabel(PANELS[family])
+            axis.set_ylabel("KL(p‖q), nats")
+        _hide(axes[len(families) :])
+        spare = axes[len(families)] if len(axes) > len(families) else axes[0]
+        handles, names_ = axes[0].get_legend_handles_labels()
+        spare.legend(handles, names_, loc="center" if len(axes) > len(families) else "upper left")
+        save(drawn, path)
+
+
+def _bucket_codes(part: pd.DataFrame) -> pd.Series:
+    """The place of each row's bucket in its family: rows of a run stand in that order."""
+    return part.groupby("run").cumcount()
+
+
+def _short(bucket: str) -> str:
+    """A bucket's name for a tick: quantile ranges go, long names break."""
+    if len(bucket) > 6 and bucket.replace("-", "").isdigit():
+        return bucket.replace("-", "-\n")
+    bucket = bucket.split(" of ")[0] if " of " in bucket and "(" in bucket else bucket
+    return (
+        bucket.replace(" about the reference", "")
+        .replace("end of sentence", "end")
+        .replace(" ", "\n")
+    )
+
+
+def draw_quality(table: pd.DataFrame, path: Path) -> None:
+    """BLEU of every run with its bootstrap interval, a panel a direction."""
+    directions = sorted(table["direction"].unique())
+    height = 0.5 + 0.17 * max(table.groupby("direction").size())
+    with figure(
+        _width(directions), height * _rows(directions), _rows(directions), _columns(directions)
+    ) as (
+        drawn,
+        axes,
+    ):
+        for axis, direction in zip(axes, directions, strict=False):
+            part = table[table["direction"] == direction]
+            methods = ordered(part["method"])
+            place = 0.0
+            ticks = []
+            for method in methods:
+                look = looks(table["method"])[method]
+                own = part[part["method"] == method].sort_values("seed")
+                places = place + np.arange(len(own)) * 0.5
+                errors = np.stack([own["BLEU"] - own["BLEU_low"], own["BLEU_high"] - own["BLEU"]])
+                axis.errorbar(
+                    *(own["BLEU"], places),
+                    xerr=np.abs(errors),
+                    fmt=look.marker,
+                    color=look.colour,
+                    elinewidth=0.9,
+                    capsize=1.8,
+                )
+                for value, high, at in zip(own["BLEU"], own["BLEU_high"], places, strict=True):
+                    axis.annotate(
+                        *(f"{value:.1f}", (high, at)),
+                        xytext=(3, 0),
+                        textcoords="offset points",
+                        va="center",
+                        fontsize=6,
+                    )
+                ticks.append(float(places.mean()))
+                place = float(places[-1]) + 1.0
+            axis.set_yticks(ticks, [method_name(method) for method in methods])
+            axis.invert_yaxis()
+            axis.margins(x=0.12)
+            axis.grid(axis="x", linewidth=0.3, color="0.85")
+            axis.set_xlabel("BLEU, 95 % interval over sentences")
+            _title(axis, direction, directions)
+        _hide(axes[len(directions) :])
+        save(drawn, path)
+
+
+def draw_training(table: pd.DataFrame, path: Path) -> None:
+    """KL on easy and hard tokens over training (mean over seeds), from records where there are some,
+    else from the log; a panel a direction."""
+    directions = sorted(table["direction"].unique())
+    source = "records" if (table["source"] == "records").any() else "log"
+    table = table[table["source"] == source]
+    with figure(
+        _width(directions), 2.1 * _rows(directions), _rows(directions), _columns(directions)
+    ) as (
+        drawn,
+        axes,
+    ):
+        for axis, direction in zip(axes, directions, strict=False):
+            part = table[table["direction"] == direction]
+            for method, look in looks(table["method"]).items():
+                for bucket, line in (("hard", "-"), ("easy", (0, (2, 1.2)))):
+                    own = part[(part["method"] == method) & (part["bucket"] == bucket)]
+                    if own.empty:
+                        continue
+                    mean = own.groupby("step")["kl"].mean()
+                    axis.plot(
+                        *(mean.index, mean),
+                        color=look.colour,
+                        marker=look.marker,
+                        linestyle=line,
+                        label=f"{method_name(method)}, {bucket}",
+                    )
+            axis.set_yscale("log")
+            axis.set_xlabel("updates")
+            axis.set_ylabel("KL(p‖q), nats")
+            _title(axis, direction, directions)
+        _hide(axes[len(directions) :])
+        handles, labels = axes[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=2.6)
+        save(drawn, path)
+
+
+def _columns(directions: Sequence[str]) -> int:
+    return min(2, len(directions))
+
+
+def _rows(directions: Sequence[str]) -> int:
+    return -(-len(directions) // 2)
+
+
+def _width(directions: Sequence[str]) -> float:
+    return COLUMN if len(directions) == 1 else PAGE
+
+
+def _title(axis: Axes, direction: str, directions: Sequence[str]) -> None:
+    if len(directions) > 1:
+        axis.set_title(direction)
+
+
+def _hide(axes: Sequence[Axes]) -> None:
+    for axis in axes:
+        axis.set_axis_off()
+
+
+#: Name of a figure (and of its CSV) to the function that draws it.
+FIGURES: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+    "difficulty": draw_difficulty,
+    "transfer": draw_transfer,
+    "quality": draw_quality,
+    "training": draw_training,
+}
+
+
+def draw_all(folder: Path) -> list[str]:
+    """Draw every figure whose table is in ``folder``; a table without rows has no figure."""
+    drawn = []
+    for name, draw in tqdm(FIGURES.items(), desc="draw figures", unit="figure", disable=None):
+        path = folder / f"{name}.csv"
+        if path.exists():
+            table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+            if not table.empty:
+                draw(table, path.with_suffix(""))
+                drawn.append(name)
+    return drawn
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m analysis.figures",
+        description="Draw a report's figures again, from the CSV files that lie beside them.",
+    )
+    out.add_argument("runs", type=Path, metavar="RUNS", help="directory of runs")
+    out.add_argument("--output", type=Path, metavar="DIR", help="the report (default: RUNS/report)")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw all figures of a report again."""
+    args = parser().parse_args(argv)
+    with one_line_errors():
+        folder = (args.output or args.runs / "report") / "figures"
+        names = draw_all(folder) if folder.is_dir() else []
+        if not names:
+            raise AnalysisError(
+                f"{folder}: expected the tables of a report (CSV), found none; run "
+                f"python -m analysis.transfer {args.runs} first"
+            )
+        print(f"{folder}: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    main()

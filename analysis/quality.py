@@ -1,0 +1,250 @@
+"""Translation quality: sacreBLEU's scores, intervals and significance tests, by its own code."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sacrebleu.metrics.base import Metric
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.significance import PairedTest
+from tqdm import tqdm
+
+from analysis.judge import Options
+from analysis.runs import Run
+from analysis.stats import Floats, Resamples, hierarchical
+from analysis.study import Direction, Texts, base_method, partner
+
+#: sacreBLEU's tokenizer for target languages that 13a does not fit, unless scores.json names one.
+TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char"}
+BASELINES = ("finetune", "word_kd")
+#: Resamples and trials of the significance tests between two runs.
+TRIALS = 1000
+#: Columns of a table without rows.
+RUN_COLUMNS = ["direction", "method", "seed", "run"]
+
+
+class RememberedBLEU(BLEU):
+    """BLEU that computes the sufficient statistics of a list of translations once."""
+
+    def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
+        return _remember(self, super()._extract_corpus_statistics, hypotheses, references)
+
+
+class RememberedCHRF(CHRF):
+    """chrF that computes the sufficient statistics of a list of translations once."""
+
+    def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
+        return _remember(self, super()._extract_corpus_statistics, hypotheses, references)
+
+
+def _remember(metric: Any, extract: Any, hypotheses: Sequence[str], references: Any) -> Any:
+    # Keyed by identity; the lists are kept beside the result, so an identity is never reused.
+    store = metric.__dict__.setdefault("_remembered", {})
+    key = (id(hypotheses), id(references))
+    if key not in store:
+        store[key] = (hypotheses, references, extract(hypotheses, references))
+    return store[key][2]
+
+
+@dataclass
+class Quality:
+    """The translations of one direction with their metrics.
+
+    Attributes
+    ----------
+    references : as sacreBLEU takes them
+    metrics : name to metric; their statistics are computed once for each run
+    """
+
+    direction: Direction
+    references: list[list[str]]
+    metrics: dict[str, Any]
+
+    def runs(self) -> list[Run]:
+        """The runs that have translations."""
+        return [run for run in self.direction.runs if run.label in self.direction.texts]
+
+    def texts(self, run: Run) -> Texts:
+        """Translations of a run."""
+        return self.direction.texts[run.label]
+
+    def statistics(self, run: Run, metric: str) -> Floats:
+        """Sufficient statistics of each sentence, (S, C)."""
+        hypotheses = self.texts(run).hypotheses
+        return np.asarray(
+            self.metrics[metric]._extract_corpus_statistics(hypotheses, self.references),
+            dtype=np.float64,
+        )
+
+    def score(self, metric: str, sums: Floats) -> float:
+        """A corpus score from summed statistics, (C,)."""
+        return float(self.metrics[metric]._compute_score_from_stats(sums.tolist()).score)
+
+    def sentence_scores(self, run: Run, metric: str) -> Floats:
+        """The score of each sentence alone, (S,)."""
+        return np.array([self.score(metric, row) for row in self.statistics(run, metric)])
+
+
+def load_quality(direction: Direction, subset: str) -> Quality | None:
+    """The translations of a direction; None where no run has any."""
+    labels = [run.label for run in direction.runs if run.label in direction.texts]
+    if not labels:
+        return None
+    first = next(run for run in direction.runs if run.label == labels[0])
+    tokenizer = _tokenizer(first, subset)
+    metrics: dict[str, Metric] = {
+        "BLEU": RememberedBLEU(tokenize=tokenizer),
+        "chrF": RememberedCHRF(),
+    }
+    return Quality(direction, [direction.texts[labels[0]].references], metrics)
+
+
+def _tokenizer(run: Run, subset: str) -> str:
+    """The tokenizer that scores.json was made with, else the target language's."""
+    try:
+        scores = json.loads((run.path / "scores.json").read_text(encoding="utf-8"))
+        found = re.search(r"tok:([\w-]+)", scores[subset]["bleu"]["signature"])
+        if found:
+            return found.group(1)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # the file is not needed: everything is scored again from the translations
+    target = re.split(r"[-_]", run.direction.split("-", 1)[1])[0].lower()
+    return TOKENIZERS.get(target, "13a")
+
+
+def results_table(qualities: Sequence[Quality]) -> pd.DataFrame:
+    """One row a run: scores with bootstrap intervals, and gains over the baselines with p-values.
+
+    ``*_p_bootstrap_*`` is sacreBLEU's paired bootstrap, ``*_p_randomisation_*`` its approximate
+    randomisation; both compare two runs on the same sentences and know nothing of seeds.
+    """
+    rows: list[dict[str, Any]] = []
+    total = sum(len(quality.runs()) for quality in qualities)
+    with tqdm(total=total, desc="score translations", unit="run", disable=None) as bar:
+        for quality in qualities:
+            for run in quality.runs():
+                rows.append(_result(quality, run))
+                bar.update()
+    return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
+
+
+def _result(quality: Quality, run: Run) -> dict[str, Any]:
+    texts = quality.texts(run)
+    row: dict[str, Any] = {
+        "direction": run.direction,
+        "method": run.method,
+        "seed": run.seed,
+        "run": run.label,
+        "updates": run.updates,
+        "parameters": run.parameters,
+        "sentences": len(texts.hypotheses),
+    }
+    for name, metric in quality.metrics.items():
+        score = metric.corpus_score(texts.hypotheses, quality.references, n_bootstrap=TRIALS)
+        row[name] = score.score
+        row[f"{name}_low"], row[f"{name}_high"] = score._mean - score._ci, score._mean + score._ci
+    for name, metric in quality.metrics.items():
+        row[f"{name}_signature"] = str(metric.get_signature())
+    for baseline in BASELINES:
+        other = partner(run, quality.runs(), baseline)
+        compared = other is not None and base_method(run.method) not in ("teacher", baseline)
+        for name, metric in quality.metrics.items():
+            gain, p_bootstrap, p_randomisation = np.nan, np.nan, np.nan
+            if compared and other is not None:
+                systems = quality.texts(other).hypotheses, texts.hypotheses
+                gain, p_bootstrap = _paired(metric, systems, quality.references, "bs")
+                _, p_randomisation = _paired(metric, systems, quality.references, "ar")
+            row[f"{name}_gain_over_{baseline}"] = gain
+            row[f"{name}_p_bootstrap_over_{baseline}"] = p_bootstrap
+            row[f"{name}_p_randomisation_over_{baseline}"] = p_randomisation
+    return row
+
+
+def _paired(
+    metric: Metric, systems: tuple[list[str], list[str]], references: list[list[str]], kind: str
+) -> tuple[float, float]:
+    """Gain of the second system over the first and sacreBLEU's p-value of it."""
+    named: list[tuple[str, Sequence[str]]] = [("baseline", systems[0]), ("system", systems[1])]
+    test = PairedTest(named, {"metric": metric}, references, test_type=kind, n_samples=TRIALS)
+    scores: Any = next(values for key, values in test()[1].items() if key != "System")
+    return scores[1].score - scores[0].score, scores[1].p_value
+
+
+def methods_table(qualities: Sequence[Quality], options: Options) -> pd.DataFrame:
+    """One row a direction, method, metric: mean over seeds, and gains with hierarchical intervals.
+
+    The interval holds the error from sentences and, with several seeds, from training (see
+    :func:`analysis.stats.hierarchical`); with one seed the latter is missing.
+    """
+    rows: list[dict[str, Any]] = []
+    for quality in qualities:
+        count = len(quality.references[0])
+        rng = np.random.default_rng([options.seed, count])
+        resamples = Resamples(count, options.resamples, rng)
+        drawn: dict[tuple[str, str], Floats] = {}
+        for method in sorted({run.method for run in quality.runs()}):
+            runs = [run for run in quality.runs() if run.method == method]
+            for metric in quality.metrics:
+                scores = np.array([_observed(quality, run, metric) for run in runs])
+                row: dict[str, Any] = {
+                    "direction": quality.direction.name,
+                    "method": method,
+                    "metric": metric,
+                    "seeds": len(runs),
+                    "sentences": count,
+                    "mean": scores.mean(),
+                    "sd_over_seeds": scores.std(ddof=1) if len(runs) > 1 else np.nan,
+                }
+                for baseline in BASELINES:
+                    row.update(_method_gain(quality, runs, metric, baseline, resamples, drawn))
+                rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
+
+
+def _observed(quality: Quality, run: Run, metric: str) -> float:
+    return quality.score(metric, quality.statistics(run, metric).sum(axis=0))
+
+
+def _drawn(
+    quality: Quality,
+    run: Run,
+    metric: str,
+    resamples: Resamples,
+    store: dict[tuple[str, str], Floats],
+) -> Floats:
+    """Corpus scores of every resample, (B,)."""
+    key = (run.label, metric)
+    if key not in store:
+        sums = resamples.sums(quality.statistics(run, metric))
+        store[key] = np.array([quality.score(metric, row) for row in sums])
+    return store[key]
+
+
+def _method_gain(
+    quality: Quality,
+    runs: Sequence[Run],
+    metric: str,
+    baseline: str,
+    resamples: Resamples,
+    store: dict[tuple[str, str], Floats],
+) -> dict[str, float]:
+    prefix = f"gain_over_{baseline}"
+    row = {f"{prefix}{suffix}": np.nan for suffix in ("", "_low", "_high", "_p")}
+    couples = [(run, partner(run, quality.runs(), baseline)) for run in runs]
+    found = [(run, other) for run, other in couples if other is not None]
+    if not found or base_method(runs[0].method) in ("teacher", baseline):
+        return row
+    observed = [_observed(quality, a, metric) - _observed(quality, b, metric) for a, b in found]
+    drawn = [
+        _drawn(quality, a, metric, resamples, store) - _drawn(quality, b, metric, resamples, store)
+        for a, b in found
+    ]
+    estimate = hierarchical([np.array(observed)], [np.stack(drawn)], [resamples.sentences])
+    row[prefix], row[f"{prefix}_p"] = estimate.effect, estimate.p
+    row[f"{prefix}_low"], row[f"{prefix}_high"] = estimate.low, estimate.high
+    return row

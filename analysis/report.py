@@ -1,0 +1,340 @@
+"""The written report: Markdown, with its tables as CSV and its figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import claims
+from analysis.figures import FIGURES, draw_all
+from analysis.style import method_key, method_name
+
+if TYPE_CHECKING:
+    from analysis.transfer import Results
+
+TITLE = "Does the gain come from better transfer?"
+
+
+def write_report(results: "Results", folder: Path) -> None:
+    """Write tables, figures and ``report.md`` into a new folder."""
+    for name, found in (("tables", results.tables), ("figures", results.figures)):
+        (folder / name).mkdir(parents=True)
+        for key, table in found.items():
+            table.to_csv(folder / name / f"{key}.csv", index=False, float_format="%.9g")
+    drawn = draw_all(folder / "figures")
+    (folder / "report.md").write_text(markdown(results, drawn), encoding="utf-8")
+
+
+def markdown(results: "Results", drawn: Sequence[str]) -> str:
+    """The report as Markdown, with links to the figures that were drawn."""
+    parts = [f"# {TITLE}", _scope(results)]
+    parts += ["## Claims", *_claims(results)]
+    parts += ["## Translation quality", *_quality(results)]
+    parts += _figure("quality", drawn, "BLEU of every run, 95 % bootstrap interval over sentences.")
+    parts += ["## Transfer by bucket", *_transfer(results)]
+    caption = "KL to the teacher by bucket, mean over directions and seeds."
+    parts += _figure("transfer", drawn, caption)
+    parts += ["## Difficulty"]
+    parts += _figure(
+        "difficulty", drawn, "How hard the tokens are for each method; Γ cuts easy and hard."
+    )
+    if "training" in drawn:
+        parts += ["## Over training"]
+        parts += _figure("training", drawn, "KL to the teacher on easy and hard tokens.")
+    parts += ["## How this was computed", *_method(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(results: "Results") -> str:
+    """A few lines for the terminal: scores, verdicts, and what was left out."""
+    lines = []
+    for row in _sorted(results.tables["results"]).to_dict("records"):
+        lines.append(
+            f"{row['direction']:8} {method_name(str(row['method'])):28} seed {row['seed']:<6} "
+            f"BLEU {row['BLEU']:6.2f}  chrF {row['chrF']:6.2f}"
+        )
+    for row in _deciding(results).drop_duplicates(["treatment", "claim"]).to_dict("records"):
+        lines.append(f"claim {row['claim']} ({row['treatment']}): {row['verdict']}")
+    lines += [f"left out: {item.label}: {item.reason}" for item in results.study.left_out]
+    return "\n".join(lines)
+
+
+def _scope(results: "Results") -> str:
+    study = results.study
+    lines = []
+    for direction in study.directions:
+        tokens = direction.tokens
+        size = (
+            f"{len(tokens.sentences)} sentences, {len(tokens.token)} tokens" if tokens else "none"
+        )
+        seeds = sorted({run.seed for run in direction.runs})
+        lines.append(
+            f"- {direction.name}: {len(direction.runs)} runs, "
+            f"{_count(len(seeds), 'seed')}; token records of `{study.subset}`: {size}"
+        )
+    lines += [f"- left out: `{item.label}`: {item.reason}" for item in study.left_out]
+    return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _deciding(results: "Results") -> pd.DataFrame:
+    table = results.tables["claims"]
+    return table[(table["scope"] == "all") & table["decides"].astype(bool)]
+
+
+def _claims(results: "Results") -> list[str]:
+    table = results.tables["claims"]
+    if results.options.subset.startswith("train"):
+        return ["No claim is computed from the training set."]
+    if table.empty:
+        return ["No run of a SE-KD method to judge."]
+    parts = []
+    for treatment in sorted(table["treatment"].unique(), key=method_key):
+        own = table[(table["treatment"] == treatment) & (table["scope"] == "all")]
+        baseline = results.options.baseline
+        parts.append(f"**{method_name(treatment)}** against {method_name(baseline)}:")
+        rows = [
+            {
+                "claim": f"{row['claim']}. {row['statement']}",
+                "measure": row["measure"] if row["decides"] else f"({row['measure']})",
+                "effect": _interval(row["effect"], row["low"], row["high"]),
+                "relative": _percent(row["relative_effect"]) if row["claim"] != 4 else "",
+                "p": _p_value(row["p"]),
+                "p (Holm)": _p_value(row["p_holm"]),
+                "seeds": row["seeds"],
+                "sentences": row["sentences"],
+                "tokens": row["tokens"],
+                "verdict": _verdict(row),
+            }
+            for row in own.to_dict("records")
+        ]
+        parts.append(markdown_table(pd.DataFrame(rows)))
+    parts.append(
+        "Effects above 0 are in the claim's favour; measures in brackets accompany a claim and do not "
+        "decide it. `tables/claims.csv` has each direction alone."
+    )
+    parts.append("The rule:\n\n" + "\n".join(f"- {line}" for line in claims.rule(results.options)))
+    return parts
+
+
+def _verdict(row: dict[Any, Any]) -> str:
+    reason = row["reason"] if isinstance(row["reason"], str) else ""
+    return f"{row['verdict']} ({reason})" if reason else str(row["verdict"])
+
+
+def _quality(results: "Results") -> list[str]:
+    table = _sorted(results.tables["results"])
+    if table.empty:
+        return ["No run has translations."]
+    rows = [
+        {
+            "direction": row["direction"],
+            "method": method_name(str(row["method"])),
+            "seed": row["seed"],
+            "BLEU": _interval(row["BLEU"], row["BLEU_low"], row["BLEU_high"], 2),
+            "chrF": _interval(row["chrF"], row["chrF_low"], row["chrF_high"], 2),
+            "over fine-tuning": _gain(row, "finetune"),
+            "over word-level KD": _gain(row, "word_kd"),
+            "sentences": row["sentences"],
+        }
+        for row in table.to_dict("records")
+    ]
+    parts = [
+        markdown_table(pd.DataFrame(rows)),
+        (
+            "Gains are in BLEU, with the p-value of sacreBLEU's paired bootstrap between the two runs "
+            "(approximate randomisation and chrF: `tables/results.csv`); they know nothing of seeds."
+        ),
+    ]
+    methods = results.tables["methods"]
+    if (methods["seeds"] > 1).any():
+        rows = [
+            {
+                "direction": row["direction"],
+                "method": method_name(str(row["method"])),
+                "metric": row["metric"],
+                "seeds": row["seeds"],
+                "mean ± sd": _mean(row),
+                **{
+                    f"over {method_name(base)}": _over(row, base)
+                    for base in ("finetune", "word_kd")
+                },
+            }
+            for row in _sorted(methods).to_dict("records")
+        ]
+        parts += ["Over seeds, with the interval that holds training and sentences:"]
+        parts += [markdown_table(pd.DataFrame(rows))]
+    signatures = sorted({*table["BLEU_signature"], *table["chrF_signature"]})
+    parts.append("Signatures: " + ", ".join(f"`{item}`" for item in signatures))
+    return parts
+
+
+def _mean(row: dict[Any, Any]) -> str:
+    return f"{row['mean']:.2f}" + (f" ± {row['sd_over_seeds']:.2f}" if row["seeds"] > 1 else "")
+
+
+def _gain(row: dict[Any, Any], baseline: str) -> str:
+    gain = row[f"BLEU_gain_over_{baseline}"]
+    p = row[f"BLEU_p_bootstrap_over_{baseline}"]
+    return "" if np.isnan(gain) else f"{gain:+.2f} (p = {p:.3f})"
+
+
+def _over(row: dict[Any, Any], baseline: str) -> str:
+    prefix = f"gain_over_{baseline}"
+    if np.isnan(row[prefix]):
+        return ""
+    shown = _interval(row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"], 2)
+    return f"{shown}, p {_p_value(row[f'{prefix}_p'], equals='= ')}"
+
+
+def _transfer(results: "Results") -> list[str]:
+    table = results.tables["transfer"]
+    parts = ["Means over seeds; each run alone, with intervals: `tables/transfer.csv`."]
+    for family in ("difficulty", "all"):
+        own = _over_seeds(table[table["family"] == family], ["bucket"])
+        rows = [
+            {
+                "direction": row["direction"],
+                "method": method_name(str(row["method"])),
+                "seeds": row["seeds"],
+                "bucket": row["bucket"],
+                "tokens": row["tokens"],
+                "KL": _spread(row, "kl"),
+                "target": _number(row["kl_target"], 3),
+                "non-target": _number(row["kl_nontarget"], 3),
+                "agreement": _percent(row["agreement"]),
+                "student right": _percent(row["student_right"]),
+                "teacher right": _percent(row["teacher_right"]),
+                "overlap top 5": _percent(row["overlap_top5"]),
+            }
+            for row in own.to_dict("records")
+        ]
+        parts.append(markdown_table(pd.DataFrame(rows)))
+    gains = results.tables["gain"]
+    gains = _over_seeds(gains[gains["family"] == "difficulty"], ["baseline", "bucket"])
+    if not gains.empty:
+        rows = [
+            {
+                "direction": row["direction"],
+                "method": method_name(str(row["method"])),
+                "over": method_name(str(row["baseline"]))
+                + (" †" if row["selected_by_pair"] else ""),
+                "seeds": row["seeds"],
+                "bucket": row["bucket"],
+                "tokens": row["tokens"],
+                "gain (nats)": _spread(row, "gain"),
+                "relative": _percent(row["relative_gain"]),
+                "lead closed": _percent(row["lead_closed"]),
+            }
+            for row in gains.to_dict("records")
+        ]
+        parts += ["Gain in KL to the teacher:", markdown_table(pd.DataFrame(rows))]
+        parts.append(
+            "† The difficulty of one of the two cut the tokens: some of its hard tokens are hard by "
+            "chance, so any other run looks better there and worse on the easy ones. The claims use "
+            "no such rows as long as neither the treatment nor the baseline is the reference run."
+        )
+    parts.append("Other families and measures: `tables/transfer.csv`, `tables/gain.csv`.")
+    return parts
+
+
+def _over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Means of the number columns over the seeds of a method, with ``seeds`` and ``*_sd``."""
+    if table.empty:
+        return table
+    groups = table.groupby(["direction", "method", *by], sort=False)
+    means = groups.mean(numeric_only=True)
+    means["seeds"] = groups.size()
+    means["tokens"] = groups["tokens"].mean().round().astype(int)
+    for name in ("kl", "gain"):
+        if name in means:
+            means[f"{name}_sd"] = groups[name].std()
+    return _sorted(means.reset_index())
+
+
+def _spread(row: dict[Any, Any], name: str) -> str:
+    """A value with its interval (one seed), or with its standard deviation over seeds."""
+    if row["seeds"] == 1:
+        return _interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+    return "no tokens" if pd.isna(row[name]) else f"{row[name]:.3f} ± {row[f'{name}_sd']:.3f}"
+
+
+def _method(results: "Results") -> list[str]:
+    options = results.options
+    threshold = options.threshold
+    what = "quantile" if threshold.kind == "quantile" else "nats"
+    cuts = []
+    for judge in results.judges:
+        seen = {}
+        for run in judge.runs:
+            partition = judge.partition(run)
+            seen[partition.selector] = partition.gamma
+        named = ", ".join(f"`{label}` Γ = {gamma:.4g} nats" for label, gamma in seen.items())
+        cuts.append(f"- {judge.direction.name}: {named}")
+    return [
+        (
+            "That the paper's gain comes from better transfer is the paper's own analysis; how it is "
+            "tested here (buckets, measures, margins, tests) is this project's reading."
+        ),
+        (
+            f"Difficulty is KL(p‖q) of teacher p and student q at a reference token, in nats. A token is "
+            f"hard if its difficulty for the reference run (`{options.reference}`) is above Γ "
+            f"({what} {threshold.value:g}):"
+        ),
+        "\n".join(cuts),
+        (
+            f"{options.resamples} resamples, random seed {options.seed}. Intervals by bucket are 95 % "
+            "percentile intervals of a bootstrap over sentences, for one run."
+        ),
+    ]
+
+
+def _figure(name: str, drawn: Sequence[str], caption: str) -> list[str]:
+    if name not in drawn or name not in FIGURES:
+        return []
+    return [f"![{caption}](figures/{name}.svg)", f"*{caption}* (`figures/{name}.csv`)"]
+
+
+def _sorted(table: pd.DataFrame) -> pd.DataFrame:
+    """By direction, then method in reading order; the rows of a run keep theirs."""
+    if table.empty:
+        return table
+    keys = {
+        method: index for index, method in enumerate(sorted(set(table["method"]), key=method_key))
+    }
+    place = table["method"].map(keys)
+    by = [name for name in ("direction", "_place", "seed") if name in (*table.columns, "_place")]
+    return table.assign(_place=place).sort_values(by, kind="stable")
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table in Markdown; bars in cells are escaped."""
+    rows = [[str(value).replace("|", "\\|") for value in row] for row in table.to_numpy().tolist()]
+    names = [str(name) for name in table.columns]
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: Any, digits: int) -> str:
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _p_value(value: Any, equals: str = "") -> str:
+    if pd.isna(value):
+        return ""
+    return "< 0.0001" if value < 0.0001 else f"{equals}{value:.4f}"
+
+
+def _percent(value: Any) -> str:
+    return "" if pd.isna(value) else f"{100 * value:.1f} %"
+
+
+def _interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
+    if pd.isna(value):
+        return "no tokens" if digits == 3 else ""
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -1,0 +1,138 @@
+"""Run directories: where they are and what their ``run.json`` says.
+
+A run directory holds ``run.json`` (what was trained), ``tokens/<subset>/<step>.parquet`` (see
+:mod:`analysis.records`), ``hyps/<subset>.txt`` with ``.ref.txt`` and ``.src.txt``, ``scores.json``
+and fairseq's ``train.jsonl``.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.errors import AnalysisError, one_line
+
+FORMAT_VERSION = 1
+#: Folders of a run directory in which no other run directory is looked for.
+INNER_FOLDERS = {"checkpoints", "tokens", "hyps"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One ``run.json`` with the directory that holds it.
+
+    ``label`` is the directory's path below the runs root and so unique; ``updates`` counts
+    optimiser updates.
+    """
+
+    path: Path
+    label: str
+    method: str
+    seed: int
+    direction: str
+    updates: int
+    hyperparameters: Mapping[str, Any]
+    parameters: int | None
+
+    def steps(self, subset: str) -> list[int]:
+        """Updates at which token records of ``subset`` exist, ascending."""
+        names = (path.stem for path in (self.path / "tokens" / subset).glob("*.parquet"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def records(self, subset: str, step: int) -> Path:
+        """Where the token records of a step are."""
+        return self.path / "tokens" / subset / f"{step}.parquet"
+
+    def last_step(self, subset: str) -> int | None:
+        """The step that stands for the finished run: ``updates``, else the last with records."""
+        steps = self.steps(subset)
+        return self.updates if self.updates in steps else (steps[-1] if steps else None)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run directory, or a part of one, that the report leaves out, and why (one line)."""
+
+    label: str
+    reason: str
+
+
+def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:
+    """Find the runs below ``root``, sorted by path, and the directories that look like runs but
+    cannot be used.
+
+    Raises
+    ------
+    AnalysisError
+        ``root`` is not a directory, or holds nothing that looks like a run.
+    """
+    if not root.is_dir():
+        raise AnalysisError(f"{root}: expected a directory of runs, found none; check the path")
+    runs: list[Run] = []
+    left_out: list[LeftOut] = []
+    for folder, subfolders, files in os.walk(root):
+        path = Path(folder)
+        label = path.relative_to(root).as_posix() if path != root else root.resolve().name
+        if "run.json" in files:
+            try:
+                runs.append(read_run(path, label))
+            except AnalysisError as error:
+                left_out.append(LeftOut(label, str(error)))
+        elif "train.jsonl" in files or "checkpoints" in subfolders:
+            left_out.append(
+                LeftOut(label, "unfinished: no run.json yet (it is written when the run is scored)")
+            )
+        subfolders[:] = sorted(
+            name for name in subfolders if name not in INNER_FOLDERS and name[0] != "."
+        )
+    if not runs and not left_out:
+        raise AnalysisError(
+            f"{root}: expected run directories (a run.json in each), found none; train and score a "
+            "run first, or check the path"
+        )
+    return sorted(runs, key=lambda run: run.label), left_out
+
+
+def read_run(path: Path, label: str) -> Run:
+    """Read and check ``run.json`` in the directory ``path``."""
+    file = path / "run.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AnalysisError(f"{file}: expected a JSON file, {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise AnalysisError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    for key, kind in {
+        "format_version": int,
+        "method": str,
+        "seed": int,
+        "direction": str,
+        "updates": int,
+    }.items():
+        value = content.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise AnalysisError(
+                f"{file}: expected {key!r} of type {kind.__name__}, found {value!r}"
+            )
+    if content["format_version"] != FORMAT_VERSION:
+        raise AnalysisError(
+            f"{file}: expected format_version {FORMAT_VERSION}, found {content['format_version']}; "
+            "score the run again with the same version of both packages"
+        )
+    if "-" not in content["direction"]:
+        raise AnalysisError(
+            f"{file}: expected a direction like 'en-de', found {content['direction']!r}"
+        )
+    hyperparameters = content.get("hyperparameters")
+    return Run(
+        path=path,
+        label=label,
+        method=content["method"],
+        seed=content["seed"],
+        direction=content["direction"],
+        updates=content["updates"],
+        hyperparameters=hyperparameters if isinstance(hyperparameters, dict) else {},
+        parameters=content["parameters"] if isinstance(content.get("parameters"), int) else None,
+    )

@@ -1,0 +1,274 @@
+"""Which runs can be compared with which: directions, test sets, variants, baselines."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from analysis.errors import AnalysisError
+from analysis.records import TokenSet, read_token_set
+from analysis.runs import LeftOut, Run, discover
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Translations with their references and sources, line by line, each of equal length."""
+
+    hypotheses: list[str]
+    references: list[str]
+    sources: list[str] | None
+
+    @property
+    def digest(self) -> str:
+        """Identifies the references."""
+        return hashlib.sha256("\n".join(self.references).encode()).hexdigest()
+
+
+@dataclass
+class Direction:
+    """The runs of one translation direction that share one test set.
+
+    Attributes
+    ----------
+    runs : every run, sorted by label
+    tokens : the reference tokens that all ``scored`` runs hold; None where no run has records
+    scored : label to the step whose records stand for the finished run
+    texts : label to translations
+    """
+
+    name: str
+    runs: list[Run]
+    tokens: TokenSet | None = None
+    scored: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, Texts] = field(default_factory=dict)
+
+    def scored_runs(self) -> list[Run]:
+        """The runs with token records."""
+        return [run for run in self.runs if run.label in self.scored]
+
+
+@dataclass
+class Study:
+    """Everything that a report compares."""
+
+    subset: str
+    directions: list[Direction]
+    left_out: list[LeftOut]
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run of every direction."""
+        return [run for direction in self.directions for run in direction.runs]
+
+
+def load_study(root: Path, subset: str) -> Study:
+    """Find the runs of ``root`` and the test set of each direction; leave out what does not fit.
+
+    Raises
+    ------
+    AnalysisError
+        No run directory, or none with token records of ``subset``.
+    """
+    found, left_out = discover(root)
+    runs = name_variants(found)
+    directions = []
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.direction].append(run)
+    with tqdm(total=len(runs), desc="find tokens", unit="run", disable=None) as bar:
+        for name in sorted(groups):
+            directions.append(_load_direction(name, groups[name], subset, left_out, bar))
+    directions = [direction for direction in directions if direction.runs]
+    left_out.sort(key=lambda item: item.label)
+    if not any(direction.scored for direction in directions):
+        reasons = (
+            "; ".join(f"{item.label}: {item.reason}" for item in left_out) or "none was scored"
+        )
+        raise AnalysisError(
+            f"{root}: expected at least one run with token records of {subset!r} "
+            f"(tokens/{subset}/STEP.parquet), found none; score a run first ({reasons})"
+        )
+    return Study(subset, directions, left_out)
+
+
+def _load_direction(
+    name: str, runs: Sequence[Run], subset: str, left_out: list[LeftOut], bar: Any
+) -> Direction:
+    direction = Direction(name, list(runs))
+    sets: dict[str, TokenSet] = {}
+    for run in runs:
+        bar.update()
+        try:
+            texts = read_texts(run, subset)
+            if texts:
+                direction.texts[run.label] = texts
+            step = run.last_step(subset)
+            if step is not None:
+                sets[run.label] = read_token_set(run.records(subset, step))
+                direction.scored[run.label] = step
+        except AnalysisError as error:
+            _leave_out(direction, run, str(error), left_out)
+            continue
+        if not texts and step is None:
+            _leave_out(direction, run, f"no token records or translations of {subset}", left_out)
+    by_label = {run.label: run for run in runs}
+    common = _most_common({label: item.digest for label, item in sets.items()}, by_label)
+    for label, item in sets.items():
+        if item.digest == common:
+            direction.tokens = direction.tokens or item
+    for label, item in sets.items():
+        chosen = direction.tokens
+        if item.digest != common and chosen is not None and label in direction.scored:
+            what = "teacher cache" if item.teacher != chosen.teacher else "test set"
+            reason = (
+                f"its token records are of another {what} ({len(item.token)} tokens, cache "
+                f"{item.teacher or '?'}) than most {name} runs ({len(chosen.token)} tokens, cache "
+                f"{chosen.teacher or '?'})"
+            )
+            _leave_out(direction, by_label[label], reason, left_out)
+    digests = {label: texts.digest for label, texts in direction.texts.items()}
+    common = _most_common(digests, by_label)
+    for label, digest in digests.items():
+        if digest != common:
+            reason = f"its references (hyps/{subset}.ref.txt) differ from most {name} runs'"
+            _leave_out(direction, by_label[label], reason, left_out)
+    _check_lines(direction, subset, left_out)
+    return direction
+
+
+def _check_lines(direction: Direction, subset: str, left_out: list[LeftOut]) -> None:
+    """Leave out translations that cannot belong to the sentences of the token records."""
+    if direction.tokens is None:
+        return
+    last = int(direction.tokens.sentences[-1])
+    for label, texts in list(direction.texts.items()):
+        if len(texts.references) <= last and label in direction.scored:
+            run = next(run for run in direction.runs if run.label == label)
+            reason = (
+                f"hyps/{subset}.txt has {len(texts.references)} lines, but the token records name "
+                f"sentence {last}"
+            )
+            _leave_out(direction, run, reason, left_out)
+
+
+def _leave_out(direction: Direction, run: Run, reason: str, left_out: list[LeftOut]) -> None:
+    if run in direction.runs:
+        direction.runs.remove(run)
+        left_out.append(LeftOut(run.label, reason))
+    direction.scored.pop(run.label, None)
+    direction.texts.pop(run.label, None)
+
+
+def _most_common(digests: Mapping[str, str], runs: Mapping[str, Run]) -> str | None:
+    """The digest of the most runs; among equals that of a fine-tuned run, then the first label."""
+    if not digests:
+        return None
+    counts = Counter(digests.values())
+    best = min(
+        digests,
+        key=lambda label: (-counts[digests[label]], runs[label].method != "finetune", label),
+    )
+    return digests[best]
+
+
+def read_texts(run: Run, subset: str) -> Texts | None:
+    """Translations, references and (where there are any) sources of a run; None without translations.
+
+    Raises
+    ------
+    AnalysisError
+        References are missing, or the files have different numbers of lines.
+    """
+    folder = run.path / "hyps"
+    path = folder / f"{subset}.txt"
+    if not path.exists():
+        return None
+    lines: dict[str, list[str]] = {}
+    for suffix in ("", ".ref", ".src"):
+        file = folder / f"{subset}{suffix}.txt"
+        if suffix == ".src" and not file.exists():
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AnalysisError(f"{file}: expected a UTF-8 text file, {error}") from error
+        lines[suffix] = text.removesuffix("\n").split("\n")
+        if len(lines[suffix]) != len(lines[""]):
+            raise AnalysisError(
+                f"{file}: expected {len(lines[''])} lines as in {path.name}, found "
+                f"{len(lines[suffix])}; evaluate the run again"
+            )
+    return Texts(lines[""], lines[".ref"], lines.get(".src"))
+
+
+def name_variants(runs: Sequence[Run]) -> list[Run]:
+    """Tell apart runs of one method, direction and seed by the hyper-parameters that differ.
+
+    ``se_kd_student`` becomes ``se_kd_student (gamma=0.5)``; where nothing differs but the
+    directory, the later ones take their label. Runs that need no more keep their method's name.
+    """
+    groups: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.method, run.direction, run.seed].append(run)
+    differing: dict[str, set[str]] = defaultdict(set)
+    for (method, _, _), group in groups.items():
+        flat = [flatten(run.hyperparameters) for run in group]
+        for key in {key for item in flat for key in item}:
+            if len({repr(item.get(key)) for item in flat}) > 1:
+                differing[method].add(key)
+    named: list[Run] = []
+    taken: set[tuple[str, str, int]] = set()
+    for run in sorted(runs, key=lambda run: run.label):
+        method = run.method
+        if differing[method]:
+            flat_run = flatten(run.hyperparameters)
+            shown = (
+                f"{key.rsplit('.', 1)[-1]}={flat_run[key]}"
+                for key in sorted(differing[method])
+                if key in flat_run
+            )
+            method = f"{method} ({', '.join(shown)})"
+        if (method, run.direction, run.seed) in taken:
+            method = f"{method} [{run.label}]"
+        taken.add((method, run.direction, run.seed))
+        named.append(replace(run, method=method))
+    return named
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def base_method(method: str) -> str:
+    """The method without what :func:`name_variants` added."""
+    return method.split(" ", 1)[0]
+
+
+def partner(run: Run, candidates: Sequence[Run], method: str) -> Run | None:
+    """The run of ``method`` that ``run`` is compared with.
+
+    Of the same direction; the only one there is, else the one of the same seed, else None. A method
+    with several variants is represented by its first.
+    """
+    same = [
+        other
+        for other in candidates
+        if other.direction == run.direction
+        and (other.method == method or base_method(other.method) == method)
+    ]
+    exact = [other for other in same if other.method == method]
+    same = exact or [other for other in same if other.method == min(item.method for item in same)]
+    if len(same) == 1:
+        return same[0]
+    return next((other for other in same if other.seed == run.seed), None)

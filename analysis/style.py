@@ -1,0 +1,126 @@
+"""How figures look: sizes of an ACL page, embedded fonts, colours that print in grey."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLUMN = 3.03  # inches, one column of the ACL style
+PAGE = 6.3  # both columns
+FORMATS = ("pdf", "png", "svg")
+
+#: Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "++", "**")
+
+#: The order of methods in legends and tables; others follow by name.
+ORDER = ("teacher", "finetune", "seq_kd", "word_kd", "reverse_kl", "selective_kd", "se_kd")
+NAMES = {
+    "teacher": "teacher",
+    "finetune": "fine-tuning",
+    "word_kd": "word-level KD",
+    "se_kd_student": "SE-KD (student)",
+    "se_kd_target": "SE-KD (target)",
+    "seq_kd": "sequence-level KD",
+    "selective_kd": "selective KD",
+    "reverse_kl": "reverse KL",
+}
+
+SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7,
+    "legend.fontsize": 6.5,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.5,
+    "hatch.linewidth": 0.4,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # TrueType, embedded
+    "svg.fonttype": "path",
+    "svg.hashsalt": "analysis",  # the same file for the same table
+    "figure.constrained_layout.use": True,
+}
+
+
+def method_key(method: str) -> tuple[int, str]:
+    """Sorts methods as in :data:`ORDER`."""
+    for index, name in enumerate(ORDER):
+        if method.startswith(name):
+            return index, method
+    return len(ORDER), method
+
+
+def method_name(method: str) -> str:
+    """A method as readers call it, with what tells its variants apart."""
+    base, _, variant = method.partition(" ")
+    return f"{NAMES.get(base, base)} {variant}".strip()
+
+
+def ordered(methods: Iterable[str]) -> list[str]:
+    """Distinct methods in the order of legends."""
+    return sorted(set(methods), key=method_key)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn; the same in every figure of a report that shows the same methods."""
+
+    colour: str
+    marker: str
+    line: Any
+    hatch: str
+
+
+def looks(methods: Iterable[str]) -> dict[str, Look]:
+    """A look for each method, in the order of legends; the teacher is black and takes no colour."""
+    found: dict[str, Look] = {}
+    for method in ordered(methods):
+        index = len(found) - ("teacher" in found)
+        if method == "teacher":
+            found[method] = Look("#000000", "*", ":", "xx")
+        else:
+            place = index % len(COLOURS)
+            found[method] = Look(COLOURS[place], MARKERS[place], LINES[place], HATCHES[place])
+    return found
+
+
+@contextmanager
+def figure(
+    width: float, height: float, rows: int = 1, columns: int = 1
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure in the house style with its axes, row by row; closed afterwards."""
+    with matplotlib.rc_context(SETTINGS):
+        drawn, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+        try:
+            yield drawn, [axis for row in axes for axis in row]
+        finally:
+            plt.close(drawn)
+
+
+def save(drawn: Figure, path: Path) -> None:
+    """Write ``path`` with each suffix of :data:`FORMATS`, without dates."""
+    dates = {
+        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+    }
+    drawn.draw_without_rendering()
+    drawn.set_layout_engine("none")  # the layout is done; not again for every format
+    for suffix in FORMATS:
+        drawn.savefig(path.with_suffix(f".{suffix}"), metadata=dates[suffix])

@@ -1,0 +1,159 @@
+"""Does the gain come from better transfer? Reads run directories and writes the report.
+
+python -m analysis.transfer RUNS [--output DIR]
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import claims, evolution, quality, report, tables
+from analysis.buckets import Threshold
+from analysis.errors import AnalysisError, one_line_errors
+from analysis.judge import Judge, Options, load_judges
+from analysis.study import Study, load_study
+
+#: A file of every report; a directory without it is never replaced.
+MARK = "report.md"
+
+
+@dataclass
+class Results:
+    """Everything that a report shows.
+
+    ``tables`` go to ``tables/``, ``figures`` (the tables of the figures) to ``figures/``.
+    """
+
+    study: Study
+    options: Options
+    judges: list[Judge]
+    tables: dict[str, pd.DataFrame]
+    figures: dict[str, pd.DataFrame]
+
+
+def analyse(root: Path, options: Options) -> Results:
+    """Compute every table of a report from the runs below ``root``.
+
+    Raises
+    ------
+    AnalysisError
+        Nothing below ``root`` can be compared.
+    """
+    study = load_study(root, options.subset)
+    judges = load_judges(study, options)
+    loaded = (quality.load_quality(direction, options.subset) for direction in study.directions)
+    qualities = {item.direction.name: item for item in loaded if item is not None}
+    history = evolution.History(judges)
+    study.left_out.extend(history.left_out)
+    results = quality.results_table(list(qualities.values()))
+    transfer = tables.transfer_table(judges)
+    training = evolution.training_table(judges, history)
+    found = {
+        "claims": claims.claims_table(judges, qualities, history, options),
+        "results": results,
+        "methods": quality.methods_table(list(qualities.values()), options),
+        "transfer": transfer,
+        "gain": tables.gain_table(judges),
+        "calibration": tables.calibration_table(judges),
+        "transitions": evolution.transition_table(judges, history),
+    }
+    figures = {
+        "difficulty": tables.difficulty_table(judges),
+        "transfer": transfer,
+        "quality": results,
+        "training": training,
+    }
+    return Results(study, options, judges, found, figures)
+
+
+def write(results: Results, output: Path) -> None:
+    """Write the report beside ``output`` and put it in its place when it is complete."""
+    if output.exists() and not (output / MARK).exists() and any(output.iterdir()):
+        raise AnalysisError(
+            f"{output}: expected a report or nothing there, found other files; choose another --output"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
+        made = Path(name) / "new"
+        report.write_report(results, made)
+        if output.exists():
+            output.rename(Path(name) / "old")
+        made.rename(output)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m analysis.transfer",
+        description="Compare runs token by token with their teacher, and write a report that says "
+        "whether a gain in quality comes from better transfer.",
+    )
+    add = out.add_argument
+    add("runs", type=Path, metavar="RUNS", help="directory of runs, found by their run.json")
+    add("--output", type=Path, metavar="DIR", help="where the report goes (default: RUNS/report)")
+    add("--subset", default="test", help="split that was scored (default: %(default)s)")
+    add(
+        *("--reference",),
+        default="finetune",
+        metavar="WHAT",
+        help="whose difficulty defines easy and hard tokens: a method, a run's path below RUNS, "
+        "'initial' (the first records of the fine-tuned run) or 'self' (default: %(default)s)",
+    )
+    add(
+        *("--gamma",),
+        type=float,
+        default=0.75,
+        help="tokens with a difficulty above Γ are hard; a quantile in [0, 1], or nats "
+        "(default: %(default)s)",
+    )
+    add("--gamma-type", choices=("quantile", "absolute"), default="quantile")
+    add("--baseline", default="word_kd", metavar="METHOD", help="claims compare with this method")
+    add(
+        *("--margin",),
+        type=float,
+        default=0.02,
+        help="smallest relative effect that matters, for the verdicts (default: %(default)s)",
+    )
+    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
+    return out
+
+
+def read_options(args: argparse.Namespace) -> Options:
+    """Check the numbers of the command line."""
+    if args.gamma < 0 or (args.gamma_type == "quantile" and args.gamma > 1):
+        allowed = "in [0, 1] as a quantile" if args.gamma_type == "quantile" else "at least 0"
+        raise AnalysisError(f"--gamma: expected a number {allowed}, found {args.gamma}")
+    if args.resamples < 100:
+        raise AnalysisError(f"--resamples: expected at least 100, found {args.resamples}")
+    if not 0 <= args.margin < 1:
+        raise AnalysisError(f"--margin: expected a share in [0, 1), found {args.margin}")
+    return Options(
+        subset=args.subset,
+        threshold=Threshold(args.gamma, args.gamma_type),
+        reference=args.reference,
+        baseline=args.baseline,
+        margin=args.margin,
+        resamples=args.resamples,
+        seed=args.seed,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the report and print its verdicts."""
+    args = parser().parse_args(argv)
+    with one_line_errors():
+        options = read_options(args)
+        output = args.output or args.runs / "report"
+        results = analyse(args.runs, options)
+        write(results, output)
+        print(report.summary(results))
+        print(f"report: {output / MARK}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""From parallel text to what ``fairseq-train`` reads.
+
+    python scripts/prepare_data.py --src text.en --tgt text.de \\
+        --source-lang en --target-lang de --output data/en-de
+
+splits the text into train, valid and test; or ``--train``, ``--valid`` and ``--test`` name the
+prefixes of three given pairs of files (``--train multi30k/train`` is ``train.en`` and
+``train.de``). The output directory holds
+
+    train.en train.de valid.en ...   normalised text, the references of all scores
+    sentencepiece.model .vocab       joint model, trained on the training text only
+    pieces/train.en ...              the same text in pieces
+    bin/                             the data directory for fairseq, with a joined dictionary
+    data.json                        counts, what was dropped and why, settings, fingerprint
+
+It is built under another name beside it and renamed when complete, so it is either whole or not
+there. The same input gives the same output, byte for byte, but for fairseq's own log.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from parallel_text import DataError, Pair, read_pairs, repeated, split, without_leaks
+
+SUBSETS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the prepared data depend on besides the text."""
+
+    source_lang: str
+    target_lang: str
+    vocab_size: int
+    character_coverage: float
+    max_pieces: int
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        """Source and target language."""
+        return self.source_lang, self.target_lang
+
+
+def load_subsets(args: argparse.Namespace) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
+    """Read the text that the arguments name; return the subsets and counts of dropped pairs."""
+    if args.src:
+        pairs, empty = read_pairs(args.src, args.tgt)
+        dropped = {"empty": empty, "repeated": repeated(pairs)}
+        return split(pairs, args.valid_size, args.test_size, args.seed), dropped
+    subsets, empties = {}, {}
+    for subset in SUBSETS:
+        prefix = getattr(args, subset)
+        files = [Path(f"{prefix}.{lang}") for lang in (args.source_lang, args.target_lang)]
+        subsets[subset], empties[subset] = read_pairs(*files)
+    subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
+    if not subsets["train"]:
+        raise DataError(
+            f"{args.train}: every training pair shares a sentence with valid or test; expected "
+            "held-out text that is not in the training text"
+        )
+    return subsets, {"empty": empties, "in_held_out_text": leaked}
+
+
+def train_sentencepiece(lines: Iterable[str], prefix: Path, settings: Settings) -> None:
+    """Train a joint unigram model; writes PREFIX.model and PREFIX.vocab.
+
+    The text was normalised already, so the model's own normalisation is off: decoding the pieces
+    gives back exactly the text. One thread, because several would make the result depend on
+    their number.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=settings.vocab_size,
+            # A small corpus may not hold as many pieces as asked for; it then gets fewer.
+            hard_vocab_limit=False,
+            character_coverage=settings.character_coverage,
+            normalization_rule_name="identity",
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"SentencePiece found no vocabulary of {settings.vocab_size} pieces: "
+            f"{' '.join(str(error).split())}; raise --vocab-size, or lower --character-coverage "
+            "(0.9995 is usual for Chinese)"
+        ) from error
+    prefix.with_suffix(".model").write_bytes(model.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = (
+        f"{processor.id_to_piece(i)}\t{processor.get_score(i):.6g}\n"
+        for i in range(processor.get_piece_size())
+    )
+    prefix.with_suffix(".vocab").write_text("".join(pieces), encoding="utf-8")
+
+
+def encode(
+    subsets: dict[str, list[Pair]], model: Path, settings: Settings, given_splits: bool
+) -> tuple[dict[str, list[Pair]], dict[str, list[Pair]], dict[str, int]]:
+    """Cut all text into pieces and leave out pairs that are too long for the models.
+
+    Given valid and test sets are not shortened in silence: there a long pair is an error.
+
+    Returns
+    -------
+    The kept pairs, the same in pieces, and how many were left out, each by subset.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    texts: dict[str, list[Pair]] = {}
+    pieces: dict[str, list[Pair]] = {}
+    too_long = {}
+    for subset, pairs in subsets.items():
+        sides = [processor.encode(list(side), out_type=str) for side in zip(*pairs, strict=True)]
+        lengths = [max(map(len, both)) for both in zip(*sides, strict=True)]
+        kept = [i for i, length in enumerate(lengths) if length <= settings.max_pieces]
+        too_long[subset] = len(pairs) - len(kept)
+        if (given_splits and subset != "train" and too_long[subset]) or not kept:
+            index = next(i for i, length in enumerate(lengths) if length > settings.max_pieces)
+            raise DataError(
+                f"{subset}: expected pairs of at most {settings.max_pieces} pieces, found "
+                f"{lengths[index]} in pair {index + 1} ({pairs[index][0][:40]!r}...); shorten it "
+                "or raise --max-pieces"
+            )
+        texts[subset] = [pairs[i] for i in kept]
+        pieces[subset] = [(" ".join(sides[0][i]), " ".join(sides[1][i])) for i in kept]
+    return texts, pieces, too_long
+
+
+def write_subset(pairs: list[Pair], prefix: Path, languages: tuple[str, str]) -> None:
+    """Write PREFIX.SOURCE and PREFIX.TARGET, one sentence a line."""
+    prefix.parent.mkdir(exist_ok=True)
+    for language, lines in zip(languages, zip(*pairs, strict=True), strict=True):
+        text = "".join(f"{line}\n" for line in lines)
+        Path(f"{prefix}.{language}").write_bytes(text.encode("utf-8"))
+
+
+def binarise(pieces: Path, destination: Path, languages: tuple[str, str]) -> None:
+    """Run ``fairseq-preprocess`` with a joined dictionary; its output goes to its own log."""
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
+    command += ["--source-lang", languages[0], "--target-lang", languages[1]]
+    for subset in SUBSETS:
+        command += [f"--{subset}pref", str(pieces / subset)]
+    command += ["--destdir", str(destination), "--workers", "1"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        last = (result.stdout.strip().splitlines() or ["no message"])[-1]
+        raise DataError(f"fairseq-preprocess failed: {last}; see that fairseq is installed")
+
+
+def fingerprint(directory: Path, languages: tuple[str, str]) -> str:
+    """Return the SHA-256 of everything that a training depends on: dictionary, pieces, order."""
+    digest = hashlib.sha256()
+    for name in [f"{subset}.{language}" for subset in SUBSETS for language in languages]:
+        digest.update((directory / "pieces" / name).read_bytes() + b"\0")
+    digest.update((directory / "bin" / f"dict.{languages[0]}.txt").read_bytes())
+    return digest.hexdigest()
+
+
+def prepare(
+    subsets: dict[str, list[Pair]],
+    dropped: dict[str, Any],
+    output: Path,
+    settings: Settings,
+    given_splits: bool = False,
+) -> dict[str, Any]:
+    """Build the data directory under a temporary name and rename it to ``output``.
+
+    An ``output`` that is there already is replaced. Returns the content of ``data.json``.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        prefix = building / "sentencepiece"
+        train_text = (sentence for pair in subsets["train"] for sentence in pair)
+        train_sentencepiece(train_text, prefix, settings)
+        texts, pieces, too_long = encode(
+            subsets, prefix.with_suffix(".model"), settings, given_splits
+        )
+        for subset in SUBSETS:
+            write_subset(texts[subset], building / subset, settings.languages)
+            write_subset(pieces[subset], building / "pieces" / subset, settings.languages)
+        binarise(building / "pieces", building / "bin", settings.languages)
+        with (prefix.with_suffix(".vocab")).open(encoding="utf-8") as vocabulary:
+            size = sum(1 for _ in vocabulary)
+        summary = {
+            "source_lang": settings.source_lang,
+            "target_lang": settings.target_lang,
+            "sentences": {subset: len(texts[subset]) for subset in SUBSETS},
+            "dropped": {**dropped, "too_long": too_long},
+            "vocabulary": size,
+            "max_pieces": settings.max_pieces,
+            "fingerprint": fingerprint(building, settings.languages),
+            "versions": {
+                "sentencepiece": sentencepiece.__version__,
+                "python": sys.version.split()[0],
+            },
+        }
+        (building / "data.json").write_text(json.dumps(summary, indent=2) + "\n")
+        building.chmod(0o755)  # mkdtemp makes it private; data are to be shared
+        if output.exists():
+            shutil.rmtree(output)
+        os.rename(building, output)
+        return summary
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line and refuse incomplete combinations."""
+    parser = argparse.ArgumentParser(
+        description="Parallel text to SentencePiece pieces and a fairseq data directory."
+    )
+    whole = parser.add_argument_group("one parallel text, to be split")
+    whole.add_argument("--src", type=Path, metavar="FILE", help="source side, a sentence a line")
+    whole.add_argument("--tgt", type=Path, metavar="FILE", help="target side, aligned by line")
+    whole.add_argument("--valid-size", type=int, default=400, help="pairs (%(default)s)")
+    whole.add_argument("--test-size", type=int, default=600, help="pairs (%(default)s)")
+    whole.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
+    given = parser.add_argument_group("or three given ones (prefixes; .LANGUAGE is added)")
+    for subset in SUBSETS:
+        given.add_argument(f"--{subset}", metavar="PREFIX")
+    parser.add_argument("--source-lang", required=True)
+    parser.add_argument("--target-lang", required=True)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--vocab-size", type=int, default=4000, help="pieces (%(default)s)")
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=1.0,
+        help="share of characters that get a piece of their own (%(default)s); 0.9995 for Chinese",
+    )
+    parser.add_argument(
+        "--max-pieces",
+        type=int,
+        default=250,
+        help="leave out pairs with a longer side (%(default)s)",
+    )
+    args = parser.parse_args(arguments)
+    whole_text = (args.src, args.tgt)
+    three = (args.train, args.valid, args.test)
+    if not (all(whole_text) and not any(three) or all(three) and not any(whole_text)):
+        parser.error("expected --src and --tgt, or --train, --valid and --test")
+    if args.source_lang == args.target_lang:
+        parser.error(f"expected two languages, found '{args.source_lang}' for both")
+    if min(args.valid_size, args.test_size) < 1:
+        parser.error("--valid-size and --test-size must be at least 1")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; see ``--help``."""
+    args = parse(arguments)
+    settings = Settings(
+        args.source_lang,
+        args.target_lang,
+        args.vocab_size,
+        args.character_coverage,
+        args.max_pieces,
+    )
+    try:
+        subsets, dropped = load_subsets(args)
+        summary = prepare(subsets, dropped, args.output, settings, given_splits=not args.src)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    counts = ", ".join(f"{n} {subset}" for subset, n in summary["sentences"].items())
+    print(f"{args.output}: {counts} pairs, {summary['vocabulary']} pieces")
+    print(f"left out: {json.dumps(summary['dropped'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The dataset that carries teacher distributions beside each batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq.data import BaseWrapperDataset, ConcatDataset, FairseqDataset, LanguagePairDataset
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sekd_fairseq.errors import CacheError
+from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
+
+#: Sentences hashed at a time when a dataset is checked.
+HASH_CHUNK = 8192
+
+
+def target_hashes(targets: FairseqDataset, pad: int) -> NDArray[np.uint64]:
+    """Hash of every sentence of a target dataset, (n,) uint64 (see ``hash_targets``)."""
+    hashes = [np.zeros(0, np.uint64)]
+    for start in range(0, len(targets), HASH_CHUNK):
+        rows = [targets[i] for i in range(start, min(start + HASH_CHUNK, len(targets)))]
+        rows = [row[row.ne(pad)] for row in rows]
+        hashes.append(hash_targets(torch.cat(rows).numpy(), [len(row) for row in rows]))
+    return np.concatenate(hashes)
+
+
+class TeacherDataset(BaseWrapperDataset):
+    """A :class:`LanguagePairDataset` whose batches hold ``batch["teacher"]``.
+
+    The entries of ``batch["teacher"]`` belong to the target tokens of the batch that are not
+    padding, ``N`` in all, sentence after sentence in the batch's order; ``K`` is the largest
+    support among them:
+
+    - ``ids`` (LongTensor, ``(N, K)``): support tokens, the reference first; unused slots repeat it
+    - ``size`` (LongTensor, ``(N,)``): how many slots are used
+    - ``log_p`` (HalfTensor, ``(N, K)``): teacher's log-probabilities as stored
+    - ``gold_log_p``, ``outside_mass`` (DoubleTensor, ``(N,)``): double, because fairseq casts
+      every float32 tensor of a batch to half under ``--fp16``
+
+    Parameters
+    ----------
+    dataset
+        The sentences, with targets.
+    caches
+        One cache for each part that ``dataset`` is combined of (``train``, ``train1``, ...).
+    where
+        The data's name in messages.
+
+    Raises
+    ------
+    CacheError
+        The caches were not built from these target sentences.
+    """
+
+    def __init__(self, dataset: LanguagePairDataset, caches: list[TeacherCache], where: str) -> None:
+        super().__init__(dataset)
+        self.caches = caches
+        self.pad = dataset.tgt_dict.pad()
+        parts = [dataset.tgt]
+        self._locate: Callable[[int], tuple[int, int]] = only_part
+        if isinstance(dataset.tgt, ConcatDataset):
+            parts = dataset.tgt.datasets
+            self._locate = dataset.tgt._get_dataset_and_sample_index
+        if len(parts) != len(caches):
+            raise CacheError(
+                f"{where}: expected a teacher cache for each of its {len(parts)} parts, found "
+                f"{len(caches)}; build the missing ones with --subset"
+            )
+        for part, cache in zip(parts, caches, strict=True):
+            cache.check_targets(target_hashes(part, self.pad), where)
+
+    def collater(self, samples: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+        """Collate as the wrapped dataset does, then add ``teacher`` (class docstring)."""
+        batch: dict[str, Any] = self.dataset.collater(samples, **options)
+        if batch:
+            batch["teacher"] = self._teacher(batch["id"], batch["target"])
+        return batch
+
+    def _teacher(self, ids: Tensor, target: Tensor) -> dict[str, Tensor]:
+        rows = []
+        for sentence in ids.tolist():
+            part, index = self._locate(sentence)
+            rows.append(self.caches[part][index])
+        # The collater has reordered the batch; a row that strayed from its target is caught here.
+        mask = target.ne(self.pad)
+        tokens = target[mask]
+        hashes = hash_targets(tokens.numpy(), mask.sum(dim=1).numpy())
+        if not np.array_equal(hashes, np.array([row.target_hash for row in rows], np.uint64)):
+            raise CacheError(
+                "teacher rows do not belong to the targets of their batch; the dataset changes "
+                "its targets after loading, which a teacher cache cannot follow"
+            )
+        size = np.concatenate([row.support_size for row in rows]).astype(np.int64)
+        width = int(size.max())
+        slots = np.arange(width) < size[:, None]  # (N, K)
+        log_p = np.full(slots.shape, -np.inf, np.float16)
+        log_p[slots] = np.concatenate([row.logprob for row in rows])
+        token_ids = np.repeat(tokens.numpy()[:, None], width, axis=1)
+        token_ids[slots] = np.concatenate([row.token_id for row in rows])
+        gold = np.concatenate([row.gold_logprob for row in rows]).astype(np.float64)
+        outside = np.concatenate([row.outside_mass for row in rows]).astype(np.float64)
+        return {
+            "ids": torch.from_numpy(token_ids),
+            "size": torch.from_numpy(size),
+            "log_p": torch.from_numpy(log_p),
+            "gold_log_p": torch.from_numpy(gold),
+            "outside_mass": torch.from_numpy(outside),
+        }
+
+
+def only_part(index: int) -> tuple[int, int]:
+    """Part and row of a sentence in a dataset of one part."""
+    return 0, index
+
+
+def teacher_rows(batch: dict[str, Tensor]) -> TeacherRows:
+    """The loss's view of ``batch["teacher"]``, float32, on its device."""
+    slots = torch.arange(batch["ids"].size(1), device=batch["ids"].device)
+    log_p = batch["log_p"].float()
+    log_p[:, 0] = batch["gold_log_p"].float()
+    return TeacherRows(
+        ids=batch["ids"],
+        valid=slots < batch["size"].unsqueeze(1),
+        log_p=log_p,
+        log_outside=batch["outside_mass"].log().float(),
+    )

@@ -1,0 +1,28 @@
+"""Errors that a user can mend, and how commands show them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something in the user's input is wrong.
+
+    The message is one line: what was expected, what was found, where, and what mends it.
+    """
+
+
+class CacheError(UserError):
+    """A teacher cache is missing, incomplete, damaged, or belongs to other data."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with the message alone, and status 1, on a :class:`UserError`.
+
+    For the outermost frame of a command, and for the places where fairseq calls the plugin, which
+    would print a traceback.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,141 @@
+"""Running checkpoints over a dataset, for the commands that build caches and score students."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils, utils
+from fairseq.data import FairseqDataset, data_utils
+from torch import Tensor
+
+from sekd_fairseq.errors import UserError
+
+
+def load_models(paths: Sequence[str], data: str, device: torch.device) -> tuple[list[Any], Any, Any]:
+    """Load checkpoints of one task, in eval mode on ``device``.
+
+    Parameters
+    ----------
+    paths
+        Checkpoint files; several form an ensemble.
+    data
+        The data directory whose dictionaries they must fit (instead of the one they were trained
+        on).
+
+    Returns
+    -------
+    models, config, task
+        The task has no teacher cache and no dataset loaded.
+
+    Raises
+    ------
+    UserError
+        A file that is missing or no fairseq checkpoint, or a model for other dictionaries.
+    """
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
+    # fairseq reports every dictionary and dataset it loads; what matters is printed by the command.
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    try:
+        models, config, task = checkpoint_utils.load_model_ensemble_and_task(
+            list(paths), arg_overrides={"data": data, "teacher_cache": None}
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{data}: expected a fairseq data directory, found none ({error})") from error
+    except RuntimeError as error:
+        # torch reports both a broken archive and shapes that do not fit as RuntimeError.
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{paths[0]}: cannot be loaded for the dictionaries of {data}: {reason[:300]}"
+        ) from error
+    except Exception as error:  # the unpickler's own errors share no base class
+        raise UserError(
+            f"{paths[0]}: not a checkpoint that can be loaded ({str(error).splitlines()[0][:300]})"
+        ) from error
+    for model in models:
+        model.eval().to(device)
+    return models, config, task
+
+
+def load_split(task: Any, split: str, data: str) -> FairseqDataset:
+    """Load one split of the task's data; ``UserError`` if it is not there."""
+    try:
+        task.load_dataset(split)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{data}: expected a binarised split {split!r}, found none; make it with "
+            "fairseq-preprocess or leave it out with --subset"
+        ) from error
+    return task.dataset(split)
+
+
+def token_batches(dataset: FairseqDataset, sentences: Any, max_tokens: int) -> list[list[int]]:
+    """Batches of at most ``max_tokens`` padded tokens a side, of sentences of similar length."""
+    indices = np.asarray(sentences, dtype=np.int64)
+    sizes = dataset.sizes[indices]  # (n, 2): source, target
+    indices = indices[np.lexsort((sizes[:, 0], sizes[:, 1]))]
+    lengths = dataset.sizes[indices].max(axis=1).astype(np.int64)
+    longest = int(lengths.max()) if len(lengths) else 0
+    batches = data_utils.batch_by_size(
+        indices,
+        num_tokens_fn=None,
+        num_tokens_vec=lengths,
+        max_tokens=max(max_tokens, longest),
+        required_batch_size_multiple=1,
+    )
+    return [list(batch) for batch in batches]
+
+
+def check_lengths(dataset: FairseqDataset, models: Sequence[Any], split: str) -> None:
+    """Refuse a sentence that is longer than a model's positions, by its line number."""
+    for model in models:
+        limits = utils.resolve_max_positions(model.max_positions())
+        limits = limits if isinstance(limits, tuple) else (limits, limits)
+        too_long = np.flatnonzero((dataset.sizes > np.array(limits)).any(axis=1))
+        if len(too_long):
+            source, target = dataset.sizes[too_long[0]]
+            raise UserError(
+                f"{split} line {too_long[0] + 1}: {source} source and {target} target tokens, "
+                f"but the model takes {limits[0]} and {limits[1]} ({len(too_long)} such lines); "
+                "remove or split them and binarise again"
+            )
+
+
+@torch.no_grad()
+def token_log_probs(
+    models: Sequence[Any], sample: dict[str, Any], pad: int, temperature: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Full next-token distributions of an ensemble at a batch's target tokens, sentence by chunk.
+
+    Yields
+    ------
+    target : (n,) int64
+        Reference tokens that are not padding, in the batch's order.
+    log_p : (n, V) float32
+        Log of the mean probability over models, each at ``temperature``.
+    """
+    target = sample["target"]
+    rows = target.view(-1).ne(pad).nonzero().squeeze(1)
+    logits = [model(**sample["net_input"])[0] for model in models]
+    logits = [one.reshape(-1, one.size(-1)) for one in logits]
+    step = max(1, 2**26 // logits[0].size(-1))
+    for start in range(0, rows.numel(), step):
+        part = rows[start : start + step]
+        log_p = [torch.log_softmax(one[part].float() / temperature, dim=-1) for one in logits]
+        mixed = log_p[0] if len(log_p) == 1 else torch.stack(log_p).logsumexp(0) - np.log(len(log_p))
+        yield target.view(-1)[part], mixed
+
+
+def default_device(cpu: bool) -> torch.device:
+    """CUDA if there is one and ``cpu`` does not forbid it."""
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+
+
+def to_device(sample: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a batch's tensors to ``device``."""
+    moved: dict[str, Any] = utils.apply_to_sample(lambda tensor: tensor.to(device), sample)
+    return moved

@@ -1,0 +1,294 @@
+"""Compare a student with its teacher at every reference token of a held-out split.
+
+    python -m sekd_fairseq.score DATA --path student.pt --teacher-cache CACHE --run runs/NAME
+
+writes ``runs/NAME/tokens/<subset>/<updates>.parquet``, one row a reference token, and
+``runs/NAME/run.json``, which ``python -m analysis.transfer`` reads.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+import sekd_fairseq
+from sekd_fairseq.data import TeacherDataset, target_hashes, teacher_rows
+from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.inference import (
+    check_lengths,
+    default_device,
+    load_models,
+    load_split,
+    to_device,
+    token_batches,
+)
+from sekd_fairseq.losses import TeacherRows, build_events, support_log_probs
+from sekd_fairseq.losses.divergences import forward_kl
+from sekd_fairseq.losses.events import log_normalize
+from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
+from sekd_fairseq.teacher_cache.format import atomic_write, hash_file
+
+#: Columns of the token records with their stored types; analysis/records.py documents them.
+SCHEMA = pa.schema(
+    [
+        *((name, pa.int32()) for name in ("sentence", "position", "token")),
+        ("piece", pa.dictionary(pa.int32(), pa.string())),
+        ("frequency", pa.int64()),
+        *((name, pa.float32()) for name in ("p_gold", "q_gold", "kl", "kl_target")),
+        *((name, pa.float32()) for name in ("kl_nontarget", "p_entropy", "q_entropy")),
+        *((name, pa.int32()) for name in ("p_top1", "q_top1")),
+        *((f"{name}_piece", pa.dictionary(pa.int32(), pa.string())) for name in ("p_top1", "q_top1")),
+        *((name, pa.float32()) for name in ("p_max", "q_max", "p_of_q_top1")),
+        ("overlap_top5", pa.int8()),
+    ]
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m sekd_fairseq.score",
+        description="Write token records of a student against its teacher's cache into a run "
+        "directory, for python -m analysis.transfer.",
+    )
+    out.add_argument("data", metavar="DATA", help="fairseq data directory")
+    out.add_argument("--path", required=True, metavar="STUDENT", help="student checkpoint")
+    out.add_argument("--teacher-cache", required=True, type=Path, metavar="CACHE")
+    out.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
+    out.add_argument("--subset", default="test", help="split to score (default: %(default)s)")
+    out.add_argument(
+        "--method",
+        help="the run's method in reports, e.g. finetune, word_kd (default: from the checkpoint's "
+        "criterion and options)",
+    )
+    out.add_argument(
+        "--max-tokens", type=int, default=4096, help="padded tokens a batch (default: %(default)s)"
+    )
+    out.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score one checkpoint on one split."""
+    args = parser().parse_args(argv)
+    with one_line_errors():
+        device = default_device(args.cpu)
+        models, config, task = load_models([args.path], args.data, device)
+        cache = TeacherCache.open(args.teacher_cache / args.subset)
+        symbols = task.target_dictionary.symbols
+        cache.check_dictionary(symbols)
+        dataset = TeacherDataset(
+            load_split(task, args.subset, args.data), [cache], f"{args.subset} ({args.data})"
+        )
+        check_lengths(dataset, models, args.subset)
+        checkpoint = torch.load(args.path, map_location="cpu")
+        step = int(checkpoint["optimizer_history"][-1]["num_updates"])
+        columns = score_split(models[0], dataset, device, args.max_tokens, args.subset)
+        columns["frequency"] = train_frequencies(task, args.data)[columns["token"]]
+        metadata = {
+            "sekd.format_version": "1",
+            "sekd.subset": args.subset,
+            "sekd.step": str(step),
+            "sekd.cache_fingerprint": cache.manifest.fingerprint,
+            "sekd.checkpoint": hash_file(Path(args.path)),
+        }
+        path = args.run / "tokens" / args.subset / f"{step}.parquet"
+        write_records(path, columns, symbols, metadata)
+        record = run_record(config, models[0], args, step, cache, hash_symbols(symbols))
+        with atomic_write(args.run / "run.json") as stream:
+            stream.write((json.dumps(record, indent=1) + "\n").encode())
+        tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
+        print(f"{path}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
+
+
+def score_split(
+    model: Any, dataset: TeacherDataset, device: torch.device, max_tokens: int, name: str
+) -> dict[str, NDArray[Any]]:
+    """Token records of a split as columns, sorted by sentence and position (no pieces yet)."""
+    parts: list[dict[str, NDArray[Any]]] = []
+    lengths = dataset.sizes[:, 1]
+    with tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"score {name}") as bar:
+        for batch in token_batches(dataset, np.arange(len(dataset)), max_tokens):
+            sample = dataset.collater([dataset[i] for i in batch])
+            part = token_columns(model, to_device(sample, device), dataset.pad)
+            ids = sample["id"].numpy()
+            rows = [dataset.caches[0][int(i)] for i in ids]
+            sizes = [len(row.entropy) for row in rows]
+            part["sentence"] = np.repeat(ids, sizes)
+            part["position"] = np.concatenate([np.arange(size) for size in sizes])
+            part["p_entropy"] = np.concatenate([row.entropy for row in rows])
+            parts.append(part)
+            bar.update(int(lengths[batch].sum()))
+    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    order = np.lexsort((columns["position"], columns["sentence"]))
+    return {key: values[order] for key, values in columns.items()}
+
+
+@torch.no_grad()
+def token_columns(model: Any, sample: dict[str, Any], pad: int) -> dict[str, NDArray[Any]]:
+    """Teacher and student at the target tokens of a batch, in the batch's order.
+
+    ``p_of_q_top1`` of a token outside the teacher's support is the outside mass spread evenly.
+    """
+    logits = model(**sample["net_input"])[0].float()
+    logits = logits.reshape(-1, logits.size(-1))
+    target = sample["target"].view(-1)
+    rows = target.ne(pad).nonzero().squeeze(1)
+    teacher = teacher_rows(sample["teacher"])
+    events = build_events(
+        teacher, support_log_probs(logits, rows, teacher.ids, teacher.valid), "bucket"
+    )
+    kl = forward_kl(events.log_p, events.log_q)
+    kl_target, kl_nontarget = decoupled_kl(events.log_p, events.log_q)
+    log_q = torch.log_softmax(logits[rows], dim=-1)
+    q_max, q_top = log_q.max(dim=-1)
+    best_p, best_slot = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).max(dim=1)
+    return {
+        name: values.cpu().numpy()
+        for name, values in {
+            "token": target[rows],
+            "p_gold": events.log_p[:, 0].exp(),
+            "q_gold": events.log_q[:, 0].exp(),
+            "kl": kl,
+            "kl_target": kl_target,
+            "kl_nontarget": kl_nontarget,
+            "q_entropy": -(log_q.exp() * log_q.clamp_min(torch.finfo(log_q.dtype).min)).sum(-1),
+            "p_top1": teacher.ids.gather(1, best_slot.unsqueeze(1)).squeeze(1),
+            "q_top1": q_top,
+            "p_max": best_p.exp(),
+            "q_max": q_max.exp(),
+            "p_of_q_top1": probability_of(teacher, q_top, log_q.size(-1)),
+            "overlap_top5": top_overlap(teacher, log_q, 5),
+        }.items()
+    }
+
+
+def decoupled_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of KL(p || q) of decoupled KD (Zhao et al., 2022); event 0 is the reference.
+
+    The KL of the two-event distributions (reference, everything else), and ``1 - p_y`` times the KL
+    of the distributions over everything else. They sum to KL(p || q). Shapes (N, E) to (N,).
+    """
+    rest_p, rest_q = (torch.logsumexp(side[:, 1:], dim=1) for side in (log_p, log_q))
+    binary_p = torch.stack([log_p[:, 0], rest_p], dim=1)
+    binary_q = torch.stack([log_q[:, 0], rest_q], dim=1)
+    others = forward_kl(log_normalize(log_p[:, 1:]), log_normalize(log_q[:, 1:]))
+    return forward_kl(binary_p, binary_q), rest_p.exp() * others
+
+
+def probability_of(teacher: TeacherRows, token: Tensor, vocab_size: int) -> Tensor:
+    """The teacher's probability of one token a row, (N,); outside the support the mean there."""
+    found = (teacher.ids == token.unsqueeze(1)) & teacher.valid
+    inside = (teacher.log_p.exp() * found).sum(dim=1)
+    outside = teacher.log_outside.exp() / (vocab_size - teacher.valid.sum(dim=1)).clamp_min(1)
+    return torch.where(found.any(dim=1), inside, outside)
+
+
+def top_overlap(teacher: TeacherRows, log_q: Tensor, n: int) -> Tensor:
+    """How many of the teacher's ``n`` best tokens are among the student's, (N,)."""
+    log_p = teacher.log_p.masked_fill(~teacher.valid, -torch.inf)
+    slots = log_p.topk(min(n, log_p.size(1)), dim=1)
+    best_p = teacher.ids.gather(1, slots.indices).masked_fill(slots.values.isinf(), -1)
+    best_q = log_q.topk(min(n, log_q.size(1)), dim=1).indices
+    return (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(dim=2).sum(dim=1)
+
+
+def train_frequencies(task: Any, data: str) -> NDArray[np.int64]:
+    """How often each token occurs in the training targets, (V,); the dictionary's own counts if
+    the data has no training split."""
+    dictionary = task.target_dictionary
+    try:
+        targets = load_split(task, "train", data).tgt
+    except UserError:
+        return np.asarray(dictionary.count, dtype=np.int64)
+    counts = np.zeros(len(dictionary), dtype=np.int64)
+    for index in range(len(targets)):
+        np.add.at(counts, targets[index].numpy(), 1)
+    return counts
+
+
+def write_records(
+    path: Path, columns: dict[str, NDArray[Any]], symbols: list[str], metadata: dict[str, str]
+) -> None:
+    """Write token records to Parquet, complete or not at all."""
+    names = pa.array(symbols, pa.string())
+    arrays = []
+    for item in SCHEMA:
+        if pa.types.is_dictionary(item.type):
+            ids = columns[item.name.removesuffix("_piece") if item.name != "piece" else "token"]
+            # Only the pieces that occur, so that the file does not carry the whole vocabulary.
+            used, index = np.unique(ids, return_inverse=True)
+            arrays.append(
+                pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), names.take(pa.array(used)))
+            )
+        else:
+            arrays.append(pa.array(columns[item.name]).cast(item.type))
+    table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as stream:
+        pq.write_table(table, stream, compression="zstd")
+
+
+def run_record(
+    config: Any, model: Any, args: argparse.Namespace, step: int, cache: TeacherCache, vocab: str
+) -> dict[str, Any]:
+    """The content of ``run.json``."""
+    criterion = OmegaConf.to_container(config.criterion, resolve=False)
+    task = config.task
+    optimisation = OmegaConf.to_container(config.optimization, resolve=False)
+    return {
+        "format_version": 1,
+        "name": args.run.name,
+        "method": args.method or method_name(config.criterion),
+        "seed": int(config.common.seed),
+        "direction": f"{task.source_lang}-{task.target_lang}",
+        "updates": step,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "hyperparameters": {
+            "criterion": criterion,
+            "arch": config.model._name,
+            "lr": optimisation["lr"],
+            "max_update": optimisation["max_update"],
+            "update_freq": optimisation["update_freq"],
+            "max_tokens": config.dataset.max_tokens,
+        },
+        "data": {"dictionary": vocab, "fingerprint": cache.manifest.dataset_hash[:16]},
+        "teacher_cache": {
+            "fingerprint": cache.manifest.fingerprint,
+            "teacher": ":".join(cache.manifest.teacher["files"]),
+            "truncation": cache.manifest.truncation,
+            "temperature": cache.manifest.temperature,
+        },
+        "versions": {
+            "sekd_fairseq": sekd_fairseq.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def method_name(criterion: Any) -> str:
+    """The method that a criterion's options amount to."""
+    if criterion._name == "self_evolution_kd":
+        if criterion.lambda_max == 0:
+            return "word_kd" if criterion.divergence == "forward_kl" else str(criterion.divergence)
+        return f"se_kd_{criterion.integration}"
+    if criterion._name in ("cross_entropy", "label_smoothed_cross_entropy"):
+        return "finetune"
+    return str(criterion._name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The teacher cache on disk: columns, manifest, hashes.
+
+A cache is a directory with one folder a split, and in it ``manifest.json`` and Arrow IPC files
+``shard-00000.arrow``, ... of ``shard_sentences`` rows each (the last may be shorter).  A row is a
+sentence, in the order of the split::
+
+    target_hash    uint64            of the target's token ids (:func:`hash_targets`)
+    crc            uint32            CRC-32 of the row's payload, the columns below in order
+    support_size   list<uint16>      a target token: how many entries its support has
+    gold_logprob   list<float32>     a target token: teacher's log-probability of the reference
+    outside_mass   list<float32>     a target token: teacher's mass outside the support
+    entropy        list<float32>     a target token: entropy of the full distribution, nats
+    token_id       list<uint16|32>   an entry: token id; the reference first, then by probability
+    logprob        list<float16>     an entry: log-probability
+
+The manifest is written last, so a directory with a manifest is complete, and one without is not.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sekd_fairseq.errors import CacheError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+#: Columns with one value a target token, with their stored types.
+TOKEN_COLUMNS = {
+    "support_size": np.dtype(np.uint16),
+    "gold_logprob": np.dtype(np.float32),
+    "outside_mass": np.dtype(np.float32),
+    "entropy": np.dtype(np.float32),
+}
+#: Columns with one value an entry of the support; ``token_id`` is as narrow as the vocabulary lets.
+ENTRY_COLUMNS = {"token_id": None, "logprob": np.dtype(np.float16)}
+#: Order in which a row's columns enter its checksum.
+PAYLOAD = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
+
+
+def shard_name(index: int) -> str:
+    """File name of shard ``index``."""
+    return f"shard-{index:05d}.arrow"
+
+
+def id_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest unsigned type that holds every token id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def hash_targets(tokens: NDArray[np.integer], lengths: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint64]:
+    """64-bit hash of each sentence's token ids, order included.
+
+    Parameters
+    ----------
+    tokens : (sum of lengths,) int
+        Token ids of all sentences, one after the other, end of sentence included, no padding.
+    lengths : (n,) int
+
+    Returns
+    -------
+    (n,) uint64
+
+    Notes
+    -----
+    A sum over positions of a mix (SplitMix64's finaliser; Steele et al., 2014) of token and
+    position, mixed again with the length: vectorised, for finding accidents, not for security.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    ends = np.cumsum(sizes)
+    position = np.arange(len(tokens), dtype=np.int64) - np.repeat(ends - sizes, sizes)
+    with np.errstate(over="ignore"):
+        mixed = _mix(
+            (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            ^ (position.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
+        )
+        running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
+        return _mix(running[ends] - running[ends - sizes] + sizes.astype(np.uint64))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_symbols(symbols: Sequence[str]) -> str:
+    """Hash of a dictionary: its symbols in the order of their ids."""
+    return hashlib.sha256("\n".join(symbols).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file so that ``path`` never holds a part of it.
+
+    The bytes go to a temporary name in the same directory, are flushed to disk and renamed; on any
+    error the temporary file is removed and ``path`` is as before.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard file as the manifest lists it."""
+
+    file: str
+    sentences: int
+    tokens: int
+    entries: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is of, and what its files must be.
+
+    ``teacher``, ``truncation`` and ``quality`` are for people and tools: who the teacher was, how
+    its distributions were cut, how well it predicts the references.
+    """
+
+    split: str
+    vocab_size: int
+    dictionary_hash: str
+    dataset_hash: str
+    sentences: int
+    tokens: int
+    shard_sentences: int
+    temperature: float
+    truncation: dict[str, Any]
+    teacher: dict[str, Any]
+    quality: dict[str, float]
+    dtypes: dict[str, str]
+    shards: tuple[Shard, ...]
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The manifest as JSON, with a checksum of its own."""
+        content = asdict(self)
+        content["checksum"] = _content_hash(content)
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the cache's content in run records (16 hexadecimal digits)."""
+        return _content_hash([shard.sha256 for shard in self.shards])[:16]
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read and check ``directory/manifest.json``.
+
+        Raises
+        ------
+        CacheError
+            No manifest (nothing there, or a build that has not finished), a format version from
+            the future, or a manifest that was cut or edited.
+        """
+        path = directory / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            begun = directory.is_dir() and any(directory.iterdir())
+            raise CacheError(
+                f"{directory}: expected a finished teacher cache ({MANIFEST}), found "
+                + ("an unfinished build; run its build_cache command again, it goes on where it stopped"
+                   if begun else "none; build it with: python -m sekd_fairseq.build_cache DATA "
+                   "--path TEACHER --output CACHE")
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise CacheError(f"{path}: cannot be read ({error}); build the cache again") from error
+        try:
+            content = json.loads(text)
+            version = content.get("format_version")
+            if isinstance(version, int) and version > FORMAT_VERSION:
+                raise CacheError(
+                    f"{path}: expected format version {FORMAT_VERSION} or older, found {version}; "
+                    "update sekd_fairseq or build the cache again with this version"
+                )
+            checksum = content.pop("checksum")
+            if checksum != _content_hash(content):
+                raise CacheError(
+                    f"{path}: content does not match its checksum, so it was edited or damaged; "
+                    "restore the file or build the cache again"
+                )
+            content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
+            known = {item.name for item in fields(cls)}
+            return cls(**{key: value for key, value in content.items() if key in known})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CacheError(
+                f"{path}: not a manifest of a teacher cache ({error}); restore the file or build "
+                "the cache again"
+            ) from error
+
+
+def _content_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

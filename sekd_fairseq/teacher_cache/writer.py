@@ -1,0 +1,107 @@
+"""Writing a teacher cache: shards that can be built in any order, by any process."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from sekd_fairseq.errors import CacheError
+from sekd_fairseq.teacher_cache.format import (
+    ENTRY_COLUMNS,
+    PAYLOAD,
+    TOKEN_COLUMNS,
+    atomic_write,
+    id_dtype,
+    shard_name,
+)
+
+
+@dataclass(frozen=True)
+class SentenceRows:
+    """The teacher at one sentence's ``T`` target tokens, ``E`` support entries in all.
+
+    Attributes
+    ----------
+    columns
+        Arrays named as in :mod:`sekd_fairseq.teacher_cache.format`: ``(T,)`` for token columns,
+        ``(E,)`` for entry columns, any float or integer type (stored types are narrower).
+    """
+
+    columns: dict[str, NDArray[Any]]
+
+
+def write_shard(
+    directory: Path,
+    index: int,
+    sentences: list[SentenceRows],
+    target_hash: NDArray[np.uint64],
+    vocab_size: int,
+) -> Path:
+    """Write shard ``index`` (complete or not at all) and return its path.
+
+    The same rows give the same bytes, whoever writes them.
+
+    Raises
+    ------
+    CacheError
+        A value that is not a number or not finite (the reference's probability among them), or a
+        sentence whose columns do not fit together; names the sentence within the shard.
+    """
+    stored: dict[str, list[NDArray[Any]]] = {name: [] for name in PAYLOAD}
+    crc = np.zeros(len(sentences), dtype=np.uint32)
+    for row, sentence in enumerate(sentences):
+        narrow = {name: _narrow(name, sentence.columns[name], vocab_size) for name in PAYLOAD}
+        _check_row(narrow, row)
+        crc[row] = payload_crc(narrow)
+        for name, values in narrow.items():
+            stored[name].append(values)
+    arrays: list[pa.Array] = [pa.array(target_hash, pa.uint64()), pa.array(crc, pa.uint32())]
+    for name in PAYLOAD:
+        sizes = np.array([len(values) for values in stored[name]], dtype=np.int64)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        if offsets[-1] > np.iinfo(np.int32).max:
+            raise CacheError(
+                f"shard {index} would hold {offsets[-1]} support entries, more than 2^31 - 1; "
+                "build the cache with a smaller --shard-sentences"
+            )
+        values = np.concatenate(stored[name])
+        arrays.append(
+            pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+        )
+    batch = pa.record_batch(arrays, names=["target_hash", "crc", *PAYLOAD])
+    path = directory / shard_name(index)
+    with atomic_write(path) as stream, pa.ipc.new_file(stream, batch.schema) as writer:
+        writer.write_batch(batch)
+    return path
+
+
+def payload_crc(columns: dict[str, NDArray[Any]]) -> int:
+    """CRC-32 of a row's stored columns, in the order of the format."""
+    crc = 0
+    for name in PAYLOAD:
+        crc = zlib.crc32(columns[name], crc)
+    return crc
+
+
+def _narrow(name: str, values: NDArray[Any], vocab_size: int) -> NDArray[Any]:
+    dtype = TOKEN_COLUMNS.get(name) or ENTRY_COLUMNS[name] or id_dtype(vocab_size)
+    return np.ascontiguousarray(values, dtype=dtype)
+
+
+def _check_row(columns: dict[str, NDArray[Any]], row: int) -> None:
+    tokens = {len(columns[name]) for name in TOKEN_COLUMNS}
+    entries = {len(columns[name]) for name in ENTRY_COLUMNS}
+    assert len(tokens) == 1 and len(entries) == 1, "columns of one sentence differ in length"
+    assert entries == {int(columns["support_size"].sum(dtype=np.int64))}
+    for name in ("gold_logprob", "outside_mass", "entropy", "logprob"):
+        bad = ~np.isfinite(columns[name])
+        if bad.any():
+            raise CacheError(
+                f"the teacher gave {name} = {columns[name][bad][0]} at sentence {row} of a shard; "
+                "expected finite numbers: check the teacher (half-precision overflow, a token that "
+                "it forbids in the references)"
+            )

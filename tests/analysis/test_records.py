@@ -1,0 +1,173 @@
+"""Runs and records: found, checked, refused in one line that names the place."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import WriteRun, make_corpus, record_columns, student, write_records
+
+from analysis.errors import AnalysisError, RecordError
+from analysis.records import iterate_columns, read_columns, read_pieces, read_token_set
+from analysis.runs import discover
+from analysis.study import load_study
+
+
+def columns() -> dict[str, np.ndarray]:
+    corpus = make_corpus(20, 0)
+    return record_columns(corpus, student(corpus, 1.0, 0.1, 3))
+
+
+def test_columns_come_back_as_written_over_block_borders(tmp_path: Path) -> None:
+    path = tmp_path / "tokens/test/5.parquet"
+    written = columns()
+    write_records(path, written)
+    parts = list(iterate_columns(path, ["kl", "q_top1"], rows=50))
+    assert len(parts) > 2
+    read = np.concatenate([part["kl"] for part in parts])
+    np.testing.assert_array_equal(read, written["kl"].astype(np.float32))
+    np.testing.assert_array_equal(read_columns(path, ["q_top1"])["q_top1"], written["q_top1"])
+    pieces, index = read_pieces(path, "p_top1_piece")
+    assert index.shape == written["p_top1"].shape
+    assert pieces[index[0]] == pieces[int(written["p_top1"][0])]
+
+
+def test_token_set_names_sentences_with_gaps(tmp_path: Path) -> None:
+    written = columns()
+    kept = written["sentence"] != 3
+    path = tmp_path / "tokens/test/5.parquet"
+    write_records(path, {name: values[kept] for name, values in written.items()})
+    tokens = read_token_set(path)
+    assert tokens.sentences.tolist() == [0, 1, 2, *range(4, 20)]
+    np.testing.assert_array_equal(tokens.sentences[tokens.sentence], written["sentence"][kept])
+    assert tokens.teacher == "cache-1"
+
+
+def test_identity_of_the_parts_is_checked_and_the_sentence_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokens/test/5.parquet"
+    written = columns()
+    row = int(np.argmax((written["sentence"] == 7) & (written["position"] == 2)))
+    written["kl_nontarget"][row] += 0.01
+    write_records(path, written)
+    names = ["kl", "kl_target", "kl_nontarget"]
+    with pytest.raises(RecordError, match=r"sentence 7, position 2: expected kl = kl_target"):
+        read_columns(path, names)
+    written["kl_nontarget"][row] -= 0.01 - 1e-6  # float32 rounding passes
+    write_records(path, written)
+    assert len(read_columns(path, names)["kl"]) == len(written["kl"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("q_gold", np.nan, "a finite q_gold"),
+        ("p_max", 1.2, r"p_max in \[0, 1\]"),
+        ("p_gold", -0.1, r"p_gold in \[0, 1\]"),
+        ("kl", -0.2, "kl >= 0"),
+    ],
+)
+def test_impossible_values_are_refused(
+    tmp_path: Path, name: str, value: float, message: str
+) -> None:
+    path = tmp_path / "tokens/test/5.parquet"
+    written = columns()
+    written[name][30] = value
+    write_records(path, written)
+    with pytest.raises(RecordError, match=f"sentence {written['sentence'][30]}, .*{message}"):
+        read_columns(path, [name])
+
+
+def test_unsorted_rows_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokens/test/5.parquet"
+    written = columns()
+    order = np.arange(len(written["kl"]))
+    order[[4, 5]] = [5, 4]
+    write_records(path, {name: values[order] for name, values in written.items()})
+    with pytest.raises(RecordError, match="sorted by sentence and position"):
+        read_token_set(path)
+
+
+def test_footer_must_fit_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "tokens/test/5.parquet"
+    write_records(path, columns())
+    moved = path.with_name("6.parquet")
+    path.rename(moved)
+    with pytest.raises(RecordError, match=r"expected sekd.step '6' in the footer, found '5'"):
+        read_columns(moved, ["kl"])
+
+
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokens/test/5.parquet"
+    write_records(path, columns())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RecordError, match="expected a complete Parquet file"):
+        read_token_set(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "expected format_version 1, found 2"),
+        ({"seed": "1"}, "expected 'seed' of type int, found '1'"),
+        ({"method": None}, "expected 'method' of type str, found None"),
+        ({"direction": "ende"}, "expected a direction like 'en-de'"),
+    ],
+)
+def test_bad_run_json_is_named_and_left_out(
+    demo: Path, change: dict[str, object], message: str
+) -> None:
+    path = demo / "word_kd/run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    _, left_out = discover(demo)
+    assert [item.label for item in left_out] == ["word_kd"]
+    assert message in left_out[0].reason and str(path) in left_out[0].reason
+
+
+def test_unfinished_and_broken_runs_are_left_out_and_the_rest_stays(
+    demo: Path, write_run: WriteRun
+) -> None:
+    (demo / "training").mkdir()
+    (demo / "training/train.jsonl").write_text("{}\n")
+    write_run(demo, "unscored", "word_kd", wrong=None, seed=2)
+    (demo / "unscored/tokens/test/100.parquet").unlink()
+    write_run(demo, "other_test_set", "word_kd", seed=3, corpus_seed=5)
+    write_run(demo, "other_teacher", "word_kd", seed=4, cache="cache-2")
+    (write_run(demo, "short", "word_kd", seed=5) / "hyps/test.txt").write_text("one\n")
+    study = load_study(demo, "test")
+    reasons = {item.label: item.reason for item in study.left_out}
+    assert "no run.json" in reasons.pop("training")
+    assert "no token records or translations" in reasons.pop("unscored")
+    assert "another test set" in reasons.pop("other_test_set")
+    assert "another teacher cache" in reasons.pop("other_teacher")
+    assert "expected 1 lines" in reasons.pop("short")
+    assert not reasons
+    assert [run.label for run in study.runs] == ["finetune", "se_kd", "teacher", "word_kd"]
+
+
+def test_nested_roots_and_variants(tmp_path: Path, write_run: WriteRun) -> None:
+    for gamma in (0.5, 1.0):
+        write_run(
+            tmp_path / "sweep",
+            f"g{gamma}",
+            "se_kd_student",
+            hyperparameters={"gamma": gamma, "lr": 1},
+        )
+    write_run(tmp_path, "finetune", "finetune", hyperparameters={"lr": 1})
+    write_run(tmp_path, "copy", "finetune", hyperparameters={"lr": 1})
+    study = load_study(tmp_path, "test")
+    assert {run.label: run.method for run in study.runs} == {
+        "copy": "finetune",
+        "finetune": "finetune [finetune]",
+        "sweep/g0.5": "se_kd_student (gamma=0.5)",
+        "sweep/g1.0": "se_kd_student (gamma=1.0)",
+    }
+
+
+def test_empty_root_and_root_without_records(tmp_path: Path, write_run: WriteRun) -> None:
+    with pytest.raises(AnalysisError, match="expected run directories"):
+        load_study(tmp_path, "test")
+    write_run(tmp_path, "teacher", "teacher")
+    with pytest.raises(AnalysisError, match="expected at least one run with token records"):
+        load_study(tmp_path, "test")
+    with pytest.raises(AnalysisError, match="expected a directory of runs"):
+        load_study(tmp_path / "nowhere", "test")

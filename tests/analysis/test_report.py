@@ -1,0 +1,200 @@
+"""The commands: what they write, what they refuse, and that nothing half-written stays."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import WriteRun, write_study
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
+
+from analysis import figures, report, transfer
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", f"analysis.{module}", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without figures, which take most of the time."""
+    monkeypatch.setattr(report, "draw_all", lambda _: [])
+
+
+def test_report_of_the_demo_and_its_figures_again(demo: Path) -> None:
+    done = command("transfer", demo)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(f"report: {demo / 'report/report.md'}")
+    written = files(demo / "report")
+    names = ("difficulty", "transfer", "quality", "training")
+    assert {
+        f"figures/{name}.{kind}" for name in names for kind in ("csv", "pdf", "png", "svg")
+    } <= set(written)
+    for name in names:
+        pdf = written[f"figures/{name}.pdf"]
+        assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, embedded
+        assert b"<dc:date>" not in written[f"figures/{name}.svg"]
+    report = written["report.md"].decode()
+    assert "inconclusive (1 seed, 3 needed)" in report
+    assert "nrefs:1|" in report and "SE-KD (student)" in report
+    assert str(demo) not in report
+    os.remove(demo / "report/figures/quality.svg")
+    again = command("figures", demo)
+    assert again.returncode == 0, again.stderr
+    assert files(demo / "report") == written
+
+
+def test_same_runs_and_seed_give_the_same_report_to_the_byte(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        transfer.main([str(demo), "--output", str(tmp_path / name), "--resamples", "200"])
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    monkeypatch.setattr(report, "draw_all", lambda _: [])
+    transfer.main(
+        [str(demo), "--output", str(tmp_path / "three"), "--resamples", "200", "--seed", "1"]
+    )
+    one, three = files(tmp_path / "one"), files(tmp_path / "three")
+    assert one["tables/transfer.csv"] != three["tables/transfer.csv"]
+
+
+def test_results_equal_sacrebleu(demo: Path, no_figures: None) -> None:
+    transfer.main([str(demo), "--resamples", "100"])
+    table = pd.read_csv(demo / "report/tables/results.csv").set_index("run")
+    lines = {
+        name: (demo / name / "hyps/test.txt").read_text().splitlines()
+        for name in ("teacher", "finetune", "word_kd", "se_kd")
+    }
+    references = [(demo / "word_kd/hyps/test.ref.txt").read_text().splitlines()]
+    for name, hypotheses in lines.items():
+        score = BLEU().corpus_score(hypotheses, references, n_bootstrap=1000)
+        assert table.loc[name, "BLEU"] == pytest.approx(score.score)
+        assert table.loc[name, "BLEU_low"] == pytest.approx(score._mean - score._ci)
+        assert table.loc[name, "chrF"] == pytest.approx(
+            CHRF().corpus_score(hypotheses, references).score
+        )
+    for kind, column in (("bs", "bootstrap"), ("ar", "randomisation")):
+        systems = [("base", lines["word_kd"]), ("se", lines["se_kd"])]
+        test = PairedTest(systems, {"BLEU": BLEU(), "chrF": CHRF()}, references, kind, 1000)
+        _, scores = test()
+        for metric, key in (("BLEU", "BLEU"), ("chrF", "chrF2")):
+            assert table.loc["se_kd", f"{metric}_p_{column}_over_word_kd"] == pytest.approx(
+                scores[key][1].p_value
+            )
+    gain = table.loc["se_kd", "BLEU"] - table.loc["word_kd", "BLEU"]
+    assert table.loc["se_kd", "BLEU_gain_over_word_kd"] == pytest.approx(gain)
+    assert pd.isna(table.loc["word_kd", "BLEU_gain_over_word_kd"])
+    assert pd.isna(table.loc["teacher", "BLEU_gain_over_finetune"])
+
+
+def test_runs_without_translations(demo: Path, no_figures: None) -> None:
+    for path in demo.glob("*/hyps/*"):
+        path.unlink()
+    shutil.rmtree(demo / "teacher")
+    transfer.main([str(demo), "--resamples", "100"])
+    assert "No run has translations." in (demo / "report/report.md").read_text()
+    assert figures.draw_all(demo / "report/figures") == ["difficulty", "transfer", "training"]
+
+
+def test_several_directions_and_seeds(tmp_path: Path, no_figures: None) -> None:
+    root = write_study(tmp_path / "runs", seeds=2, sentences=40, directions=("cs-en", "en-zh"))
+    transfer.main([str(root), "--resamples", "100"])
+    methods = pd.read_csv(root / "report/tables/methods.csv")
+    assert set(methods["direction"]) == {"cs-en", "en-zh"}
+    assert (methods["seeds"] == 2).all()
+    results = pd.read_csv(root / "report/tables/results.csv")
+    chinese = results["direction"] == "en-zh"
+    assert results.loc[chinese, "BLEU_signature"].str.contains("tok:zh").all()
+    assert results.loc[~chinese, "BLEU_signature"].str.contains("tok:13a").all()
+
+
+def test_damaged_run_is_named_and_the_rest_reported(
+    demo: Path, capsys: pytest.CaptureFixture[str], write_run: WriteRun, no_figures: None
+) -> None:
+    bad = write_run(demo, "bad", "word_kd", seed=2) / "tokens/test/100.parquet"
+    bad.write_bytes(bad.read_bytes()[:500])
+    transfer.main([str(demo), "--resamples", "100"])
+    assert f"left out: bad: {bad}: expected a complete Parquet file" in capsys.readouterr().out
+    assert "bad" not in set(pd.read_csv(demo / "report/tables/results.csv")["run"])
+
+
+def test_errors_are_one_line_and_leave_nothing_behind(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([tmp_path / "empty"], "expected run directories (a run.json in each), found none"),
+        ([tmp_path / "none"], "expected a directory of runs, found none"),
+        ([demo, "--subset", "valid"], "expected at least one run with token records of 'valid'"),
+    ):
+        done = command("transfer", *arguments)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1 and message in done.stderr
+        assert done.stdout == ""
+    done = command("figures", demo)
+    assert done.returncode == 1
+    assert "run python -m analysis.transfer" in done.stderr and done.stderr.count("\n") == 1
+    assert not (demo / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gamma", "1.5"], r"--gamma: expected a number in \[0, 1\] as a quantile, found 1.5"),
+        (["--gamma", "-1", "--gamma-type", "absolute"], "--gamma: expected a number at least 0"),
+        (["--resamples", "3"], "--resamples: expected at least 100, found 3"),
+        (["--margin", "1"], "--margin: expected a share"),
+        (["--reference", "nothing"], "expected a run of 'nothing' with token records"),
+    ],
+)
+def test_bad_options(demo: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        transfer.main([str(demo), *arguments])
+    assert not (demo / "report").exists()
+
+
+def test_interrupted_writing_keeps_the_old_report(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "draw_all", lambda _: [])
+    transfer.main([str(demo), "--resamples", "100"])
+    before = files(demo / "report")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "draw_all", fail)
+    with pytest.raises(KeyboardInterrupt):  # after the tables have been written
+        transfer.main([str(demo), "--resamples", "100"])
+    assert files(demo / "report") == before
+    assert [path.name for path in demo.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_folder_that_is_no_report_is_never_replaced(demo: Path) -> None:
+    with pytest.raises(SystemExit, match="expected a report or nothing there"):
+        transfer.main([str(demo), "--output", str(demo / "word_kd"), "--resamples", "100"])
+    assert (demo / "word_kd/run.json").exists()
+
+
+def test_package_imports_no_torch() -> None:
+    code = "import analysis.transfer, sys; print({'torch', 'fairseq', 'sekd_fairseq'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
