@@ -117,7 +117,7 @@ def _load_direction(
             _leave_out(direction, run, f"no token records or translations of {subset}", left_out)
     by_label = {run.label: run for run in runs}
     common = _most_common({label: item.digest for label, item in sets.items()}, by_label)
-    for label, item in sets.items():
+    for item in sets.values():
         if item.digest == common:
             direction.tokens = direction.tokens or item
     for label, item in sets.items():

@@ -252,7 +252,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     whole_text = (args.src, args.tgt)
     three = (args.train, args.valid, args.test)
-    if not (all(whole_text) and not any(three) or all(three) and not any(whole_text)):
+    if not ((all(whole_text) and not any(three)) or (all(three) and not any(whole_text))):
         parser.error("expected --src and --tgt, or --train, --valid and --test")
     if args.source_lang == args.target_lang:
         parser.error(f"expected two languages, found '{args.source_lang}' for both")

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -312,4 +311,4 @@ def _measure(path: Path) -> tuple[Shard, NDArray[np.float64]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

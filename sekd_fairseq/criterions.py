@@ -243,9 +243,7 @@ class SelfEvolutionKDCriterion(FairseqCriterion):  # type: ignore[misc]
             return sum(log[key] for log in logging_outputs)
 
         sample_size, tokens, hard = total("sample_size"), total("ntokens"), total("hard")
-        metrics.log_scalar(
-            "loss", total("loss") / sample_size / math.log(2), sample_size, round=3
-        )
+        metrics.log_scalar("loss", total("loss") / sample_size / math.log(2), sample_size, round=3)
         metrics.log_scalar("nll_loss", total("nll_loss") / tokens / math.log(2), tokens, round=3)
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
         metrics.log_scalar("difficulty", total("difficulty") / tokens, tokens, round=4)

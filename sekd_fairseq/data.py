@@ -55,7 +55,9 @@ class TeacherDataset(BaseWrapperDataset):
         The caches were not built from these target sentences.
     """
 
-    def __init__(self, dataset: LanguagePairDataset, caches: list[TeacherCache], where: str) -> None:
+    def __init__(
+        self, dataset: LanguagePairDataset, caches: list[TeacherCache], where: str
+    ) -> None:
         super().__init__(dataset)
         self.caches = caches
         self.pad = dataset.tgt_dict.pad()

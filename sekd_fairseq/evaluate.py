@@ -10,7 +10,6 @@ writes ``hyps/<subset>.txt`` (with ``.ref.txt`` and ``.src.txt`` beside it) and 
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,4 +112,4 @@ def score(hypotheses: list[str], references: list[str], target_lang: str) -> dic
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,9 @@ from torch import Tensor
 from sekd_fairseq.errors import UserError
 
 
-def load_models(paths: Sequence[str], data: str, device: torch.device) -> tuple[list[Any], Any, Any]:
+def load_models(
+    paths: Sequence[str], data: str, device: torch.device
+) -> tuple[list[Any], Any, Any]:
     """Load checkpoints of one task, in eval mode on ``device``.
 
     Parameters
@@ -45,7 +47,9 @@ def load_models(paths: Sequence[str], data: str, device: torch.device) -> tuple[
             list(paths), arg_overrides={"data": data, "teacher_cache": None}
         )
     except FileNotFoundError as error:
-        raise UserError(f"{data}: expected a fairseq data directory, found none ({error})") from error
+        raise UserError(
+            f"{data}: expected a fairseq data directory, found none ({error})"
+        ) from error
     except RuntimeError as error:
         # torch reports both a broken archive and shapes that do not fit as RuntimeError.
         reason = " ".join(str(error).split())
@@ -126,7 +130,9 @@ def token_log_probs(
     for start in range(0, rows.numel(), step):
         part = rows[start : start + step]
         log_p = [torch.log_softmax(one[part].float() / temperature, dim=-1) for one in logits]
-        mixed = log_p[0] if len(log_p) == 1 else torch.stack(log_p).logsumexp(0) - np.log(len(log_p))
+        mixed = (
+            log_p[0] if len(log_p) == 1 else torch.stack(log_p).logsumexp(0) - np.log(len(log_p))
+        )
         yield target.view(-1)[part], mixed
 
 

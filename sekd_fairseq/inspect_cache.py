@@ -6,7 +6,6 @@ CACHE is what build_cache wrote (all splits), or the folder of one split.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,4 +84,4 @@ def describe(directory: Path, manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,6 @@ writes ``runs/NAME/tokens/<subset>/<updates>.parquet``, one row a reference toke
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sekd_fairseq
-from sekd_fairseq.data import TeacherDataset, target_hashes, teacher_rows
+from sekd_fairseq.data import TeacherDataset, teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import (
     check_lengths,
@@ -49,7 +48,10 @@ SCHEMA = pa.schema(
         *((name, pa.float32()) for name in ("p_gold", "q_gold", "kl", "kl_target")),
         *((name, pa.float32()) for name in ("kl_nontarget", "p_entropy", "q_entropy")),
         *((name, pa.int32()) for name in ("p_top1", "q_top1")),
-        *((f"{name}_piece", pa.dictionary(pa.int32(), pa.string())) for name in ("p_top1", "q_top1")),
+        *(
+            (f"{name}_piece", pa.dictionary(pa.int32(), pa.string()))
+            for name in ("p_top1", "q_top1")
+        ),
         *((name, pa.float32()) for name in ("p_max", "q_max", "p_of_q_top1")),
         ("overlap_top5", pa.int8()),
     ]
@@ -231,7 +233,9 @@ def write_records(
             # Only the pieces that occur, so that the file does not carry the whole vocabulary.
             used, index = np.unique(ids, return_inverse=True)
             arrays.append(
-                pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), names.take(pa.array(used)))
+                pa.DictionaryArray.from_arrays(
+                    pa.array(index, pa.int32()), names.take(pa.array(used))
+                )
             )
         else:
             arrays.append(pa.array(columns[item.name]).cast(item.type))
@@ -291,4 +295,4 @@ def method_name(criterion: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

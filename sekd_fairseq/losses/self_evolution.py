@@ -229,9 +229,7 @@ def threshold(difficulty: Tensor, settings: SelfEvolution) -> float | Tensor:
     return torch.lerp(ordered[low], ordered[high], place - low)
 
 
-def integrate(
-    events: Events, log_prior: Tensor, weight: Tensor, settings: SelfEvolution
-) -> Tensor:
+def integrate(events: Events, log_prior: Tensor, weight: Tensor, settings: SelfEvolution) -> Tensor:
     """``D(p || (1-w) q + w r)`` or ``D((1-w) p + w r || q)`` of each token; ``weight`` is (N,)."""
     log_p, log_q = events.log_p, events.log_q
     if settings.lambda_max > 0:

@@ -70,7 +70,8 @@ def support_log_probs(
     with_sum : bool
         Whether ``sum_log_q`` is wanted (one more pass over the scratch buffer).
     """
-    return SupportLogProbs(*_SupportLogProbs.apply(logits, rows, ids, valid, with_sum))
+    outputs = _SupportLogProbs.apply(logits, rows, ids, valid, with_sum)  # type: ignore[no-untyped-call]
+    return SupportLogProbs(*outputs)
 
 
 def _rows_at_a_time(logits: Tensor) -> int:

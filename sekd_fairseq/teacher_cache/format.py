@@ -42,7 +42,7 @@ TOKEN_COLUMNS = {
     "entropy": np.dtype(np.float32),
 }
 #: Columns with one value an entry of the support; ``token_id`` is as narrow as the vocabulary lets.
-ENTRY_COLUMNS = {"token_id": None, "logprob": np.dtype(np.float16)}
+ENTRY_COLUMNS: dict[str, np.dtype[Any] | None] = {"token_id": None, "logprob": np.dtype(np.float16)}
 #: Order in which a row's columns enter its checksum.
 PAYLOAD = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
 
@@ -57,7 +57,9 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def hash_targets(tokens: NDArray[np.integer], lengths: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint64]:
+def hash_targets(
+    tokens: NDArray[np.integer], lengths: Sequence[int] | NDArray[np.integer]
+) -> NDArray[np.uint64]:
     """64-bit hash of each sentence's token ids, order included.
 
     Parameters
@@ -188,9 +190,12 @@ class Manifest:
             begun = directory.is_dir() and any(directory.iterdir())
             raise CacheError(
                 f"{directory}: expected a finished teacher cache ({MANIFEST}), found "
-                + ("an unfinished build; run its build_cache command again, it goes on where it stopped"
-                   if begun else "none; build it with: python -m sekd_fairseq.build_cache DATA "
-                   "--path TEACHER --output CACHE")
+                + (
+                    "an unfinished build; run its build_cache command again, it goes on where it stopped"
+                    if begun
+                    else "none; build it with: python -m sekd_fairseq.build_cache DATA "
+                    "--path TEACHER --output CACHE"
+                )
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise CacheError(f"{path}: cannot be read ({error}); build the cache again") from error

@@ -83,12 +83,12 @@ def payload_crc(columns: dict[str, NDArray[Any]]) -> int:
     """CRC-32 of a row's stored columns, in the order of the format."""
     crc = 0
     for name in PAYLOAD:
-        crc = zlib.crc32(columns[name], crc)
+        crc = zlib.crc32(columns[name].data, crc)
     return crc
 
 
 def _narrow(name: str, values: NDArray[Any], vocab_size: int) -> NDArray[Any]:
-    dtype = TOKEN_COLUMNS.get(name) or ENTRY_COLUMNS[name] or id_dtype(vocab_size)
+    dtype = TOKEN_COLUMNS.get(name) or ENTRY_COLUMNS.get(name) or id_dtype(vocab_size)
     return np.ascontiguousarray(values, dtype=dtype)
 
 

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them; arguments go to pytest:
+#   bash scripts/test.sh              the default tests, some minutes
+#   bash scripts/test.sh --slow       the long ones too
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/scripts/install.sh" fairseq,workflow,dev
+cd "$root"
+# One thread a process: the models of the tests are small, and threads would only wait.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,59 @@
+"""Self-evolution knowledge distillation for machine translation: package metadata."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """The version that ``sekd_fairseq/__init__.py`` states, read without importing it."""
+    for line in (HERE / "sekd_fairseq" / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("sekd_fairseq/__init__.py states no __version__")
+
+
+setup(
+    name="sekd-fairseq",
+    version=version(),
+    description="Self-evolution knowledge distillation for machine translation, as a fairseq plugin",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["sekd_fairseq", "sekd_fairseq.*", "analysis", "analysis.*"]),
+    # The fairseq of the extra has wheels for these; README.md tells what to do on others.
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.6",  # trains; the first that loads checkpoints with weights_only by default
+        "numpy>=2",
+        "pyarrow>=17",  # teacher caches and token records
+        "pandas>=2.2",  # analysis
+        "scipy>=1.11",  # statistics
+        "matplotlib>=3.8",  # figures
+        "sacrebleu>=2.4",  # BLEU, chrF, significance
+        "sentencepiece>=0.2",  # vocabularies
+        "tqdm>=4.60",  # progress bars
+    ],
+    extras_require={
+        # An extra and not a requirement: every distribution of fairseq installs the same folder,
+        # so requiring one would overwrite a fairseq that the user has built.
+        "fairseq": ["ve-fairseq==0.12.3"],
+        "workflow": ["snakemake>=9,<10"],  # scripts/Snakefile: restarts, parallel jobs, clusters
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "pandas-stubs",
+            "types-tqdm",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "License :: OSI Approved :: MIT License",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
