@@ -39,13 +39,14 @@ from sekd_fairseq.inspect_cache import describe
 from sekd_fairseq.losses import TeacherRows
 from sekd_fairseq.teacher_cache.format import (
     MANIFEST,
+    PAYLOAD,
     Manifest,
     Shard,
     atomic_write,
     hash_file,
     hash_symbols,
-    id_dtype,
     shard_name,
+    stored_dtype,
 )
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
@@ -256,10 +257,7 @@ def _finish(directory: Path, settings: dict[str, Any]) -> TeacherCache:
             "entropy": float(mean[3]),
             "support": float(mean[4]),
         },
-        dtypes={
-            "token_id": str(id_dtype(settings["vocab_size"])),
-            "logprob": "float16",
-        },
+        dtypes={name: str(stored_dtype(name, settings["vocab_size"])) for name in PAYLOAD},
         shards=tuple(shards),
         versions={
             "sekd_fairseq": sekd_fairseq.__version__,

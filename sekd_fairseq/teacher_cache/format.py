@@ -35,14 +35,17 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 #: Columns with one value a target token, with their stored types.
-TOKEN_COLUMNS = {
+TOKEN_COLUMNS: dict[str, np.dtype[Any]] = {
     "support_size": np.dtype(np.uint16),
     "gold_logprob": np.dtype(np.float32),
     "outside_mass": np.dtype(np.float32),
     "entropy": np.dtype(np.float32),
 }
-#: Columns with one value an entry of the support; ``token_id`` is as narrow as the vocabulary lets.
-ENTRY_COLUMNS: dict[str, np.dtype[Any] | None] = {"token_id": None, "logprob": np.dtype(np.float16)}
+#: Columns with one value an entry of the support; ``token_id`` is wider for a large vocabulary.
+ENTRY_COLUMNS: dict[str, np.dtype[Any]] = {
+    "token_id": np.dtype(np.uint16),
+    "logprob": np.dtype(np.float16),
+}
 #: Order in which a row's columns enter its checksum.
 PAYLOAD = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
 
@@ -52,9 +55,11 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}.arrow"
 
 
-def id_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest unsigned type that holds every token id."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+def stored_dtype(column: str, vocab_size: int) -> np.dtype[Any]:
+    """The type in which a payload column is stored."""
+    if column == "token_id":  # the smallest unsigned type that holds every token id
+        return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    return TOKEN_COLUMNS.get(column) or ENTRY_COLUMNS[column]
 
 
 def hash_targets(

@@ -15,8 +15,8 @@ from sekd_fairseq.teacher_cache.format import (
     PAYLOAD,
     TOKEN_COLUMNS,
     atomic_write,
-    id_dtype,
     shard_name,
+    stored_dtype,
 )
 
 
@@ -54,7 +54,10 @@ def write_shard(
     stored: dict[str, list[NDArray[Any]]] = {name: [] for name in PAYLOAD}
     crc = np.zeros(len(sentences), dtype=np.uint32)
     for row, sentence in enumerate(sentences):
-        narrow = {name: _narrow(name, sentence.columns[name], vocab_size) for name in PAYLOAD}
+        narrow = {
+            name: np.ascontiguousarray(sentence.columns[name], stored_dtype(name, vocab_size))
+            for name in PAYLOAD
+        }
         _check_row(narrow, row)
         crc[row] = payload_crc(narrow)
         for name, values in narrow.items():
@@ -85,11 +88,6 @@ def payload_crc(columns: dict[str, NDArray[Any]]) -> int:
     for name in PAYLOAD:
         crc = zlib.crc32(columns[name].data, crc)
     return crc
-
-
-def _narrow(name: str, values: NDArray[Any], vocab_size: int) -> NDArray[Any]:
-    dtype = TOKEN_COLUMNS.get(name) or ENTRY_COLUMNS.get(name) or id_dtype(vocab_size)
-    return np.ascontiguousarray(values, dtype=dtype)
 
 
 def _check_row(columns: dict[str, NDArray[Any]], row: int) -> None:
