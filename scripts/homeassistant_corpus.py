@@ -152,6 +152,12 @@ def main(arguments: list[str] | None = None) -> None:
         default=4,
         help="leave out pairs with fewer words on both sides (%(default)s)",
     )
+    parser.add_argument(
+        "--limit", type=int, default=0, help="write the first N pairs only; 0 is all (%(default)s)"
+    )
+    parser.add_argument(
+        "--summary", type=Path, help="write version and number of pairs to this JSON file, last"
+    )
     args = parser.parse_args(arguments)
     try:
         wheel = args.wheel or download_wheel(args.version, args.output.parent)
@@ -161,7 +167,10 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{wheel}: no string is translated between '{args.source_lang}' and "
                 f"'{args.target_lang}'; choose two different languages"
             )
+        pairs = pairs[: args.limit or None]
         write_pairs(pairs, args.output, (args.source_lang, args.target_lang))
+        if args.summary:
+            args.summary.write_text(json.dumps({"wheel": wheel.name, "pairs": len(pairs)}) + "\n")
     except CorpusError as error:
         sys.exit(f"error: {error}")
     print(f"{len(pairs)} pairs: {args.output}.{{{args.source_lang},{args.target_lang}}}")

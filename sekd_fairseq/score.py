@@ -67,7 +67,13 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("data", metavar="DATA", help="fairseq data directory")
     out.add_argument("--path", required=True, metavar="STUDENT", help="student checkpoint")
-    out.add_argument("--teacher-cache", required=True, type=Path, metavar="CACHE")
+    out.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="CACHE",
+        help="the teacher's cache, with the split to score; without it only run.json is written, "
+        "as for a teacher itself",
+    )
     out.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
     out.add_argument("--subset", default="test", help="split to score (default: %(default)s)")
     out.add_argument(
@@ -88,31 +94,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         device = default_device(args.cpu)
         models, config, task = load_models([args.path], args.data, device)
-        cache = TeacherCache.open(args.teacher_cache / args.subset)
-        symbols = task.target_dictionary.symbols
-        cache.check_dictionary(symbols)
-        dataset = TeacherDataset(
-            load_split(task, args.subset, args.data), [cache], f"{args.subset} ({args.data})"
-        )
-        check_lengths(dataset, models, args.subset)
         checkpoint = torch.load(args.path, map_location="cpu")
         step = int(checkpoint["optimizer_history"][-1]["num_updates"])
-        columns = score_split(models[0], dataset, device, args.max_tokens, args.subset)
-        columns["frequency"] = train_frequencies(task, args.data)[columns["token"]]
-        metadata = {
-            "sekd.format_version": "1",
-            "sekd.subset": args.subset,
-            "sekd.step": str(step),
-            "sekd.cache_fingerprint": cache.manifest.fingerprint,
-            "sekd.checkpoint": hash_file(Path(args.path)),
-        }
-        path = args.run / "tokens" / args.subset / f"{step}.parquet"
-        write_records(path, columns, symbols, metadata)
-        record = run_record(config, models[0], args, step, cache, hash_symbols(symbols))
+        record = run_record(config, models[0], args, step, task)
+        if args.teacher_cache:
+            cache = TeacherCache.open(args.teacher_cache / args.subset)
+            record["teacher_cache"] = cache_record(cache)
+            path = args.run / "tokens" / args.subset / f"{step}.parquet"
+            score_cache(models[0], task, cache, path, args)
+        args.run.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.run / "run.json") as stream:
             stream.write((json.dumps(record, indent=1) + "\n").encode())
-        tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
-        print(f"{path}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
+
+
+def score_cache(
+    model: Any, task: Any, cache: TeacherCache, path: Path, args: argparse.Namespace
+) -> None:
+    """Compare ``model`` with a cached teacher and write the records to ``path``."""
+    symbols = task.target_dictionary.symbols
+    cache.check_dictionary(symbols)
+    dataset = TeacherDataset(
+        load_split(task, args.subset, args.data), [cache], f"{args.subset} ({args.data})"
+    )
+    check_lengths(dataset, [model], args.subset)
+    device = next(model.parameters()).device
+    columns = score_split(model, dataset, device, args.max_tokens, args.subset)
+    columns["frequency"] = train_frequencies(task, args.data)[columns["token"]]
+    metadata = {
+        "sekd.format_version": "1",
+        "sekd.subset": args.subset,
+        "sekd.step": path.stem,
+        "sekd.cache_fingerprint": cache.manifest.fingerprint,
+        "sekd.checkpoint": hash_file(Path(args.path)),
+    }
+    write_records(path, columns, symbols, metadata)
+    tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
+    print(f"{path}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
 
 
 def score_split(
@@ -245,36 +262,41 @@ def write_records(
         pq.write_table(table, stream, compression="zstd")
 
 
+def cache_record(cache: TeacherCache) -> dict[str, Any]:
+    """What ``run.json`` says of the teacher cache."""
+    manifest = cache.manifest
+    return {
+        "fingerprint": manifest.fingerprint,
+        "dataset": manifest.dataset_hash[:16],
+        "teacher": ":".join(manifest.teacher["files"]),
+        "truncation": manifest.truncation,
+        "temperature": manifest.temperature,
+    }
+
+
 def run_record(
-    config: Any, model: Any, args: argparse.Namespace, step: int, cache: TeacherCache, vocab: str
+    config: Any, model: Any, args: argparse.Namespace, step: int, task: Any
 ) -> dict[str, Any]:
-    """The content of ``run.json``."""
-    criterion = OmegaConf.to_container(config.criterion, resolve=False)
-    task = config.task
+    """The content of ``run.json``, without a teacher cache."""
     optimisation = OmegaConf.to_container(config.optimization, resolve=False)
     return {
         "format_version": 1,
         "name": args.run.name,
         "method": args.method or method_name(config.criterion),
         "seed": int(config.common.seed),
-        "direction": f"{task.source_lang}-{task.target_lang}",
+        "direction": f"{config.task.source_lang}-{config.task.target_lang}",
         "updates": step,
         "parameters": sum(p.numel() for p in model.parameters()),
         "hyperparameters": {
-            "criterion": criterion,
+            "criterion": OmegaConf.to_container(config.criterion, resolve=False),
             "arch": config.model._name,
             "lr": optimisation["lr"],
             "max_update": optimisation["max_update"],
             "update_freq": optimisation["update_freq"],
             "max_tokens": config.dataset.max_tokens,
         },
-        "data": {"dictionary": vocab, "fingerprint": cache.manifest.dataset_hash[:16]},
-        "teacher_cache": {
-            "fingerprint": cache.manifest.fingerprint,
-            "teacher": ":".join(cache.manifest.teacher["files"]),
-            "truncation": cache.manifest.truncation,
-            "temperature": cache.manifest.temperature,
-        },
+        "data": {"fingerprint": hash_symbols(task.target_dictionary.symbols)[:16]},
+        "teacher_cache": None,
         "versions": {
             "sekd_fairseq": sekd_fairseq.__version__,
             "torch": torch.__version__,
