@@ -63,7 +63,7 @@ exec 9>"runs/.$name.lock"
 flock --nonblock 9 || fail "runs/$name: another demo is running there; wait for it, or give --name"
 
 snakemake=(.venv/bin/python -m snakemake --snakefile scripts/Snakefile --cores 2
-    --configfile "scripts/configs/$config.yaml" --config "name=$name" "${overrides[@]}" --quiet rules)
+    --configfile "scripts/configs/$config.yaml" --config "name=$name" "${overrides[@]}" --quiet all)
 # Only this script, which holds the lock above, runs this name: a lock of snakemake's own that is
 # still there was left by a kill.
 "${snakemake[@]}" --unlock >/dev/null 2>&1 || true

@@ -11,6 +11,7 @@ from fairseq import checkpoint_utils, utils
 from fairseq.data import FairseqDataset, data_utils
 from torch import Tensor
 
+import sekd_fairseq.tasks  # noqa: F401 (registers the task, lets torch load checkpoints)
 from sekd_fairseq.errors import UserError
 
 

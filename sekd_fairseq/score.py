@@ -284,7 +284,7 @@ def run_record(
         "name": args.run.name,
         "method": args.method or method_name(config.criterion),
         "seed": int(config.common.seed),
-        "direction": f"{config.task.source_lang}-{config.task.target_lang}",
+        "direction": f"{task.cfg.source_lang}-{task.cfg.target_lang}",
         "updates": step,
         "parameters": sum(p.numel() for p in model.parameters()),
         "hyperparameters": {
