@@ -43,11 +43,11 @@ def forget_rounding(value: Tensor) -> Tensor:
 
 def relative_entropy(log_a: Tensor, log_b: Tensor, log_multiplicity: Tensor | None) -> Tensor:
     """``sum_e m_e a_e (log a_e - log b_e)`` over the last dimension, with the conventions above."""
-    log_weight = log_a if log_multiplicity is None else log_a + log_multiplicity
-    active = log_weight > NEG_INF
+    weight = (log_a if log_multiplicity is None else log_a + log_multiplicity).exp()
+    active = weight > 0  # and not log a > -inf: exp may underflow to zero, and 0 * inf is NaN
     difference = log_a.masked_fill(~active, 0.0) - log_b.masked_fill(~active, 0.0)
     # Where a is not zero but b is, the difference is +inf and so is the sum.
-    return (log_weight.exp() * difference).sum(dim=-1)
+    return (weight * difference).sum(dim=-1)
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor, log_multiplicity: Tensor | None = None) -> Tensor:
@@ -113,7 +113,10 @@ def adaptive_kl(log_p: Tensor, log_q: Tensor, head_mass: float = 0.5) -> Tensor:
         head = gap.masked_fill(~in_head, 0.0).sum(dim=-1)
         total = gap.sum(dim=-1)
         share = torch.where(total > 0, head / total.clamp_min(torch.finfo(gap.dtype).tiny), 0.5)
-    return share * forward_kl(log_p, log_q) + (1.0 - share) * reverse_kl(log_p, log_q)
+    terms = ((share, forward_kl(log_p, log_q)), (1.0 - share, reverse_kl(log_p, log_q)))
+    # A share of zero drops its term, even an infinite one.
+    first, second = (part * value.masked_fill(part == 0, 0.0) for part, value in terms)
+    return first + second
 
 
 #: Divergences by their command-line name; each is called as ``f(log_p, log_q)``, those in

@@ -221,17 +221,6 @@ def write_run_directory(
     return path
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: simulations; run them with -m slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "slow" not in config.getoption("-m"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="run with -m slow"))
-
-
 @pytest.fixture
 def write_run() -> WriteRun:
     """:func:`write_run_directory`."""
