@@ -17,7 +17,12 @@ def main() -> None:
     path = report / "tables" / "results.csv"
     if not path.is_file():
         sys.exit(f"error: {path}: expected a report's result table, found none")
-    print(pd.read_csv(path).to_string(index=False))
+    table = pd.read_csv(path)
+    columns = ["direction", "method", "seed", "sentences", "BLEU", "BLEU_low", "BLEU_high", "chrF"]
+    print(table[columns].round(2).to_string(index=False))
+    for metric in ("BLEU", "chrF"):
+        for signature in table[f"{metric}_signature"].dropna().unique():
+            print(f"{metric}: {signature}")
     print(f"\nReport: {report / 'report.md'}")
 
 
