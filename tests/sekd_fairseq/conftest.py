@@ -1,0 +1,139 @@
+"""A small translation task that trains in seconds, and ways to run fairseq on it."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+WORDS = {
+    "one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs",
+    "seven": "sieben", "eight": "acht", "nine": "neun", "ten": "zehn", "and": "und", "a": "ein",
+}  # fmt: skip
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def command(*arguments: object, check: bool = True, cwd: Path = ROOT) -> str:
+    """Run ``python -m ...`` and return what it printed, both streams."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    assert check or done.returncode != 0, f"expected a failure:\n{done.stdout}"
+    return done.stdout
+
+
+def error_line(output: str) -> str:
+    """The one error line of a failed command; there must be no traceback."""
+    assert "Traceback" not in output, output
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, output
+    return lines[0]
+
+
+def sentence_pairs(count: int, seed: int) -> list[tuple[str, str]]:
+    generator = random.Random(seed)
+    pairs = []
+    for _ in range(count):
+        words = generator.choices(list(WORDS), k=generator.randint(1, 9))
+        pairs.append((" ".join(words), " ".join(WORDS[word] for word in reversed(words))))
+    return pairs
+
+
+def write_text(folder: Path, split: str, pairs: list[tuple[str, str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for language, lines in zip(("en", "de"), zip(*pairs, strict=True), strict=True):
+        (folder / f"{split}.{language}").write_text("".join(f"{line}\n" for line in lines))
+
+
+def binarise(text: Path, destination: Path, dictionary: Path | None = None) -> Path:
+    arguments = ["fairseq_cli.preprocess", "-s", "en", "-t", "de", "--destdir", destination]
+    for split in ("train", "valid", "test"):
+        if (text / f"{split}.en").exists():
+            arguments += [f"--{split}pref", text / split]
+    if dictionary is None:
+        arguments += ["--joined-dictionary"]
+    else:
+        arguments += ["--srcdict", dictionary / "dict.en.txt", "--joined-dictionary"]
+    command(*arguments)
+    return destination
+
+
+def train_arguments(data: object, save: Path, *options: object) -> list[object]:
+    """Arguments of a tiny training; later options override."""
+    return [
+        "fairseq_cli.train", data, "--user-dir", ROOT / "sekd_fairseq",
+        "--task", "self_evolution_kd", "--arch", "transformer_tiny", "--share-all-embeddings",
+        "--optimizer", "adam", "--lr", "5e-3", "--dropout", "0", "--max-tokens", "300",
+        "--max-update", "12", "--save-dir", save, "--no-epoch-checkpoints", "--cpu",
+        "--log-format", "json", "--log-interval", "1", *options,
+    ]  # fmt: skip
+
+
+def train(data: object, save: Path, *options: object, check: bool = True) -> str:
+    return command(*train_arguments(data, save, *options), check=check)
+
+
+def parameters(checkpoint: Path) -> torch.Tensor:
+    """All parameters of a checkpoint as one vector."""
+    import sekd_fairseq.tasks  # noqa: F401 (lets torch load it)
+
+    state = torch.load(checkpoint, map_location="cpu")["model"]
+    return torch.cat([value.flatten().double() for value in state.values()])
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for seed, (split, count) in enumerate({"train": 203, "valid": 21, "test": 13}.items()):
+        write_text(folder, split, sentence_pairs(count, seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return binarise(text, tmp_path_factory.mktemp("data") / "bin")
+
+
+@pytest.fixture(scope="session")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    train(
+        data, folder, "--criterion", "cross_entropy", "--max-update", "60", "--seed", "7",
+        "--disable-validation",
+    )  # fmt: skip
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="session")
+def cache(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    command(
+        "sekd_fairseq.build_cache", data, "--path", teacher, "--output", folder, "--cpu",
+        "--subset", "train,valid,test", "--top-k", "6", "--shard-sentences", "50",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def cache_copy(cache: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy that a test may damage."""
+    import shutil
+
+    yield Path(shutil.copytree(cache, tmp_path / "cache"))

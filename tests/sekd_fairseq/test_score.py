@@ -1,0 +1,89 @@
+"""Token records equal what the two models themselves say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+
+from .conftest import command, error_line, train
+
+
+def full_log_probs(path: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reference tokens of test and the model's full log-probabilities there, sentence by sentence."""
+    from sekd_fairseq.inference import load_models, load_split, token_log_probs
+
+    models, _, task = load_models([str(path)], str(data), torch.device("cpu"))
+    dataset = load_split(task, "test", str(data))
+    parts = []
+    for sentence in range(len(dataset)):
+        sample = dataset.collater([dataset[sentence]])
+        parts += list(token_log_probs(models, sample, task.target_dictionary.pad()))
+    target, log_p = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
+    return target.astype(int), log_p
+
+
+def test_records_equal_the_models(data: Path, teacher: Path, tmp_path: Path) -> None:
+    train(
+        data, tmp_path / "save", "--criterion", "label_smoothed_cross_entropy", "--seed", "3",
+        "--label-smoothing", "0.1",
+    )  # fmt: skip
+    student = tmp_path / "save" / "checkpoint_last.pt"
+    dense = tmp_path / "dense"
+    command(
+        "sekd_fairseq.build_cache", data, "--path", teacher, "--output", dense, "--cpu",
+        "--subset", "test", "--top-k", "0",
+    )  # fmt: skip
+    run = tmp_path / "runs" / "plain"
+    score = ("sekd_fairseq.score", data, "--path", student, "--cpu", "--run", run)
+    command(*score, "--teacher-cache", dense)
+    (path,) = (run / "tokens" / "test").iterdir()
+    assert path.name == "12.parquet"
+    table = pd.read_parquet(path)
+    target, log_p = full_log_probs(teacher, data)
+    _, log_q = full_log_probs(student, data)
+    rows = np.arange(len(target))
+    p, q = np.exp(log_p), np.exp(log_q)
+    assert (table["token"] == target).all()
+
+    def close(name: str, expected: np.ndarray) -> None:
+        np.testing.assert_allclose(table[name], expected, rtol=3e-3, atol=2e-4, err_msg=name)
+
+    close("p_gold", p[rows, target])
+    close("q_gold", q[rows, target])
+    close("kl", (p * (log_p - log_q)).sum(1))
+    close("kl", (table["kl_target"] + table["kl_nontarget"]).to_numpy())
+    p_y, q_y = p[rows, target], q[rows, target]
+    close("kl_target", p_y * np.log(p_y / q_y) + (1 - p_y) * np.log((1 - p_y) / (1 - q_y)))
+    close("p_entropy", -(p * log_p).sum(1))
+    close("q_entropy", -(q * log_q).sum(1))
+    close("q_max", q.max(1))
+    close("p_max", p.max(1))
+    assert (table["q_top1"] == q.argmax(1)).all()
+    assert (table["p_top1"] == p.argmax(1)).mean() > 0.99  # float16 may tie
+    close("p_of_q_top1", p[rows, q.argmax(1)])
+    best_p, best_q = (np.argsort(-side, axis=1, kind="stable")[:, :5] for side in (p, q))
+    overlap = [len(set(a) & set(b)) for a, b in zip(best_p, best_q, strict=True)]
+    assert np.mean(np.abs(table["overlap_top5"] - overlap)) < 0.05
+    starts = table.groupby("sentence")["position"].min()
+    assert len(starts) == 13 and (starts == 0).all()
+    assert table.loc[table["piece"] == "eins", "frequency"].nunique() == 1
+    metadata = pq.read_metadata(path).metadata
+    assert metadata[b"sekd.subset"] == b"test" and metadata[b"sekd.step"] == b"12"
+    record = json.loads((run / "run.json").read_text())
+    assert record["method"] == "finetune" and record["direction"] == "en-de"
+    assert record["seed"] == 3 and record["updates"] == 12
+    # The report reads what was written.
+    out = command("analysis.transfer", tmp_path / "runs", check=False)
+    assert "Traceback" not in out
+
+    line = error_line(command(*score, "--teacher-cache", tmp_path / "none", check=False))
+    assert "build_cache" in line
+    # A teacher's own run: a record, no tokens.
+    command(
+        "sekd_fairseq.score", data, "--path", teacher, "--cpu", "--run", tmp_path / "runs" / "t",
+        "--method", "teacher",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "runs" / "t" / "run.json").read_text())["method"] == "teacher"

@@ -1,0 +1,128 @@
+"""The cache format: what is written comes back, and any damage is refused."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sekd_fairseq.errors import CacheError
+from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
+from sekd_fairseq.teacher_cache.format import MANIFEST, atomic_write
+
+from .conftest import command, error_line
+
+
+def test_hash_depends_on_tokens_order_and_length() -> None:
+    tokens = np.array([4, 5, 2, 5, 4, 2, 4, 5, 2, 2])
+    first, swapped, same, longer = hash_targets(tokens, [3, 3, 3, 1])[:4].tolist()
+    assert first == same
+    assert len({first, swapped, longer}) == 3
+    # The value is part of the format: a cache must be readable by later versions.
+    assert hash_targets(np.array([4, 5, 2]), [3]).tolist() == [first]
+    assert first == 4427376190436461022
+
+
+def test_rows_are_distributions(cache: Path) -> None:
+    opened = TeacherCache.open(cache / "train")
+    assert len(opened) == 203 and len(opened.manifest.shards) == 5
+    for sentence in (0, 49, 50, 202, -1):
+        row = opened[sentence]
+        assert (row.support_size == 6).all()
+        entries = row.logprob.astype(float).reshape(-1, 6)
+        mass = np.exp(entries).sum(axis=1) + row.outside_mass
+        np.testing.assert_allclose(mass, 1.0, atol=2e-3)  # float16
+        np.testing.assert_allclose(entries[:, 0], row.gold_logprob, rtol=1e-3, atol=1e-6)
+        assert (np.diff(entries[:, 1:], axis=1) <= 0).all()
+        assert all(len(set(ids)) == 6 for ids in row.token_id.reshape(-1, 6).tolist())
+    assert opened[-1].target_hash == opened[202].target_hash
+    with pytest.raises(IndexError):
+        opened[203]
+
+
+def test_a_pickled_reader_reads_the_same(cache: Path) -> None:
+    opened = TeacherCache.open(cache / "valid")
+    again = pickle.loads(pickle.dumps(opened))
+    assert (again[3].token_id == opened[3].token_id).all()
+
+
+def test_a_flipped_byte_in_any_place_is_found(cache_copy: Path) -> None:
+    directory = cache_copy / "valid"
+    reference = TeacherCache.open(directory)
+    rows = [reference[i] for i in range(len(reference))]
+    hashes = reference.target_hashes()
+    path = directory / "shard-00000.arrow"
+    original = path.read_bytes()
+    for place in np.linspace(0, len(original) - 1, 150).astype(int):
+        damaged = bytearray(original)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(CacheError):
+            TeacherCache.open(directory).verify()
+        # Without the full check, a row that can be read is the right row.
+        opened = TeacherCache.open(directory)
+        try:
+            opened.check_targets(hashes, "valid")
+            for i, row in enumerate(rows):
+                for one, other in zip(opened[i][1:], row[1:], strict=True):
+                    np.testing.assert_array_equal(one, other)
+        except CacheError:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: (d / "shard-00001.arrow").unlink(), "found no file"),
+        (lambda d: (d / "shard-00001.arrow").write_bytes(b"short"), "found 5"),
+        (lambda d: (d / MANIFEST).unlink(), "unfinished build"),
+        (lambda d: (d / MANIFEST).write_text("{"), "not a manifest"),
+        (lambda d: (d / MANIFEST).write_text("[]"), "not a manifest"),
+    ],
+)
+def test_missing_short_or_broken_files(cache_copy: Path, damage, words: str) -> None:
+    damage(cache_copy / "train")
+    with pytest.raises(CacheError, match=words):
+        TeacherCache.open(cache_copy / "train")
+    assert words in error_line(command("sekd_fairseq.inspect_cache", cache_copy, check=False))
+
+
+def test_swapped_shards_and_edited_manifest(cache_copy: Path) -> None:
+    directory = cache_copy / "train"
+    first, second = directory / "shard-00000.arrow", directory / "shard-00001.arrow"
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    with pytest.raises(CacheError):
+        opened = TeacherCache.open(directory)  # refuses by size, unless the sizes are equal
+        opened.verify()
+    first.write_bytes(one)
+    second.write_bytes(other)
+    TeacherCache.open(directory).verify()
+    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest["temperature"] = 2.0
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match="edited"):
+        TeacherCache.open(directory)
+    manifest["format_version"] = 99
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match="found 99"):
+        TeacherCache.open(directory)
+
+
+def test_inspect_shows_and_verifies(cache: Path) -> None:
+    out = command("sekd_fairseq.inspect_cache", cache, "--verify")
+    for words in ("203 sentences", "bytes a token", "perplexity", "every checksum matches"):
+        assert words in out
+    assert "no" in error_line(command("sekd_fairseq.inspect_cache", cache / "nothing", check=False))
+
+
+def test_atomic_write_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), atomic_write(path) as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "before"
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,282 @@
+"""The plugin through fairseq's own commands, as a user runs them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import ROOT, binarise, command, error_line, parameters, train
+
+PLUGIN = ("--user-dir", ROOT / "sekd_fairseq", "--task", "self_evolution_kd")
+SE_KD = ("--criterion", "self_evolution_kd")
+LOGGED = {
+    "loss", "nll_loss", "ppl", "difficulty", "gamma", "hard_share", "hard_lambda", "kl_easy",
+    "kl_hard", "easy_gradient", "hard_gradient", "agreement",
+}  # fmt: skip
+
+
+def records(output: str, prefix: str) -> list[dict[str, str]]:
+    """The JSON log records that have ``{prefix}num_updates``."""
+    found = []
+    for line in output.splitlines():
+        if "{" in line and f'"{prefix}num_updates"' in line:
+            found.append(json.loads(line[line.index("{") :]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def student(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A trained SE-KD student and the log of its training."""
+    folder = tmp_path_factory.mktemp("student")
+    log = train(data, folder, *SE_KD, "--teacher-cache", cache, "--max-update", "40")
+    return folder, log
+
+
+def test_log_has_every_figure_in_training_and_validation(student: tuple[Path, str]) -> None:
+    for prefix in ("", "valid_", "train_"):
+        record = records(student[1], prefix)[-1]
+        assert {f"{prefix}{key}" for key in LOGGED} <= set(record)
+        for key in LOGGED:
+            assert math.isfinite(float(record[f"{prefix}{key}"])), (prefix, key)
+        assert 0 <= float(record[f"{prefix}hard_share"]) <= 1
+        hard, easy = float(record[f"{prefix}kl_hard"]), float(record[f"{prefix}kl_easy"])
+        assert easy < float(record[f"{prefix}gamma"]) + 0.1 and hard > easy
+    losses = [float(record["loss"]) for record in records(student[1], "")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_alpha_zero_is_fairseqs_label_smoothed_cross_entropy(
+    data: Path, cache: Path, tmp_path: Path
+) -> None:
+    smooth = ("--label-smoothing", "0.1")
+    stock = train(data, tmp_path / "a", "--criterion", "label_smoothed_cross_entropy", *smooth)
+    ours = train(
+        data, tmp_path / "b", *SE_KD, "--teacher-cache", cache, "--alpha", "0", *smooth
+    )  # fmt: skip
+    for prefix in ("", "valid_"):
+        pairs = list(zip(records(stock, prefix), records(ours, prefix), strict=True))
+        assert pairs
+        for one, other in pairs:
+            assert one[f"{prefix}loss"] == other[f"{prefix}loss"]
+            assert one[f"{prefix}nll_loss"] == other[f"{prefix}nll_loss"]
+    a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
+def test_no_ratio_is_word_level_kd_whatever_the_other_options(
+    data: Path, cache: Path, tmp_path: Path
+) -> None:
+    base = (*SE_KD, "--teacher-cache", cache, "--lambda-max", "0", "--max-update", "6")
+    train(data, tmp_path / "a", *base)
+    train(
+        data, tmp_path / "b", *base, "--integration", "target", "--beta", "confidence",
+        "--schedule", "exp",
+    )  # fmt: skip
+    a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_split_batches_and_workers_do_not_change_the_training(
+    data: Path, cache: Path, tmp_path: Path
+) -> None:
+    base = (
+        *SE_KD, "--teacher-cache", cache, "--max-update", "8", "--max-epoch", "1",
+        "--disable-validation", "--no-epoch-checkpoints", "--log-interval", "1",
+    )  # fmt: skip
+    one = train(data, tmp_path / "a", *base, "--batch-size", "8", "--max-tokens", "100000")
+    again = train(
+        data, tmp_path / "b", *base, "--batch-size", "8", "--max-tokens", "100000",
+        "--num-workers", "2",
+    )  # fmt: skip
+    assert [r["loss"] for r in records(one, "")] == [r["loss"] for r in records(again, "")]
+    a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_resumed_training_ends_as_one_that_was_never_stopped(
+    data: Path, cache: Path, tmp_path: Path
+) -> None:
+    base = (*SE_KD, "--teacher-cache", cache, "--gamma-type", "running_quantile", "--lr", "1e-3")
+    train(data, tmp_path / "whole", *base, "--max-update", "14", "--save-interval-updates", "9")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    halfway = tmp_path / "resumed" / "checkpoint_last.pt"
+    shutil.copy(next((tmp_path / "resumed").glob("checkpoint_*_9.pt")), halfway)
+    state = torch.load(halfway, map_location="cpu", weights_only=True)
+    assert 0 < state["task_state"]["running_gamma"] != 1.0
+    log = train(data, tmp_path / "resumed", *base, "--max-update", "14")
+    assert "Loaded checkpoint" in log
+    whole, resumed = (
+        parameters(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "resumed")
+    )
+    torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
+
+
+def test_generate_interactive_and_validate(
+    data: Path, student: tuple[Path, str], text: Path, tmp_path: Path
+) -> None:
+    best = student[0] / "checkpoint_best.pt"
+    out = command(
+        "fairseq_cli.generate", data, *PLUGIN, "--path", best, "--gen-subset", "test", "--cpu",
+        "--beam", "2",
+    )  # fmt: skip
+    # 13 sentences are no multiple of 8: fairseq's default would drop 5 of them in silence.
+    assert sum(line.startswith("D-") for line in out.splitlines()) == 13
+    (tmp_path / "test.out").write_text(out)
+    scores = command(
+        "sekd_fairseq.evaluate", tmp_path / "test.out", "--run", tmp_path / "run", "--source",
+        text / "test.en", "--reference", text / "test.de", "--target-lang", "de",
+    )  # fmt: skip
+    assert "13 sentences" in scores
+    written = json.loads((tmp_path / "run" / "scores.json").read_text())["test"]
+    assert written["bleu"]["signature"].startswith("nrefs:1") and written["sentences"] == 13
+    lines = (tmp_path / "run" / "hyps" / "test.ref.txt").read_text()
+    assert lines == (text / "test.de").read_text()
+    out = command(
+        "fairseq_cli.interactive", data, *PLUGIN, "--path", best, "--cpu", "--input",
+        text / "valid.en",
+    )  # fmt: skip
+    assert sum(line.startswith("D-") for line in out.splitlines()) == 21
+    out = command(
+        "fairseq_cli.validate", data, "--user-dir", ROOT / "sekd_fairseq", "--path", best, "--cpu",
+        "--log-format", "json", "--task", "self_evolution_kd", "--max-tokens", "300",
+    )  # fmt: skip
+    assert "kl_hard" in out
+    # Fewer translations than references: counted and refused.
+    (tmp_path / "cut.out").write_text(
+        "".join((tmp_path / "test.out").read_text().partition("D-7")[0])
+    )
+    line = error_line(
+        command(
+            "sekd_fairseq.evaluate",
+            tmp_path / "cut.out",
+            "--run",
+            tmp_path / "run2",
+            "--source",
+            text / "test.en",
+            "--reference",
+            text / "test.de",
+            "--target-lang",
+            "de",
+            check=False,
+        )
+    )
+    assert "expected 13 translations" in line and not (tmp_path / "run2").exists()
+
+
+def test_validation_sees_every_sentence(student: tuple[Path, str]) -> None:
+    # 21 sentences in batches that are no multiple of 8.
+    record = records(student[1], "valid_")[-1]
+    batches = 21 / float(record["valid_bsz"])
+    assert batches == pytest.approx(round(batches), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((*SE_KD,), "--teacher-cache DIR"),
+        ((*SE_KD, "--task", "translation"), "--task self_evolution_kd"),
+        ((*SE_KD, "--teacher-cache", "nowhere"), "nowhere"),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--lambda-max", "1"), "below 1"),
+        (
+            (*SE_KD, "--teacher-cache", "CACHE", "--gamma", "-1", "--gamma-type", "absolute"),
+            "0 or more",
+        ),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--beta", "high"), "confidence"),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--alpha", "2"), "--alpha"),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--missing-mass", "uniform"), "linear"),
+        ((*SE_KD, "--teacher-cache", "CACHE:CACHE"), "1 data"),
+    ],
+)
+def test_wrong_use_ends_with_one_line(
+    data: Path, cache: Path, tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    given = [str(option).replace("CACHE", str(cache)) for option in options]
+    line = error_line(train(data, tmp_path / "save", *given, check=False))
+    assert words in line
+    assert not list((tmp_path / "save").glob("*.pt"))
+
+
+def test_sharded_combined_and_upsampled_data(
+    data: Path, teacher: Path, cache: Path, text: Path, tmp_path: Path
+) -> None:
+    # A second data directory whose training set is in two parts, train and train1.
+    other = tmp_path / "other"
+    other.mkdir()
+    for language in ("en", "de"):
+        lines = (text / f"train.{language}").read_text().splitlines(keepends=True)
+        (other / f"train.{language}").write_text("".join(lines[:60]))
+        (other / f"valid.{language}").write_text("".join(lines[60:100]))
+    second = binarise(other, tmp_path / "bin", dictionary=data)
+    for path in list(second.glob("valid.*")):
+        path.rename(second / path.name.replace("valid.", "train1."))
+    second_cache = tmp_path / "cache"
+    command(
+        "sekd_fairseq.build_cache", second, "--path", teacher, "--output", second_cache, "--cpu",
+        "--subset", "train,train1", "--top-k", "9",
+    )  # fmt: skip
+    log = train(
+        f"{data}:{second}", tmp_path / "save", *SE_KD, "--teacher-cache",
+        f"{cache}:{second_cache}", "--max-epoch", "4", "--max-update", "1000",
+        "--upsample-primary", "3",
+    )  # fmt: skip
+    epochs = [float(record["train_loss"]) for record in records(log, "train_")]
+    assert len(epochs) == 4 and epochs[-1] < epochs[0]
+    # Only one cache for two directories: one clear line.
+    line = error_line(
+        train(f"{data}:{second}", tmp_path / "save2", *SE_KD, "--teacher-cache", cache, check=False)
+    )
+    assert "2 data directories" in line
+
+
+def test_hydra_configuration(data: Path, cache: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "train.yaml").write_text(
+        f"""
+common: {{user_dir: {ROOT / "sekd_fairseq"}, cpu: true, log_format: json, log_interval: 1}}
+task: {{_name: self_evolution_kd, data: {data}, teacher_cache: {cache}}}
+criterion: {{_name: self_evolution_kd, lambda_max: 0.4, gamma_type: absolute, gamma: 0.5}}
+model: {{_name: transformer, share_all_embeddings: true,
+        encoder: {{embed_dim: 32, ffn_embed_dim: 32, layers: 1, attention_heads: 2}},
+        decoder: {{embed_dim: 32, ffn_embed_dim: 32, layers: 1, attention_heads: 2}}}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: fixed}}
+dataset: {{max_tokens: 300}}
+optimization: {{max_update: 5, lr: [0.005]}}
+checkpoint: {{save_dir: {tmp_path / "save"}, no_epoch_checkpoints: true}}
+"""
+    )
+    out = command(
+        "fairseq_cli.hydra_train", "--config-dir", config, "--config-name", "train", cwd=tmp_path
+    )
+    assert (tmp_path / "save" / "checkpoint_last.pt").exists(), out
+    command(
+        "fairseq_cli.generate", data, *PLUGIN, "--path", tmp_path / "save" / "checkpoint_last.pt",
+        "--gen-subset", "test", "--cpu",
+    )  # fmt: skip
+
+
+def test_eval_bleu_checkpoint_resumes(data: Path, cache: Path, tmp_path: Path) -> None:
+    base = (*SE_KD, "--teacher-cache", cache, "--eval-bleu", "--eval-bleu-args", '{"beam": 1}')
+    train(data, tmp_path / "save", *base, "--max-update", "6")
+    log = train(data, tmp_path / "save", *base, "--max-update", "12")
+    assert "Loaded checkpoint" in log and "valid_bleu" in log
+
+
+def test_a_malicious_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+    import sekd_fairseq.tasks  # noqa: F401
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (eval, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
+
+    torch.save({"args": Evil()}, tmp_path / "evil.pt")
+    out = command(
+        "sekd_fairseq.build_cache", data, "--path", tmp_path / "evil.pt", "--output",
+        tmp_path / "out", "--cpu", check=False,
+    )  # fmt: skip
+    assert "evil.pt" in error_line(out)
+    assert not (tmp_path / "owned").exists()
