@@ -5,4 +5,9 @@ task and the criterion ``self_evolution_kd``.  :mod:`sekd_fairseq.losses` (torch
 :mod:`sekd_fairseq.teacher_cache` (pyarrow) work without fairseq, so nothing is imported here.
 """
 
+import logging
+
 __version__ = "0.1.0"
+
+# At every start fairseq notes that a package is missing which translation does not use.
+logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)

@@ -1,0 +1,130 @@
+"""Preparing text: nothing is lost, leaked or misaligned, and bad files end with one line."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from parallel_text import DataError, normalise, read_pairs, split, without_leaks
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def text_files(folder: Path, count: int = 80) -> tuple[Path, Path]:
+    source, target = folder / "text.en", folder / "text.de"
+    words = ["red", "green", "blue", "house", "tree", "water", "bread", "light"]
+    lines = [f"the {words[i % 8]} {words[i // 8 % 8]} number {i}" for i in range(count)]
+    source.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    target.write_text("".join(f"Übersetzung: {line} 😀\n" for line in lines), encoding="utf-8")
+    return source, target
+
+
+def test_split_leaks_nothing_and_is_repeatable() -> None:
+    pairs = [(f"s{i // 2}", f"t{i // 3}") for i in range(300)]
+    parts = split(pairs, valid_size=24, test_size=30, seed=4)
+    assert parts == split(pairs, valid_size=24, test_size=30, seed=4)
+    assert len(parts["valid"]) == 24 and len(parts["test"]) == 30
+    assert sorted(pair for part in parts.values() for pair in part) == sorted(set(pairs))
+    for side in (0, 1):
+        seen = [{pair[side] for pair in part} for part in parts.values()]
+        assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+    with pytest.raises(DataError, match="found 300 different pairs"):
+        split(pairs, valid_size=200, test_size=200)
+
+
+def test_held_out_sentences_leave_the_training_set() -> None:
+    kept, leaked = without_leaks([("a", "x"), ("b", "y"), ("c", "z")], [[("a", "q")], [("p", "z")]])
+    assert kept == [("b", "y")] and leaked == 2
+
+
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes("one\u2028still one\r\n\ufefftwo\n\n".encode())
+    (tmp_path / "b").write_bytes(b"eins\nzwei\ndrei\n")
+    pairs, empty = read_pairs(tmp_path / "a", tmp_path / "b")
+    assert pairs == [("one still one", "eins"), ("two", "zwei")] and empty == 1
+    assert normalise("e\u0301  \u00ad x") == "é x"
+
+
+def test_prepared_data_round_trip(tmp_path: Path) -> None:
+    source, target = text_files(tmp_path)
+    common = ("--source-lang", "en", "--target-lang", "de", "--vocab-size", "60")
+    sizes = ("--valid-size", "10", "--test-size", "11")
+    for name in ("one", "two"):
+        done = run(
+            "prepare_data.py", "--src", source, "--tgt", target, *common, *sizes,
+            "--output", tmp_path / name,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "data.json").read_text()) for name in ("one", "two"))
+    assert one == two and one["sentences"] == {"train": 59, "valid": 10, "test": 11}
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "one" / "sentencepiece.model")
+    )
+    for name in ("train.en", "test.de"):
+        raw = (tmp_path / "one" / name).read_text(encoding="utf-8").splitlines()
+        pieces = (tmp_path / "one" / "pieces" / name).read_text(encoding="utf-8").splitlines()
+        assert [model.decode(line.split()) for line in pieces] == raw
+    assert (tmp_path / "one" / "bin" / "train.en-de.de.idx").exists()
+
+
+def test_bad_text_ends_with_one_line_and_nothing_written(tmp_path: Path) -> None:
+    source, target = text_files(tmp_path)
+    output = tmp_path / "out"
+
+    def refuse(*arguments: object) -> str:
+        done = run(
+            "prepare_data.py", *arguments, "--source-lang", "en", "--target-lang", "de",
+            "--output", output, "--valid-size", "10", "--test-size", "11",
+        )  # fmt: skip
+        assert done.returncode == 1 and not output.exists()
+        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
+        return done.stderr
+
+    longer = tmp_path / "longer.de"
+    longer.write_bytes(target.read_bytes() + b"noch eine\n")
+    message = refuse("--src", source, "--tgt", longer)
+    assert "80 lines" in message and "81" in message
+    latin = tmp_path / "latin.de"
+    latin.write_bytes(target.read_bytes().replace(b"number 7 ", b"number \xfc "))
+    assert "latin.de, line 8" in refuse("--src", source, "--tgt", latin)
+    assert "none that can be read" in refuse("--src", source, "--tgt", tmp_path / "no.de")
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"\n" * 80)
+    assert "at least one pair" in refuse("--src", source, "--tgt", empty)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+def test_corpus_from_a_wheel(tmp_path: Path) -> None:
+    wheel = tmp_path / "homeassistant.whl"
+    texts = {
+        "en": {"a": {"b": "Turn the light on now", "c": "Battery level", "d": "Set {x} to that"}},
+        "de": {"a": {"b": "Schalte jetzt das Licht an", "c": "Ladestand", "d": "Setze {x} darauf"}},
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for language, content in texts.items():
+            name = f"homeassistant/components/light/translations/{language}.json"
+            archive.writestr(name, json.dumps(content))
+    done = run(
+        "homeassistant_corpus.py", "--source-lang", "en", "--target-lang", "de", "--wheel", wheel,
+        "--output", tmp_path / "text", "--summary", tmp_path / "text.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "text.de").read_text() == "Schalte jetzt das Licht an\n"
+    assert json.loads((tmp_path / "text.json").read_text())["pairs"] == 1
+    done = run(
+        "homeassistant_corpus.py", "--source-lang", "en", "--target-lang", "xx", "--wheel", wheel,
+        "--output", tmp_path / "none",
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: ")

@@ -1,0 +1,93 @@
+"""The pipeline's plan, its progress lines, and the demo's handling of its arguments."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from progress import describe, follow, parse_line
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan(config: str, cwd: Path, *overrides: str) -> str:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--dry-run",
+            "-s",
+            ROOT / "scripts" / "Snakefile",
+            "--configfile",
+            ROOT / "scripts" / "configs" / config,
+            "-c2",
+            *(["--config", *overrides] if overrides else []),
+        ],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_plan_of_the_demo(tmp_path: Path) -> None:
+    out = plan("demo.yaml", tmp_path)
+    jobs = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) == 2)
+    assert jobs["student"] == "3" and jobs["teacher"] == "1" and jobs["total"] == "20"
+    assert jobs["translate"] == jobs["evaluate"] == jobs["score"] == "4"
+
+
+def test_plan_for_own_text_more_directions_and_seeds(tmp_path: Path) -> None:
+    (tmp_path / "a b.en").write_text("x\n")
+    (tmp_path / "a b.de").write_text("y\n")
+    out = plan(
+        "smoke.yaml", tmp_path, "name=mine", f"corpus={{src: '{tmp_path}/a b.en', tgt: '{tmp_path}/a b.de'}}"
+    )  # fmt: skip
+    assert "corpus" not in out.split() and "prepare" in out
+    out = plan("smoke.yaml", tmp_path, "directions=['en-de','de-en']", "seeds=[1,2,3]")
+    jobs = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) == 2)
+    assert jobs["student"] == "18" and jobs["teacher"] == "2"
+
+
+def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = '2026 | INFO | train_inner | {"epoch": 3, "loss": "4.2", "num_updates": "110"}\n'
+    record = parse_line(line)
+    assert record is not None
+    text = describe(record, total=210, first=(10, 0.0), now=50.0)
+    assert text == "update 110 of 210, epoch 3, loss 4.200, 0:50 left"
+    assert parse_line("no record {") is None and parse_line('{"num_updates": ') is None
+    log = tmp_path / "train.log"
+    follow(io.StringIO(line + "ValueError: bad\n"), "x", 210, log)
+    assert log.read_text().endswith("bad\n")
+    assert "stopped before its end" in (shown := capsys.readouterr().out) and "bad" in shown
+    follow(io.StringIO("| done training in 3 seconds\n"), "x", 210, log)
+    assert "trained in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--src", "a"], "belong together"),
+        (["--src", "a", "--tgt", "b"], "--source-lang"),
+        (
+            ["--src", "a", "--tgt", "b", "--source-lang", "en", "--target-lang", "de"],
+            "/a: expected",
+        ),
+        (["--fast"], "unknown option --fast"),
+        (["--name", "a/b"], "--name"),
+        (["--name"], "expects a value"),
+    ],
+)
+def test_demo_refuses_wrong_arguments(tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "demo.sh", *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
