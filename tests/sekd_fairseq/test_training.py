@@ -250,7 +250,13 @@ checkpoint: {{save_dir: {tmp_path / "save"}, no_epoch_checkpoints: true}}
 """
     )
     out = command(
-        "fairseq_cli.hydra_train", "--config-dir", config, "--config-name", "train", cwd=tmp_path
+        "fairseq_cli.hydra_train",
+        "--config-dir",
+        config,
+        "--config-name",
+        "train",
+        cwd=tmp_path,
+        fresh=True,
     )
     assert (tmp_path / "save" / "checkpoint_last.pt").exists(), out
     command(
@@ -267,8 +273,6 @@ def test_eval_bleu_checkpoint_resumes(data: Path, cache: Path, tmp_path: Path) -
 
 
 def test_a_malicious_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
-    import sekd_fairseq.tasks  # noqa: F401
-
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (eval, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
