@@ -31,6 +31,7 @@ from sekd_fairseq.inference import (
     default_device,
     load_models,
     load_split,
+    quiet_fairseq,
     to_device,
     token_batches,
     token_log_probs,
@@ -113,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the cache of each split."""
     args = parser().parse_args(argv)
+    quiet_fairseq()
     with one_line_errors():
         for name, low in (("top_k", 0), ("max_tokens", 1), ("shard_sentences", 1)):
             if getattr(args, name) < low:

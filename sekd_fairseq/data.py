@@ -5,7 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq.data import BaseWrapperDataset, ConcatDataset, FairseqDataset, LanguagePairDataset
+from fairseq.data import (
+    BaseWrapperDataset,
+    ConcatDataset,
+    FairseqDataset,
+    LanguagePairDataset,
+    data_utils,
+)
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,7 +33,40 @@ def target_hashes(targets: FairseqDataset, pad: int) -> NDArray[np.uint64]:
     return np.concatenate(hashes)
 
 
-class TeacherDataset(BaseWrapperDataset):
+class StableOrderDataset(BaseWrapperDataset):
+    """A :class:`LanguagePairDataset` that makes the same batches in every epoch and process.
+
+    fairseq draws the order of sentences of one length with ``seed + epoch`` when it first builds
+    batches, and keeps the batches for later epochs; a training that resumes in epoch 5 would build
+    others, and not end as one that was never stopped. Here the draw depends on ``seed`` alone. The
+    order of the batches still changes with the epoch.
+    """
+
+    def __init__(self, dataset: "LanguagePairDataset | StableOrderDataset") -> None:
+        super().__init__(dataset.dataset if isinstance(dataset, StableOrderDataset) else dataset)
+        self.seed = 1
+
+    @property
+    def src(self) -> FairseqDataset:
+        """Source sentences."""
+        return self.dataset.src
+
+    @property
+    def tgt(self) -> FairseqDataset:
+        """Target sentences."""
+        return self.dataset.tgt
+
+    def ordered_indices(self) -> NDArray[np.int64]:
+        """Sentence numbers by length, ties drawn with :attr:`seed`."""
+        with data_utils.numpy_seed(self.seed):
+            return self.dataset.ordered_indices()
+
+    def collater(self, samples: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+        """Collate as the wrapped dataset does."""
+        return self.dataset.collater(samples, **options)
+
+
+class TeacherDataset(StableOrderDataset):
     """A :class:`LanguagePairDataset` whose batches hold ``batch["teacher"]``.
 
     The entries of ``batch["teacher"]`` belong to the target tokens of the batch that are not
@@ -60,12 +99,12 @@ class TeacherDataset(BaseWrapperDataset):
     ) -> None:
         super().__init__(dataset)
         self.caches = caches
-        self.pad = dataset.tgt_dict.pad()
-        parts = [dataset.tgt]
+        self.pad = self.dataset.tgt_dict.pad()
+        parts = [self.tgt]
         self._locate: Callable[[int], tuple[int, int]] = only_part
-        if isinstance(dataset.tgt, ConcatDataset):
-            parts = dataset.tgt.datasets
-            self._locate = dataset.tgt._get_dataset_and_sample_index
+        if isinstance(self.tgt, ConcatDataset):
+            parts = self.tgt.datasets
+            self._locate = self.tgt._get_dataset_and_sample_index
         if len(parts) != len(caches):
             raise CacheError(
                 f"{where}: expected a teacher cache for each of its {len(parts)} parts, found "
@@ -76,7 +115,7 @@ class TeacherDataset(BaseWrapperDataset):
 
     def collater(self, samples: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
         """Collate as the wrapped dataset does, then add ``teacher`` (class docstring)."""
-        batch: dict[str, Any] = self.dataset.collater(samples, **options)
+        batch = super().collater(samples, **options)
         if batch:
             batch["teacher"] = self._teacher(batch["id"], batch["target"])
         return batch

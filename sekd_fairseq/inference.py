@@ -41,8 +41,6 @@ def load_models(
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
-    # fairseq reports every dictionary and dataset it loads; what matters is printed by the command.
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
     try:
         models, config, task = checkpoint_utils.load_model_ensemble_and_task(
             list(paths), arg_overrides={"data": data, "teacher_cache": None}
@@ -135,6 +133,14 @@ def token_log_probs(
             log_p[0] if len(log_p) == 1 else torch.stack(log_p).logsumexp(0) - np.log(len(log_p))
         )
         yield target.view(-1)[part], mixed
+
+
+def quiet_fairseq() -> None:
+    """Silence fairseq's reports on every dictionary and dataset that it loads.
+
+    For a command's ``main``, which prints what matters itself.
+    """
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
 
 
 def default_device(cpu: bool) -> torch.device:

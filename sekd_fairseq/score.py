@@ -30,6 +30,7 @@ from sekd_fairseq.inference import (
     default_device,
     load_models,
     load_split,
+    quiet_fairseq,
     to_device,
     token_batches,
 )
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Score one checkpoint on one split."""
     args = parser().parse_args(argv)
+    quiet_fairseq()
     with one_line_errors():
         device = default_device(args.cpu)
         models, config, task = load_models([args.path], args.data, device)

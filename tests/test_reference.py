@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from numpy.typing import ArrayLike
-from reference import Settings, Token, log_of
 from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, rel_entr
+
+from tests import reference as ref
+from tests.reference import Settings, Token, log_of
 
 # The example of all hand-worked numbers. It is not symmetric, so a swapped direction shows.
 P = log_of([1 / 2, 1 / 4, 1 / 4])

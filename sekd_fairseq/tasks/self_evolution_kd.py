@@ -12,7 +12,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from sekd_fairseq.compat import BATCH_SIZE_MULTIPLE, collect_before_fork
-from sekd_fairseq.data import TeacherDataset
+from sekd_fairseq.data import StableOrderDataset, TeacherDataset
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.losses import RunningQuantile
 from sekd_fairseq.teacher_cache import TeacherCache
@@ -73,6 +73,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     ) -> None:
         """Load a split, with its teacher cache if there is one."""
         super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        self.datasets[split] = StableOrderDataset(self.datasets[split])
         roots = self._cache_roots(self.cfg)
         if not roots:
             return
@@ -121,18 +122,16 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             tokens = float(sum(log["ntokens"] for log in logging_outputs))
             self.running_quantile.update(hard, tokens)
 
-    def state_dict(self) -> dict[str, Any]:
+    def get_checkpoint_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the task: the running threshold."""
-        state = dict(super().state_dict())
-        if self.running_quantile is not None:
-            state["running_gamma"] = self.running_quantile.value
-        return state
+        if self.running_quantile is None:
+            return {}
+        return {type(self).__name__: {"running_gamma": self.running_quantile.value}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
-        super().load_state_dict(state_dict)
-        if self.running_quantile is not None and "running_gamma" in state_dict:
-            self.running_quantile.value = state_dict["running_gamma"]
+    def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`get_checkpoint_dict` when a training resumes."""
+        if self.running_quantile is not None and "running_gamma" in state:
+            self.running_quantile.value = state["running_gamma"]
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         collect_before_fork()
@@ -142,8 +141,10 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         collect_before_fork()
         super().begin_valid_epoch(epoch, model)
 
-    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
-        """As fairseq's, but no sentence is dropped (``compat.BATCH_SIZE_MULTIPLE``)."""
+    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As fairseq's, but no sentence is dropped and batches are the same after a restart."""
         collect_before_fork()
         kwargs["required_batch_size_multiple"] = BATCH_SIZE_MULTIPLE
-        return super().get_batch_iterator(*args, **kwargs)
+        if isinstance(dataset, StableOrderDataset):
+            dataset.seed = kwargs.get("seed", dataset.seed)
+        return super().get_batch_iterator(dataset, *args, **kwargs)

@@ -9,7 +9,7 @@ import torch
 
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import binarise, command, error_line, sentence_pairs, train, write_text
+from .conftest import binarise, command, error_line, train, write_text
 
 
 def build(data: object, teacher: object, output: Path, *options: object, **keywords: bool) -> str:
@@ -141,7 +141,8 @@ def test_other_data_are_refused_in_training(
         symbols[0], symbols[1] = symbols[1], symbols[0]
         path.write_text("\n".join(symbols) + "\n")
     assert "same size" in refuse(tmp_path / "bin3")
-    write_text(tmp_path / "small", "train", sentence_pairs(9, 5))
+    for split in ("train", "valid"):
+        write_text(tmp_path / "small", split, [("one x y z", "eins x y z")] * 3)
     assert "dictionary of" in refuse(binarise(tmp_path / "small", tmp_path / "bin4"))
 
 

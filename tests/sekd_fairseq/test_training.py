@@ -51,7 +51,8 @@ def test_log_has_every_figure_in_training_and_validation(student: tuple[Path, st
 def test_alpha_zero_is_fairseqs_label_smoothed_cross_entropy(
     data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    smooth = ("--label-smoothing", "0.1")
+    # SGD, because Adam turns rounding of a gradient near zero into a step of full size.
+    smooth = ("--label-smoothing", "0.1", "--optimizer", "sgd", "--lr", "0.5")
     stock = train(data, tmp_path / "a", "--criterion", "label_smoothed_cross_entropy", *smooth)
     ours = train(
         data, tmp_path / "b", *SE_KD, "--teacher-cache", cache, "--alpha", "0", *smooth
@@ -63,7 +64,7 @@ def test_alpha_zero_is_fairseqs_label_smoothed_cross_entropy(
             assert one[f"{prefix}loss"] == other[f"{prefix}loss"]
             assert one[f"{prefix}nll_loss"] == other[f"{prefix}nll_loss"]
     a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
-    torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_no_ratio_is_word_level_kd_whatever_the_other_options(
@@ -105,7 +106,7 @@ def test_resumed_training_ends_as_one_that_was_never_stopped(
     halfway = tmp_path / "resumed" / "checkpoint_last.pt"
     shutil.copy(next((tmp_path / "resumed").glob("checkpoint_*_9.pt")), halfway)
     state = torch.load(halfway, map_location="cpu", weights_only=True)
-    assert 0 < state["task_state"]["running_gamma"] != 1.0
+    assert 0 < state["extra_state"]["SelfEvolutionKDTask"]["running_gamma"] != 1.0
     log = train(data, tmp_path / "resumed", *base, "--max-update", "14")
     assert "Loaded checkpoint" in log
     whole, resumed = (
