@@ -1,9 +1,12 @@
 """The dataset that carries teacher distributions beside each batch."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from fairseq.data import (
     BaseWrapperDataset,
@@ -15,7 +18,7 @@ from fairseq.data import (
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sekd_fairseq.errors import CacheError
+from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.losses import TeacherRows
 from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
 
@@ -66,6 +69,56 @@ class StableOrderDataset(BaseWrapperDataset):
         return self.dataset.collater(samples, **options)
 
 
+class StoredDifficulty:
+    """Difficulty of every target token of a split, from a pass of ``score`` over it.
+
+    Parameters
+    ----------
+    path
+        Token records, ``tokens/<split>/<updates>.parquet`` of a run.
+
+    Raises
+    ------
+    UserError
+        No such file, or no token records.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(
+                f"--stored-difficulty: expected token records, found no file at {path}; write them "
+                "with: python -m sekd_fairseq.score DATA --subset train --path STUDENT "
+                "--teacher-cache CACHE --run RUN"
+            )
+        try:
+            table = pq.read_table(path, columns=["sentence", "token", "kl"])
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"--stored-difficulty: {path} holds no token records ({error}); expected what "
+                "python -m sekd_fairseq.score wrote"
+            ) from error
+        self.path = path
+        self.values = table["kl"].to_numpy().astype(np.float32)  # nats, sentence after sentence
+        self.tokens = table["token"].to_numpy()
+        sentences = table["sentence"].to_numpy()
+        self.lengths = np.bincount(sentences) if len(sentences) else np.zeros(0, np.int64)
+        self.ends = self.lengths.cumsum()
+
+    def check_targets(self, hashes: NDArray[np.uint64], where: str) -> None:
+        """Refuse records of other target sentences (:func:`target_hashes`)."""
+        found = hash_targets(self.tokens, self.lengths)
+        if not np.array_equal(found, hashes):
+            raise UserError(
+                f"--stored-difficulty: {self.path} has {len(found)} sentences that are not the "
+                f"{len(hashes)} of {where}; run python -m sekd_fairseq.score on this split"
+            )
+
+    def __getitem__(self, sentence: int) -> NDArray[np.float32]:
+        """Difficulty of a sentence's tokens, nats."""
+        end = self.ends[sentence]
+        return self.values[end - self.lengths[sentence] : end]
+
+
 class TeacherDataset(StableOrderDataset):
     """A :class:`LanguagePairDataset` whose batches hold ``batch["teacher"]``.
 
@@ -87,18 +140,28 @@ class TeacherDataset(StableOrderDataset):
         One cache for each part that ``dataset`` is combined of (``train``, ``train1``, ...).
     where
         The data's name in messages.
+    difficulty
+        One for each part, or None; then batches also hold ``difficulty`` (DoubleTensor,
+        ``(N,)``, nats).
 
     Raises
     ------
     CacheError
         The caches were not built from these target sentences.
+    UserError
+        Nor was the stored difficulty.
     """
 
     def __init__(
-        self, dataset: LanguagePairDataset, caches: list[TeacherCache], where: str
+        self,
+        dataset: LanguagePairDataset,
+        caches: list[TeacherCache],
+        where: str,
+        difficulty: list[StoredDifficulty] | None = None,
     ) -> None:
         super().__init__(dataset)
         self.caches = caches
+        self.difficulty = difficulty
         self.pad = self.dataset.tgt_dict.pad()
         parts = [self.tgt]
         self._locate: Callable[[int], tuple[int, int]] = only_part
@@ -110,8 +173,11 @@ class TeacherDataset(StableOrderDataset):
                 f"{where}: expected a teacher cache for each of its {len(parts)} parts, found "
                 f"{len(caches)}; build the missing ones with --subset"
             )
-        for part, cache in zip(parts, caches, strict=True):
-            cache.check_targets(target_hashes(part, self.pad), where)
+        for index, (part, cache) in enumerate(zip(parts, caches, strict=True)):
+            hashes = target_hashes(part, self.pad)
+            cache.check_targets(hashes, where)
+            if difficulty is not None:
+                difficulty[index].check_targets(hashes, where)
 
     def collater(self, samples: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
         """Collate as the wrapped dataset does, then add ``teacher`` (class docstring)."""
@@ -121,10 +187,8 @@ class TeacherDataset(StableOrderDataset):
         return batch
 
     def _teacher(self, ids: Tensor, target: Tensor) -> dict[str, Tensor]:
-        rows = []
-        for sentence in ids.tolist():
-            part, index = self._locate(sentence)
-            rows.append(self.caches[part][index])
+        places = [self._locate(sentence) for sentence in ids.tolist()]
+        rows = [self.caches[part][index] for part, index in places]
         # The collater has reordered the batch; a row that strayed from its target is caught here.
         mask = target.ne(self.pad)
         tokens = target[mask]
@@ -143,13 +207,17 @@ class TeacherDataset(StableOrderDataset):
         token_ids[slots] = np.concatenate([row.token_id for row in rows])
         gold = np.concatenate([row.gold_logprob for row in rows]).astype(np.float64)
         outside = np.concatenate([row.outside_mass for row in rows]).astype(np.float64)
-        return {
+        entry = {
             "ids": torch.from_numpy(token_ids),
             "size": torch.from_numpy(size),
             "log_p": torch.from_numpy(log_p),
             "gold_log_p": torch.from_numpy(gold),
             "outside_mass": torch.from_numpy(outside),
         }
+        if self.difficulty is not None:
+            stored = [self.difficulty[part][index] for part, index in places]
+            entry["difficulty"] = torch.from_numpy(np.concatenate(stored).astype(np.float64))
+        return entry
 
 
 def only_part(index: int) -> tuple[int, int]:

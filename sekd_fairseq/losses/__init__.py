@@ -5,6 +5,7 @@
 >>> loss = self_evolution_kd(events, SelfEvolution(gamma=1.0, gamma_type="absolute")).divergence
 """
 
+from sekd_fairseq.losses.chunked import chunked_loss
 from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.losses.events import MISSING_MASS, Events, TeacherRows, build_events
 from sekd_fairseq.losses.self_evolution import (
@@ -25,6 +26,7 @@ __all__ = [
     "SupportLogProbs",
     "TeacherRows",
     "build_events",
+    "chunked_loss",
     "self_evolution_kd",
     "support_log_probs",
 ]

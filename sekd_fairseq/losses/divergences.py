@@ -132,3 +132,15 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 WEIGHTED = frozenset({"jsd", "skew_forward_kl", "skew_reverse_kl"})
 LINEAR = frozenset({"forward_kl", "skew_forward_kl"})
+
+
+def divergence(
+    name: str, log_p: Tensor, log_q: Tensor, log_multiplicity: Tensor | None, weight: float
+) -> Tensor:
+    """The divergence of that name, (N,) nats, given the arguments that it takes."""
+    options: dict[str, object] = {}
+    if name in WEIGHTED:
+        options["weight"] = weight
+    if name in LINEAR:
+        options["log_multiplicity"] = log_multiplicity
+    return DIVERGENCES[name](log_p, log_q, **options)

@@ -55,6 +55,13 @@ class TeacherRows:
     log_outside: Tensor
     log_weight: Tensor | None = None
 
+    def __getitem__(self, part: slice) -> "TeacherRows":
+        """The rows of some tokens."""
+        log_weight = None if self.log_weight is None else self.log_weight[part]
+        return TeacherRows(
+            self.ids[part], self.valid[part], self.log_p[part], self.log_outside[part], log_weight
+        )
+
     @classmethod
     def from_dense(cls, log_p: Tensor, target: Tensor) -> "TeacherRows":
         """Rows of the full distribution, ``k = V``, with the reference token moved to slot 0.

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sekd_fairseq.losses.divergences import DIVERGENCES, LINEAR, WEIGHTED, log_mix, relative_entropy
+from sekd_fairseq.losses.divergences import DIVERGENCES, divergence, log_mix, relative_entropy
 from sekd_fairseq.losses.events import Events, check_missing_mass
 
 GAMMA_TYPES = ("absolute", "quantile", "running_quantile")
@@ -207,8 +207,8 @@ def self_evolution_kd(
         gamma = threshold(difficulty, settings)
     gamma = torch.as_tensor(gamma, dtype=difficulty.dtype, device=difficulty.device)
     weight = ratio(difficulty, gamma, settings)
-    divergence = integrate(events, log_prior, weight, settings)
-    return SelfEvolutionOutput(divergence, difficulty, difficulty > gamma, weight, gamma)
+    token_loss = integrate(events, log_prior, weight, settings)
+    return SelfEvolutionOutput(token_loss, difficulty, difficulty > gamma, weight, gamma)
 
 
 def threshold(difficulty: Tensor, settings: SelfEvolution) -> float | Tensor:
@@ -238,12 +238,9 @@ def integrate(events: Events, log_prior: Tensor, weight: Tensor, settings: SelfE
             log_q = log_mix(log_q, log_prior, column)
         else:
             log_p = log_mix(log_p, log_prior, column)
-    options: dict[str, object] = {}
-    if settings.divergence in WEIGHTED:
-        options["weight"] = settings.divergence_weight
-    if settings.divergence in LINEAR:
-        options["log_multiplicity"] = events.log_multiplicity
-    return DIVERGENCES[settings.divergence](log_p, log_q, **options)
+    return divergence(
+        settings.divergence, log_p, log_q, events.log_multiplicity, settings.divergence_weight
+    )
 
 
 class RunningQuantile:

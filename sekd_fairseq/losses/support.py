@@ -103,7 +103,9 @@ def reduce_rows(
     log_normaliser = top.squeeze(1) + log_total
     log_q = (z_support - log_normaliser.unsqueeze(1)).masked_fill(~valid, float("-inf"))
     sum_log_q = z_sum - allowed * log_normaliser if with_sum else z_sum
-    return log_q, outside.log() - log_total, sum_log_q, allowed, -log_total, log_normaliser
+    # Not -log_total: the best token's log_q must equal it exactly, also after rounding.
+    max_log_q = top.squeeze(1) - log_normaliser
+    return log_q, outside.log() - log_total, sum_log_q, allowed, max_log_q, log_normaliser
 
 
 def fill_gradient(

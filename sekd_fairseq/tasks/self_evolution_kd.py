@@ -12,9 +12,9 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from sekd_fairseq.compat import BATCH_SIZE_MULTIPLE, collect_before_fork
-from sekd_fairseq.data import StableOrderDataset, TeacherDataset
+from sekd_fairseq.criterions.cached_teacher import CachedTeacherCriterion
+from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDataset
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
-from sekd_fairseq.losses import RunningQuantile
 from sekd_fairseq.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,19 @@ class SelfEvolutionKDConfig(TranslationConfig):
             "Off by default: then the task is plain translation"
         },
     )
+    stored_difficulty: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "token records that python -m sekd_fairseq.score --subset train wrote "
+            "(RUN/tokens/train/UPDATES.parquet); training takes its tokens' difficulty from there "
+            "and not from the student as it is now. With bin1:bin2 as many files (file1:file2)"
+        },
+    )
+
+
+def paths(value: str | None) -> list[str]:
+    """The paths of an option that takes several, ``a:b``; none for an option left out."""
+    return utils.split_paths(value) if value else []
 
 
 @register_task("self_evolution_kd", dataclass=SelfEvolutionKDConfig)
@@ -48,7 +61,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
 
     def __init__(self, cfg: SelfEvolutionKDConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
-        self.running_quantile: RunningQuantile | None = None
+        self.criterion: FairseqCriterion | None = None
         if cfg.upsample_primary == -1:
             cfg.upsample_primary = 1  # fairseq's default of -1 fails when train and train1 combine
 
@@ -56,17 +69,19 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     def setup_task(cls, cfg: SelfEvolutionKDConfig, **kwargs: Any) -> "SelfEvolutionKDTask":
         """Load dictionaries and check the caches' directories against the data's."""
         with one_line_errors():
-            data, caches = utils.split_paths(cfg.data), cls._cache_roots(cfg)
+            data, caches = paths(cfg.data), paths(cfg.teacher_cache)
             if caches and len(caches) != len(data):
                 raise UserError(
                     f"--teacher-cache: expected one cache for each of {len(data)} data "
                     f"directories ({cfg.data}), found {len(caches)} ({cfg.teacher_cache})"
                 )
+            stored = paths(cfg.stored_difficulty)
+            if stored and len(stored) != len(caches):
+                raise UserError(
+                    f"--stored-difficulty: expected one file for each of {len(caches)} teacher "
+                    f"caches, found {len(stored)} ({cfg.stored_difficulty})"
+                )
             return super().setup_task(cfg, **kwargs)
-
-    @staticmethod
-    def _cache_roots(cfg: SelfEvolutionKDConfig) -> list[str]:
-        return utils.split_paths(cfg.teacher_cache) if cfg.teacher_cache else []
 
     def load_dataset(
         self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
@@ -74,17 +89,27 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         """Load a split, with its teacher cache if there is one."""
         super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
         self.datasets[split] = StableOrderDataset(self.datasets[split])
-        roots = self._cache_roots(self.cfg)
+        roots = paths(self.cfg.teacher_cache)
         if not roots:
             return
-        root = roots[(epoch - 1) % len(roots)] if split == self.cfg.train_subset else roots[0]
+        turn = (epoch - 1) % len(roots) if split == self.cfg.train_subset else 0
+        root = roots[turn]
         dataset = self.datasets[split]
         with one_line_errors():
             parts = len(getattr(dataset.tgt, "datasets", [dataset.tgt]))
             names = [split + (str(part) if part else "") for part in range(parts)]
             caches = [self._open_cache(Path(root), name) for name in names]
             where = f"{self.cfg.target_lang} side of {split} ({self.cfg.data})"
-            self.datasets[split] = TeacherDataset(dataset, caches, where)
+            difficulty = None
+            if self.cfg.stored_difficulty and split == self.cfg.train_subset:
+                if parts > 1:
+                    raise UserError(
+                        f"--stored-difficulty: expected a training set of one part, found {parts} "
+                        f"({', '.join(names)}); binarise them as one"
+                    )
+                stored = paths(self.cfg.stored_difficulty)[turn]
+                difficulty = [StoredDifficulty(Path(stored))]
+            self.datasets[split] = TeacherDataset(dataset, caches, where, difficulty)
         logger.info(
             "teacher cache %s: %d sentences, %d tokens",
             os.path.join(root, split),
@@ -105,33 +130,31 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         return cache
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> FairseqCriterion:
-        """Build the criterion; its running threshold becomes part of the task's saved state."""
-        criterion = super().build_criterion(cfg, from_checkpoint=from_checkpoint)
-        self.running_quantile = getattr(criterion, "running_quantile", None)
-        return criterion
+        """Build the criterion; what it learns of the tokens belongs to the task's saved state."""
+        self.criterion = super().build_criterion(cfg, from_checkpoint=from_checkpoint)
+        return self.criterion
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
-        """Log, and after a training update move the running threshold of difficulty.
+        """Log, and end the update for a criterion that keeps a state over updates.
 
-        This is where the sums over accumulation steps and processes are at hand, so the threshold
-        is the same however a batch was split.
+        This is where the sums over accumulation steps and processes are at hand, so a running
+        threshold is the same however a batch was split.
         """
         super().reduce_metrics(logging_outputs, criterion)
-        if self.running_quantile is not None and criterion.training:
-            hard = float(sum(log["hard"] for log in logging_outputs))
-            tokens = float(sum(log["ntokens"] for log in logging_outputs))
-            self.running_quantile.update(hard, tokens)
+        if criterion.training and isinstance(criterion, CachedTeacherCriterion):
+            criterion.end_update(logging_outputs)
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the task: the running threshold."""
-        if self.running_quantile is None:
+        """What a checkpoint keeps beside the model: the criterion's state over updates."""
+        if not isinstance(self.criterion, CachedTeacherCriterion):
             return {}
-        return {type(self).__name__: {"running_gamma": self.running_quantile.value}}
+        state = self.criterion.running_state()
+        return {type(self).__name__: state} if state else {}
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_checkpoint_dict` when a training resumes."""
-        if self.running_quantile is not None and "running_gamma" in state:
-            self.running_quantile.value = state["running_gamma"]
+        if isinstance(self.criterion, CachedTeacherCriterion):
+            self.criterion.load_running_state(state)
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         collect_before_fork()

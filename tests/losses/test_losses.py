@@ -327,6 +327,14 @@ def test_no_outside_mass_on_either_side() -> None:
         assert torch.isfinite(loss).all() and torch.isfinite(logits.grad).all()
 
 
+def test_the_best_tokens_log_probability_is_exact() -> None:
+    # So that agreement can be counted by comparing the two.
+    logits = torch.randn(2000, 30, generator=torch.Generator().manual_seed(3)) * 5 + 40
+    best = logits.argmax(dim=1, keepdim=True)
+    student = support_log_probs(logits, torch.arange(2000), best, torch.ones_like(best).bool())
+    assert (student.log_q[:, 0] == student.max_log_q).all()
+
+
 def test_a_batch_of_padding_only() -> None:
     logits = torch.randn(4, 9, requires_grad=True)
     none = torch.zeros(0, 3, dtype=torch.long)

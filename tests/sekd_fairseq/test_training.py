@@ -5,13 +5,16 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from .conftest import ROOT, binarise, command, error_line, parameters, train
+from .conftest import ROOT, binarise, command, error_line, parameters, train, train_arguments
 
 PLUGIN = ("--user-dir", ROOT / "sekd_fairseq", "--task", "self_evolution_kd")
 SE_KD = ("--criterion", "self_evolution_kd")
+CACHED_KD = ("--criterion", "cached_kd", "--teacher-cache", "CACHE")
 LOGGED = {
     "loss", "nll_loss", "ppl", "difficulty", "gamma", "hard_share", "hard_lambda", "kl_easy",
     "kl_hard", "easy_gradient", "hard_gradient", "agreement",
@@ -78,6 +81,120 @@ def test_no_ratio_is_word_level_kd_whatever_the_other_options(
     )  # fmt: skip
     a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
     torch.testing.assert_close(a, b, rtol=0, atol=0)
+    # And so is the baselines' criterion with its defaults.
+    log = train(
+        data, tmp_path / "c", "--criterion", "cached_kd", "--teacher-cache", cache,
+        "--max-update", "6",
+    )  # fmt: skip
+    c = parameters(tmp_path / "c" / "checkpoint_last.pt")
+    torch.testing.assert_close(a, c, rtol=0, atol=0)
+    for prefix in ("", "valid_"):
+        record = records(log, prefix)[-1]
+        assert float(record[f"{prefix}selected"]) == 1.0
+        assert 0 < float(record[f"{prefix}kl"]) < 10 and f"{prefix}agreement" in record
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_forward_kl", "adaptive_kl"])
+def test_baselines_learn(data: Path, cache: Path, tmp_path: Path, divergence: str) -> None:
+    log = train(
+        data, tmp_path, "--criterion", "cached_kd", "--teacher-cache", cache, "--divergence",
+        divergence, "--divergence-weight", "0.3", "--max-update", "30", "--disable-validation",
+    )  # fmt: skip
+    kl = [float(record["kl"]) for record in records(log, "")]
+    assert kl[-1] < 0.8 * kl[0]
+
+
+@pytest.mark.parametrize("select", ["batch", "queue"])
+def test_selective_kd_distils_its_share_and_resumes(
+    data: Path, cache: Path, tmp_path: Path, select: str
+) -> None:
+    base = (
+        "--criterion", "cached_kd", "--teacher-cache", cache, "--select", select,
+        "--select-share", "0.4", "--queue-size", "500", "--disable-validation",
+    )  # fmt: skip
+    train(data, tmp_path / "whole", *base, "--max-update", "14")
+    train(data, tmp_path / "resumed", *base, "--max-update", "9")
+    log = train(data, tmp_path / "resumed", *base, "--max-update", "14")
+    shares = [float(record["selected"]) for record in records(log, "")]
+    # A batch rounds its share; a queue of past tokens lags behind a student that learns.
+    assert all(abs(share - 0.4) < (0.02 if select == "batch" else 0.3) for share in shares)
+    a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "resumed"))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_chunked_training_equals_plain_training(data: Path, cache: Path, tmp_path: Path) -> None:
+    # SGD, because Adam turns rounding of a gradient near zero into a step of full size.
+    base = (
+        *SE_KD, "--teacher-cache", cache, "--label-smoothing", "0.1", "--optimizer", "sgd", "--lr",
+        "0.5",
+    )  # fmt: skip
+    plain = train(data, tmp_path / "a", *base)
+    chunked = train(data, tmp_path / "b", *base, "--sekd-chunk-tokens", "7")
+    for prefix in ("", "valid_"):
+        for one, other in zip(records(plain, prefix), records(chunked, prefix), strict=True):
+            for key in LOGGED:
+                a, b = float(one[prefix + key]), float(other[prefix + key])
+                assert a == pytest.approx(b, rel=2e-3, abs=2e-4), (prefix, key, one, other)
+    a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_model_without_plain_projection_trains_unchunked(
+    data: Path, cache: Path, tmp_path: Path
+) -> None:
+    base = train_arguments(
+        data, tmp_path, *SE_KD, "--teacher-cache", cache, "--sekd-chunk-tokens", "7", "--arch",
+        "fconv", "--encoder-layers", "[(16, 3)]", "--decoder-layers", "[(16, 3)]",
+        "--encoder-embed-dim", "16", "--decoder-embed-dim", "16", "--decoder-out-embed-dim", "16",
+        "--max-update", "4",
+    )  # fmt: skip
+    log = command(*(word for word in base if word != "--share-all-embeddings"))
+    assert log.count("--sekd-chunk-tokens has no effect") == 1
+    assert len(records(log, "")) == 4
+
+
+def test_adaptive_softmax_is_refused(data: Path, cache: Path, tmp_path: Path) -> None:
+    base = train_arguments(
+        data, tmp_path, *SE_KD, "--teacher-cache", cache, "--adaptive-softmax-cutoff", "8",
+    )  # fmt: skip
+    out = command(*(word for word in base if word != "--share-all-embeddings"), check=False)
+    assert "adaptive softmax" in error_line(out)
+
+
+def test_stored_difficulty_decides_in_training(
+    data: Path, cache: Path, student: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    score = (
+        "sekd_fairseq.score", data, "--path", student[0] / "checkpoint_best.pt",
+        "--teacher-cache", cache, "--run", run, "--cpu", "--subset",
+    )  # fmt: skip
+    command(*score, "train")
+    (stored,) = (run / "tokens" / "train").iterdir()
+    kl = pq.read_table(stored)["kl"].to_numpy()
+    base = (
+        *SE_KD, "--teacher-cache", cache, "--gamma-type", "absolute", "--gamma",
+        float(np.quantile(kl, 0.7)), "--max-epoch", "2", "--max-update", "1000",
+    )  # fmt: skip
+    log = train(data, tmp_path / "save", *base, "--stored-difficulty", stored)
+    for record in records(log, "train_"):  # whole epochs: the stored values, whatever the student
+        assert float(record["train_difficulty"]) == pytest.approx(kl.mean(), abs=1e-4)
+        assert float(record["train_hard_share"]) == pytest.approx(0.3, abs=0.01)
+    assert float(records(log, "valid_")[0]["valid_difficulty"]) > 2 * kl.mean()  # as it is now
+
+    def refused(*options: object) -> str:
+        return error_line(train(data, tmp_path / "no", *base, *options, check=False))
+
+    command(*score, "valid")
+    (other,) = (run / "tokens" / "valid").iterdir()
+    line = refused("--stored-difficulty", other)
+    assert "21 sentences" in line and "203 of" in line
+    assert "no file at" in refused("--stored-difficulty", tmp_path / "nothing")
+    assert "no token records" in refused("--stored-difficulty", data / "dict.de.txt")
+    assert "1 teacher caches" in refused("--stored-difficulty", f"{stored}:{stored}")
+    assert "KL(teacher || student)" in refused(
+        "--stored-difficulty", stored, "--difficulty", "prior"
+    )
 
 
 def test_split_batches_and_workers_do_not_change_the_training(
@@ -189,6 +306,25 @@ def test_validation_sees_every_sentence(student: tuple[Path, str]) -> None:
         ((*SE_KD, "--teacher-cache", "CACHE", "--alpha", "2"), "--alpha"),
         ((*SE_KD, "--teacher-cache", "CACHE", "--missing-mass", "uniform"), "linear"),
         ((*SE_KD, "--teacher-cache", "CACHE:CACHE"), "1 data"),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--sekd-chunk-tokens", "-1"), "0 or more"),
+        (
+            (
+                *SE_KD,
+                "--teacher-cache",
+                "CACHE",
+                "--sekd-chunk-tokens",
+                "8",
+                "--gamma-type",
+                "quantile",
+            ),
+            "--gamma-type quantile",
+        ),
+        ((*CACHED_KD, "--select", "batch", "--sekd-chunk-tokens", "8"), "--select batch"),
+        ((*CACHED_KD, "--select", "batch", "--select-share", "1"), "--select-share"),
+        ((*CACHED_KD, "--select", "queue", "--queue-size", "0"), "--queue-size"),
+        ((*CACHED_KD, "--divergence", "jsd", "--divergence-weight", "0"), "--divergence-weight"),
+        ((*CACHED_KD, "--divergence", "skew_forward_kl", "--missing-mass", "uniform"), "linear"),
+        ((*CACHED_KD, "--divergence", "reverse_kl", "--missing-mass", "sampled"), "not sampled"),
     ],
 )
 def test_wrong_use_ends_with_one_line(

@@ -1,0 +1,138 @@
+"""The criterion ``cached_kd``: the baselines, on the same cache and code path as SE-KD."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.dataclass import ChoiceEnum
+from fairseq.logging import metrics
+from torch import Tensor
+
+from sekd_fairseq.criterions.cached_teacher import CachedTeacherConfig, CachedTeacherCriterion
+from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.losses import Events, SupportLogProbs
+from sekd_fairseq.losses.divergences import divergence, relative_entropy
+from sekd_fairseq.losses.events import check_missing_mass
+from sekd_fairseq.losses.selective import TokenQueue, hardest
+
+SELECTIONS = ("all", "batch", "queue")
+
+
+@dataclass
+class CachedKDConfig(CachedTeacherConfig):
+    """Options of the criterion."""
+
+    select: ChoiceEnum(SELECTIONS) = field(  # type: ignore[valid-type]
+        default="all",
+        metadata={
+            "help": "which tokens distil: all, or those of largest cross entropy in the batch "
+            "(batch) or against a queue of past tokens (queue), as Wang et al. 2021"
+        },
+    )
+    select_share: float = field(
+        default=0.5,
+        metadata={"help": "share of tokens that distil with --select, above 0 and below 1"},
+    )
+    queue_size: int = field(
+        default=30000, metadata={"help": "tokens in the queue of --select queue, 1 or more"}
+    )
+
+
+@register_criterion("cached_kd", dataclass=CachedKDConfig)
+class CachedKDCriterion(CachedTeacherCriterion):
+    """``D_i`` is a plain divergence, at all tokens or at those that selective KD chooses.
+
+    Selective KD differs from Wang et al. in the weights alone: theirs is ``CE + alpha KD`` on
+    selected tokens and ``CE`` elsewhere, here it is ``(1 - alpha) CE + alpha D`` and
+    ``(1 - alpha) CE``, the same up to scale.
+
+    Logged, beside what every criterion logs: ``kl`` (mean KL(p || q), nats) and ``selected``
+    (share of tokens that distil).
+    """
+
+    def __init__(self, cfg: CachedKDConfig, task: Any) -> None:
+        with one_line_errors():
+            super().__init__(cfg, task)
+            self._check(cfg)
+            if task.cfg.stored_difficulty:
+                raise UserError(
+                    "--stored-difficulty expects --criterion self_evolution_kd, found cached_kd, "
+                    "which has no difficulty"
+                )
+        self.divergence = str(cfg.divergence)
+        self.divergence_weight = float(cfg.divergence_weight)
+        self.select = str(cfg.select)
+        self.share = float(cfg.select_share)
+        self.queue = TokenQueue(cfg.queue_size, self.share) if self.select == "queue" else None
+
+    @staticmethod
+    def _check(cfg: CachedKDConfig) -> None:
+        if not 0 < cfg.divergence_weight < 1:
+            raise UserError(
+                f"--divergence-weight: expected above 0 and below 1, found {cfg.divergence_weight}"
+            )
+        if not 0 < cfg.select_share < 1:
+            raise UserError(
+                f"--select-share: expected above 0 and below 1, found {cfg.select_share}"
+            )
+        if cfg.queue_size < 1:
+            raise UserError(f"--queue-size: expected 1 or more, found {cfg.queue_size}")
+        name = str(cfg.divergence)
+        try:
+            check_missing_mass(str(cfg.missing_mass), name, mixes_student="skew" in name)
+        except ValueError as error:
+            raise UserError(f"criterion cached_kd: {error}") from error
+
+    @staticmethod
+    def whole_batch(cfg: CachedKDConfig) -> str:
+        return "--select batch" if str(cfg.select) == "batch" else ""
+
+    def distill(
+        self, events: Events, student: SupportLogProbs, teacher: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The divergence at selected tokens, zero at the others."""
+        nll = -student.log_q[:, 0].detach()
+        selected = self._selected(nll)
+        if self.training and self.queue is not None:
+            self.queue.push(nll)
+        value = divergence(
+            self.divergence,
+            events.log_p,
+            events.log_q,
+            events.log_multiplicity,
+            self.divergence_weight,
+        )
+        kl = relative_entropy(events.log_p, events.log_q.detach(), events.log_multiplicity)
+        # A mask and not a factor: infinity at a token that does not distil must not become NaN.
+        return value.masked_fill(~selected, 0.0), {"kl": kl.sum(), "selected": selected.sum()}
+
+    def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
+        """Let the update's tokens into the queue."""
+        if self.queue is not None:
+            self.queue.commit()
+
+    def running_state(self) -> dict[str, Any]:
+        """The queue."""
+        return {} if self.queue is None else {"queue": self.queue.values}
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Restore the queue."""
+        if self.queue is not None and "queue" in state:
+            self.queue.load(state["queue"])
+
+    def _selected(self, nll: Tensor) -> Tensor:
+        if self.queue is not None:
+            return self.queue.select(nll)
+        if self.select == "batch":
+            return hardest(nll, self.share)
+        return torch.ones_like(nll, dtype=torch.bool)
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Divide the sums."""
+        super().reduce_metrics(logging_outputs)
+        tokens = sum(log["ntokens"] for log in logging_outputs)
+        for key in ("kl", "selected"):
+            total = sum(log[key] for log in logging_outputs)
+            metrics.log_scalar(key, total / tokens, tokens, round=4)

@@ -1,0 +1,251 @@
+"""What every criterion on a cached teacher shares: the batch, the cross entropy, the log."""
+
+import inspect
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.criterions import FairseqCriterion
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
+from fairseq.models.transformer import TransformerDecoderBase
+from omegaconf import II
+from torch import Tensor
+
+from sekd_fairseq.data import teacher_rows
+from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.losses import (
+    DIVERGENCES,
+    MISSING_MASS,
+    Events,
+    SupportLogProbs,
+    TeacherRows,
+    build_events,
+    chunked_loss,
+    support_log_probs,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CachedTeacherConfig(FairseqDataclass):
+    """Options of every criterion on a cached teacher."""
+
+    alpha: float = field(
+        default=0.7,
+        metadata={
+            "help": "weight of the distillation loss, from 0 to 1; cross entropy has 1 - alpha. "
+            "0 is plain (label-smoothed) cross entropy"
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "label smoothing of the cross entropy; 0 is off"}
+    )
+    divergence: ChoiceEnum(tuple(DIVERGENCES)) = field(  # type: ignore[valid-type]
+        default="forward_kl",
+        metadata={"help": "divergence between teacher and student inside the loss"},
+    )
+    divergence_weight: float = field(
+        default=0.5,
+        metadata={"help": "weight inside jsd and the skew divergences, above 0 and below 1"},
+    )
+    missing_mass: ChoiceEnum(MISSING_MASS) = field(  # type: ignore[valid-type]
+        default="bucket",
+        metadata={
+            "help": "what is done with the teacher's mass outside the cached support: one event "
+            "(bucket), spread evenly (uniform), ignored (renormalize), estimated (sampled)"
+        },
+    )
+    sekd_chunk_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "apply the output projection and the loss to this many tokens at a time, so "
+            "that the logits of a whole batch are never held (256 is a good value for a large "
+            "vocabulary); 0 is off"
+        },
+    )
+    sentence_avg: bool = II("optimization.sentence_avg")
+
+
+class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
+    """``sum_i alpha D_i + (1 - alpha) CE_i`` over target tokens that are not padding.
+
+    A subclass says what ``D_i`` is (:meth:`distill`) and what it logs besides ``loss``,
+    ``nll_loss`` (both in bits), ``ppl`` and ``agreement`` (share of tokens with equal best token).
+    """
+
+    def __init__(self, cfg: CachedTeacherConfig, task: Any) -> None:
+        super().__init__(task)
+        name = f"--criterion {cfg._name}"
+        for option in ("alpha", "label_smoothing"):
+            if not 0 <= getattr(cfg, option) <= 1:
+                flag = option.replace("_", "-")
+                raise UserError(f"--{flag}: expected 0 to 1, found {getattr(cfg, option)}")
+        if not hasattr(task.cfg, "teacher_cache"):
+            raise UserError(
+                f"{name} expects --task self_evolution_kd, found task "
+                f"{getattr(task.cfg, '_name', type(task).__name__)!r}; add the flag"
+            )
+        if not task.cfg.teacher_cache:
+            raise UserError(
+                f"{name} expects --teacher-cache DIR, found none; build one with: "
+                "python -m sekd_fairseq.build_cache DATA --path TEACHER --output DIR"
+            )
+        self.alpha = float(cfg.alpha)
+        self.label_smoothing = float(cfg.label_smoothing)
+        self.missing_mass = str(cfg.missing_mass)
+        self.sentence_avg = cfg.sentence_avg
+        self.chunk_tokens = int(cfg.sekd_chunk_tokens)
+        self._told = False
+        if self.chunk_tokens < 0:
+            raise UserError(f"--sekd-chunk-tokens: expected 0 or more, found {self.chunk_tokens}")
+        if self.chunk_tokens and self.whole_batch(cfg):
+            raise UserError(
+                f"--sekd-chunk-tokens: expected 0 with {self.whole_batch(cfg)}, which ranks the "
+                f"tokens of a whole batch, found {self.chunk_tokens}"
+            )
+
+    @staticmethod
+    def whole_batch(cfg: Any) -> str:
+        """The option that needs all tokens of a batch at once, as typed; empty if there is none."""
+        return ""
+
+    def distill(
+        self, events: Events, student: SupportLogProbs, teacher: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The distillation loss of each token, (N,) nats, and the sums to log.
+
+        ``teacher`` is the batch's entry (:class:`~sekd_fairseq.data.TeacherDataset`).
+        """
+        raise NotImplementedError
+
+    def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
+        """Called after each update, with the sums of all its parts and processes."""
+
+    def running_state(self) -> dict[str, Any]:
+        """What is remembered from past updates, for a checkpoint."""
+        return {}
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`running_state`."""
+
+    def forward(
+        self, model: Any, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Loss of a batch: ``(sum over tokens, denominator, sums to log)``."""
+        if getattr(model.decoder, "adaptive_softmax", None) is not None:
+            with one_line_errors():
+                raise UserError(
+                    "an adaptive softmax gives no logits that a teacher could be compared with; "
+                    "leave out --adaptive-softmax-cutoff"
+                )
+        target = sample["target"]
+        rows = target.view(-1).ne(self.padding_idx).nonzero().squeeze(1)  # (N,)
+        teacher = teacher_rows(sample["teacher"])
+        with_sum = self.label_smoothing > 0 or self.missing_mass == "uniform"
+        projection = self._chunked_projection(model)
+        if projection is None:
+            logits = flatten(model(**sample["net_input"])[0])  # (B T, V)
+            student = support_log_probs(logits, rows, teacher.ids, teacher.valid, with_sum)
+            loss, sums = self._loss(student, teacher, sample["teacher"], logits.size(-1))
+        else:
+            features = flatten(model(**sample["net_input"], features_only=True)[0])  # (B T, D)
+            loss, sums = chunked_loss(
+                features.index_select(0, rows),
+                projection.weight,
+                projection.bias,
+                teacher.ids,
+                teacher.valid,
+                lambda student, part: self._loss(
+                    student,
+                    teacher[part],
+                    {key: value[part] for key, value in sample["teacher"].items()},
+                    projection.out_features,
+                ),
+                self.chunk_tokens,
+                with_sum,
+            )
+        sample_size = target.size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": loss.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": target.size(0),
+            "sample_size": sample_size,
+            **sums,
+        }
+        return loss, sample_size, logging_output
+
+    def _loss(
+        self, student: SupportLogProbs, teacher: TeacherRows, batch: dict[str, Tensor], vocab: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and sums to log of some tokens; ``batch`` is their part of the batch's entry."""
+        events = build_events(teacher, student, self.missing_mass)
+        divergence, sums = self.distill(events, student, batch)
+        nll = -student.log_q[:, 0].sum()
+        cross_entropy = self._cross_entropy(nll, student.sum_log_q, vocab)
+        best = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).argmax(dim=1, keepdim=True)
+        agree = student.log_q.detach().gather(1, best).squeeze(1) >= student.max_log_q
+        loss = self.alpha * divergence.sum() + (1.0 - self.alpha) * cross_entropy
+        return loss, {"nll_loss": nll.detach(), "agree": agree.sum(), **sums}
+
+    def _chunked_projection(self, model: Any) -> torch.nn.Linear | None:
+        """The projection to apply in chunks, or None for the plain path."""
+        if self.chunk_tokens == 0:
+            return None
+        projection = output_projection(model)
+        if projection is None and not self._told:
+            self._told = True
+            logger.warning(
+                "--sekd-chunk-tokens has no effect: this model has no plain output projection "
+                "that can be applied apart from it"
+            )
+        return projection
+
+    def _cross_entropy(self, nll: Tensor, sum_log_q: Tensor, vocab_size: int) -> Tensor:
+        """fairseq's label-smoothed cross entropy, summed over tokens."""
+        if self.label_smoothing == 0:
+            return nll
+        epsilon = self.label_smoothing / (vocab_size - 1)
+        return (1.0 - self.label_smoothing - epsilon) * nll - epsilon * sum_log_q.sum()
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Divide the sums that every criterion logs."""
+        sample_size, tokens, loss, nll, agree = (
+            sum(log[key] for log in logging_outputs)
+            for key in ("sample_size", "ntokens", "loss", "nll_loss", "agree")
+        )
+        metrics.log_scalar("loss", loss / sample_size / math.log(2), sample_size, round=3)
+        metrics.log_scalar("nll_loss", nll / tokens / math.log(2), tokens, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        metrics.log_scalar("agreement", agree / tokens, tokens, round=4)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+
+def flatten(x: Tensor) -> Tensor:
+    """Batch and time as one dimension: (B, T, X) to (B T, X)."""
+    return x.reshape(-1, x.size(-1))
+
+
+def output_projection(model: Any) -> torch.nn.Linear | None:
+    """The linear layer that turns ``model(..., features_only=True)`` into its logits, if any.
+
+    None for a decoder that changes the logits afterwards, and a weight that is sharded over
+    processes.
+    """
+    decoder = model.decoder
+    projection = getattr(decoder, "output_projection", None)
+    plain = (
+        isinstance(projection, torch.nn.Linear)
+        and projection.weight.dim() == 2
+        and "features_only" in inspect.signature(decoder.forward).parameters
+        and type(decoder).output_layer is TransformerDecoderBase.output_layer
+    )
+    return projection if plain else None

@@ -1,0 +1,202 @@
+"""The criterion ``self_evolution_kd``."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.dataclass import ChoiceEnum
+from fairseq.logging import metrics
+from torch import Tensor
+
+from sekd_fairseq.criterions.cached_teacher import CachedTeacherConfig, CachedTeacherCriterion
+from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.losses import (
+    Events,
+    RunningQuantile,
+    SelfEvolution,
+    SelfEvolutionOutput,
+    SupportLogProbs,
+    self_evolution_kd,
+)
+from sekd_fairseq.losses.divergences import relative_entropy
+from sekd_fairseq.losses.self_evolution import DIFFICULTIES, GAMMA_TYPES, INTEGRATIONS, SCHEDULES
+
+
+@dataclass
+class SelfEvolutionKDConfig(CachedTeacherConfig):
+    """Options of the criterion; the symbols are those of :mod:`sekd_fairseq.losses`."""
+
+    lambda_max: float = field(
+        default=0.5,
+        metadata={
+            "help": "largest ratio of prior knowledge mixed in at a hard token, 0 or more and "
+            "below 1; 0 is plain word-level distillation"
+        },
+    )
+    gamma: float = field(
+        default=0.5,
+        metadata={
+            "help": "threshold of difficulty above which a token is hard: a quantile above 0 and "
+            "below 1, or nats (0 or more) with --gamma-type absolute"
+        },
+    )
+    gamma_type: ChoiceEnum(GAMMA_TYPES) = field(  # type: ignore[valid-type]
+        default="running_quantile",
+        metadata={
+            "help": "absolute: gamma is in nats; quantile: of the batch at hand; "
+            "running_quantile: tracked over updates, independent of how batches are split"
+        },
+    )
+    schedule: ChoiceEnum(SCHEDULES) = field(  # type: ignore[valid-type]
+        default="linear",
+        metadata={"help": "how the ratio grows with difficulty above gamma, up to lambda_max"},
+    )
+    schedule_scale: float = field(
+        default=1.0, metadata={"help": "width of the linear and exp schedules, nats, above 0"}
+    )
+    beta: str = field(
+        default="0.5",
+        metadata={
+            "help": "share of the teacher in the prior, from 0 (reference only) to 1 (teacher "
+            "only), or 'confidence': the teacher's probability of the reference, token by token"
+        },
+    )
+    integration: ChoiceEnum(INTEGRATIONS) = field(  # type: ignore[valid-type]
+        default="student",
+        metadata={"help": "mix the prior into the student's distribution, or into the target"},
+    )
+    difficulty: ChoiceEnum(DIFFICULTIES) = field(  # type: ignore[valid-type]
+        default="teacher",
+        metadata={
+            "help": "difficulty is KL(teacher || student) or KL(prior || student), of the student "
+            "as it is now; with the task's --stored-difficulty, of a stored pass in training"
+        },
+    )
+
+
+def parse_settings(cfg: Any) -> SelfEvolution:
+    """Turn command-line values into validated settings; ``UserError`` on one out of range."""
+    try:
+        beta = None if cfg.beta == "confidence" else float(cfg.beta)
+    except ValueError:
+        raise UserError(
+            f"--beta: expected a number from 0 to 1 or 'confidence', found {cfg.beta!r}"
+        ) from None
+    try:
+        return SelfEvolution(
+            gamma=cfg.gamma,
+            gamma_type=str(cfg.gamma_type),
+            lambda_max=cfg.lambda_max,
+            schedule=str(cfg.schedule),
+            scale=cfg.schedule_scale,
+            beta=beta,
+            integration=str(cfg.integration),
+            difficulty=str(cfg.difficulty),
+            divergence=str(cfg.divergence),
+            divergence_weight=cfg.divergence_weight,
+            missing_mass=str(cfg.missing_mass),
+        )
+    except ValueError as error:
+        raise UserError(f"criterion self_evolution_kd: {error}") from error
+
+
+@register_criterion("self_evolution_kd", dataclass=SelfEvolutionKDConfig)
+class SelfEvolutionKDCriterion(CachedTeacherCriterion):
+    """SE-KD, ``D_i`` of :mod:`sekd_fairseq.losses.self_evolution`.
+
+    Logged, beside what every criterion logs, in nats or as shares: ``difficulty`` (mean),
+    ``hard_share``, ``hard_lambda`` (mean ratio on hard tokens), ``kl_easy`` and ``kl_hard`` (mean
+    KL(p || q)), ``hard_gradient`` and ``easy_gradient`` (mean L1 norm of the gradient of ``D`` to
+    the logits, on the events of the loss; zero in validation), ``gamma`` (the threshold in use).
+    """
+
+    def __init__(self, cfg: SelfEvolutionKDConfig, task: Any) -> None:
+        with one_line_errors():
+            super().__init__(cfg, task)
+            self.settings = parse_settings(cfg)
+            if task.cfg.stored_difficulty and self.settings.difficulty == "prior":
+                raise UserError(
+                    "--stored-difficulty holds KL(teacher || student); expected --difficulty "
+                    "teacher with it, found prior"
+                )
+        self.running_quantile = (
+            RunningQuantile(self.settings.gamma)
+            if self.settings.gamma_type == "running_quantile"
+            else None
+        )
+
+    @staticmethod
+    def whole_batch(cfg: SelfEvolutionKDConfig) -> str:
+        return "--gamma-type quantile" if str(cfg.gamma_type) == "quantile" else ""
+
+    def distill(
+        self, events: Events, student: SupportLogProbs, teacher: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """SE-KD of each token; difficulty is taken now, or from a stored pass where there is one."""
+        gamma = self.running_quantile.value if self.running_quantile is not None else None
+        output = self_evolution_kd(events, self.settings, gamma, teacher.get("difficulty"))
+        return output.divergence, self._difficulty_sums(events, output)
+
+    def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
+        """Move the running threshold of difficulty."""
+        if self.running_quantile is not None:
+            hard, tokens = (
+                float(sum(log[key] for log in logging_outputs)) for key in ("hard", "ntokens")
+            )
+            self.running_quantile.update(hard, tokens)
+
+    def running_state(self) -> dict[str, Any]:
+        """The running threshold."""
+        if self.running_quantile is None:
+            return {}
+        return {"running_gamma": self.running_quantile.value}
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Restore the running threshold."""
+        if self.running_quantile is not None and "running_gamma" in state:
+            self.running_quantile.value = state["running_gamma"]
+
+    def _difficulty_sums(self, events: Events, output: SelfEvolutionOutput) -> dict[str, Tensor]:
+        hard = output.hard.to(output.difficulty)
+        log_q = events.log_q.detach()
+        kl = relative_entropy(events.log_p, log_q, events.log_multiplicity)
+        gradient = torch.zeros_like(kl)
+        if output.divergence.requires_grad and output.divergence.numel():
+            (on_log_q,) = torch.autograd.grad(
+                output.divergence.sum(), events.log_q, retain_graph=True
+            )
+            q = log_q.exp()
+            gradient = (on_log_q - q * on_log_q.sum(dim=1, keepdim=True)).abs().sum(dim=1)
+        return {
+            "gamma": output.gamma * kl.numel(),
+            "hard": hard.sum(),
+            "difficulty": output.difficulty.sum(),
+            "hard_lambda": (output.ratio * hard).sum(),
+            "kl_easy": (kl * (1.0 - hard)).sum(),
+            "kl_hard": (kl * hard).sum(),
+            "easy_gradient": (gradient * (1.0 - hard)).sum(),
+            "hard_gradient": (gradient * hard).sum(),
+        }
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """Divide the sums; a mean over no tokens is NaN."""
+        super().reduce_metrics(logging_outputs)
+
+        def total(key: str) -> Any:
+            return sum(log[key] for log in logging_outputs)
+
+        tokens, hard = total("ntokens"), total("hard")
+        metrics.log_scalar("difficulty", total("difficulty") / tokens, tokens, round=4)
+        metrics.log_scalar("gamma", total("gamma") / tokens, tokens, round=4)
+        metrics.log_scalar("hard_share", hard / tokens, tokens, round=4)
+        for key, count in (
+            ("hard_lambda", hard),
+            ("kl_easy", tokens - hard),
+            ("kl_hard", hard),
+            ("easy_gradient", tokens - hard),
+            ("hard_gradient", hard),
+        ):
+            mean = total(key) / count if count > 0 else float("nan")
+            metrics.log_scalar(key, mean, count, round=4)

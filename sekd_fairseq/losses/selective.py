@@ -1,0 +1,61 @@
+"""Selective knowledge distillation of Wang et al. (ACL 2021), for NMT: only some tokens distil.
+
+Tokens whose cross entropy of the reference is among the largest ``share`` receive the teacher,
+the others the reference alone.  *Batch level* compares within a batch, *global level* with a
+first-in-first-out queue of past tokens.
+"""
+
+import torch
+from torch import Tensor
+
+
+def hardest(nll: Tensor, share: float) -> Tensor:
+    """The ``round(share * N)`` tokens of largest ``nll``, a bool mask (N,); ties go to the first."""
+    count = round(share * nll.numel())
+    chosen = nll.detach().sort(descending=True, stable=True).indices[:count]
+    return torch.zeros_like(nll, dtype=torch.bool).index_fill(0, chosen, True)
+
+
+class TokenQueue:
+    """The last ``size`` values of past updates, and the threshold that they give.
+
+    Values that :meth:`push` takes count from the next :meth:`commit` on, which belongs at the end
+    of an update: the threshold is then the same for every part of an accumulated batch.  Each
+    process has a queue of its own.
+
+    Parameters
+    ----------
+    size : int
+        Wang et al. use 30,000.
+    share : float
+        Share of tokens above the threshold, in (0, 1); Wang et al. use 0.5.
+    """
+
+    def __init__(self, size: int, share: float) -> None:
+        self.size = size
+        self.share = share
+        self.values = torch.zeros(0)
+        self._new: list[Tensor] = []
+        self._threshold: float | None = None
+
+    def push(self, values: Tensor) -> None:
+        """Note the values of a batch, (N,)."""
+        self._new.append(values.detach().float().cpu())
+
+    def commit(self) -> None:
+        """End an update: noted values enter, the oldest leave, the threshold moves."""
+        if self._new:
+            self.load(torch.cat([self.values, *self._new])[-self.size :])
+            self._new = []
+
+    def load(self, values: Tensor) -> None:
+        """Replace all values, oldest first."""
+        self.values = values
+        place = max(1, round((1.0 - self.share) * values.numel()))
+        self._threshold = float(values.kthvalue(place).values) if values.numel() else None
+
+    def select(self, nll: Tensor) -> Tensor:
+        """Tokens above the threshold, bool (N,); while the queue is empty, the batch decides."""
+        if self._threshold is None:
+            return hardest(nll, self.share)
+        return nll.detach() > self._threshold

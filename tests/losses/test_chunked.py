@@ -1,0 +1,148 @@
+"""The chunked path equals the plain one in value and gradient."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sekd_fairseq.losses import (
+    SelfEvolution,
+    SupportLogProbs,
+    TeacherRows,
+    build_events,
+    chunked_loss,
+    self_evolution_kd,
+    support_log_probs,
+)
+
+# Steps, because gradcheck would see the ratio move with the student, which is no gradient.
+SETTINGS = SelfEvolution(gamma=2.0, gamma_type="absolute", lambda_max=0.6, schedule="step")
+TOKENS, WIDTH, VOCAB = 11, 6, 17
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, TeacherRows]:
+    """Features, weight, bias, and the teacher at their tokens."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    teacher = TeacherRows.from_top_k(
+        (random(TOKENS, VOCAB).double() * 2).log_softmax(-1),
+        torch.randint(0, VOCAB, (TOKENS,), generator=generator),
+        5,
+    )
+    return random(TOKENS, WIDTH), random(VOCAB, WIDTH), random(VOCAB), teacher
+
+
+def token_loss(student: SupportLogProbs, teacher: TeacherRows) -> tuple[Tensor, dict[str, Tensor]]:
+    """SE-KD plus label-smoothed cross entropy, and a sum to log."""
+    output = self_evolution_kd(build_events(teacher, student, "bucket"), SETTINGS)
+    smooth = -0.9 * student.log_q[:, 0].sum() - 0.1 / VOCAB * student.sum_log_q.sum()
+    return output.divergence.sum() + smooth, {"hard": output.hard.sum()}
+
+
+def plain(
+    features: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherRows
+) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = nn.functional.linear(features, weight, bias)
+    rows = torch.arange(len(logits))
+    student = support_log_probs(logits, rows, teacher.ids, teacher.valid, with_sum=True)
+    return token_loss(student, teacher)
+
+
+def chunked(
+    features: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherRows, chunk: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    return chunked_loss(
+        features,
+        weight,
+        bias,
+        teacher.ids,
+        teacher.valid,
+        lambda student, part: token_loss(student, teacher[part]),
+        chunk,
+        with_sum=True,
+    )
+
+
+def gradients(loss: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
+    copies = [leaf.clone().requires_grad_() for leaf in leaves]
+    # A non-unit upstream gradient, as of a loss scaler.
+    return torch.autograd.grad(-2.5 * loss(*copies), copies)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_value_sums_and_gradient_equal_the_plain_path(chunk: int, with_bias: bool) -> None:
+    features, weight, bias, teacher = problem(torch.float64)
+    leaves = [features, weight] + ([bias] if with_bias else [])
+
+    def arguments(leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+        return leaves[0], leaves[1], leaves[2] if with_bias else None
+
+    loss, sums = chunked(*arguments(tuple(leaves)), teacher, chunk)
+    expected, expected_sums = plain(*arguments(tuple(leaves)), teacher)
+    torch.testing.assert_close(loss, expected)
+    assert 0 < int(sums["hard"]) < TOKENS and sums == expected_sums
+    found = gradients(lambda *x: chunked(*arguments(x), teacher, chunk)[0], *leaves)
+    torch.testing.assert_close(
+        found, gradients(lambda *x: plain(*arguments(x), teacher)[0], *leaves)
+    )
+
+
+def test_gradcheck() -> None:
+    features, weight, bias, teacher = problem(torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in (features, weight, bias)]
+    torch.autograd.gradcheck(lambda *x: chunked(*x, teacher, 4)[0], leaves)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 4e-2)])
+def test_half_precision_equals_the_plain_path(dtype: torch.dtype, tolerance: float) -> None:
+    features, weight, bias, teacher = problem(dtype)
+    loss = chunked(features, weight, bias, teacher, 4)[0]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain(features, weight, bias, teacher)[0])
+    found = gradients(lambda *x: chunked(*x, teacher, 4)[0], features, weight, bias)
+    expected = gradients(lambda *x: plain(*x, teacher)[0], features, weight, bias)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_tied_embeddings() -> None:
+    # The weight is also what made the features.
+    _, weight, _, teacher = problem(torch.float64)
+    inputs = torch.arange(TOKENS) % VOCAB
+
+    def tied(path: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        leaf = weight.clone().requires_grad_()
+        path(leaf[inputs].tanh(), leaf).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    torch.testing.assert_close(
+        tied(lambda h, w: chunked(h, w, None, teacher, 3)[0]),
+        tied(lambda h, w: plain(h, w, None, teacher)[0]),
+    )
+
+
+def test_without_gradient_and_without_tokens() -> None:
+    features, weight, bias, teacher = problem(torch.float32)
+    weight.requires_grad_()
+    with torch.no_grad():
+        loss, _ = chunked(features, weight, bias, teacher, 4)
+    assert not loss.requires_grad
+    loss, sums = chunked(features[:0], weight, bias, teacher[:0], 4)
+    assert loss.item() == 0.0 and int(sums["hard"]) == 0
+    loss.backward()
+    assert weight.grad is not None and (weight.grad == 0).all()
+
+
+def test_only_the_needed_gradients() -> None:
+    features, weight, bias, teacher = problem(torch.float64)
+    features.requires_grad_()  # a frozen projection
+    loss, _ = chunked(features, weight, bias, teacher, 4)
+    loss.backward()
+    assert features.grad is not None and weight.grad is None
