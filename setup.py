@@ -40,6 +40,13 @@ setup(
         # An extra and not a requirement: every distribution of fairseq installs the same folder,
         # so requiring one would overwrite a fairseq that the user has built.
         "fairseq": ["ve-fairseq==0.12.3"],
+        "llm": [
+            # Hugging Face causal models as teachers and students. transformers 5 renames the
+            # key-value cache's argument and needs a torchaudio that loads.
+            "transformers>=4.51,<5",
+            "peft>=0.15",  # low-rank adapters
+            "gguf>=0.16",  # reading GGUF files
+        ],
         "workflow": ["snakemake>=9,<10"],  # scripts/Snakefile: restarts, parallel jobs, clusters
         "dev": [
             "pytest>=8",
