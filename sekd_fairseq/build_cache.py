@@ -3,13 +3,16 @@
     python -m sekd_fairseq.build_cache DATA --path teacher.pt --output CACHE
 
 DATA is a fairseq data directory (the student's: same dictionaries as the teacher's).  For each
-split, ``CACHE/<split>`` gets the teacher's distribution at every target token, cut to ``--top-k``
-tokens, the reference always among them.  A build that was stopped goes on where it was.
+split, ``CACHE/<split>`` gets the teacher's distribution at every target token, cut by ``--top-k``,
+``--top-p`` or ``--sample``, the reference always among what is kept.  A build that was stopped goes
+on where it was; several processes share one with ``--num-shards`` and ``--shard-id``, or under
+``torchrun``.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import torch
 from fairseq import utils
 from numpy.typing import NDArray
@@ -27,30 +29,30 @@ import sekd_fairseq
 from sekd_fairseq.data import target_hashes
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inference import (
-    check_lengths,
     default_device,
+    half_precision,
     load_models,
     load_split,
     quiet_fairseq,
     to_device,
     token_batches,
-    token_log_probs,
+    token_logits,
+    too_long,
 )
 from sekd_fairseq.inspect_cache import describe
-from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards
 from sekd_fairseq.teacher_cache.format import (
+    ENTRY_COLUMNS,
     MANIFEST,
-    PAYLOAD,
-    Manifest,
-    Shard,
     atomic_write,
     hash_file,
     hash_symbols,
+    payload_dtypes,
     shard_name,
-    stored_dtype,
 )
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
+from sekd_fairseq.truncation import Truncation, truncate, truncation_of, uniforms
 
 SETTINGS = "build.json"
 
@@ -90,7 +92,36 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=32,
         help="tokens kept at each position: the reference and the best others (default: "
-        "%(default)s; 0 keeps the whole vocabulary)",
+        "%(default)s; 0 is the whole vocabulary); with --top-p the most that are kept",
+    )
+    out.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="keep as few of the best tokens as hold this share of the mass: few where the teacher "
+        "is sure, up to --top-k where it is not",
+    )
+    out.add_argument(
+        "--top-p-floor",
+        type=int,
+        default=2,
+        metavar="K",
+        help="the fewest tokens that --top-p keeps (default: %(default)s)",
+    )
+    out.add_argument(
+        "--sample",
+        type=int,
+        default=0,
+        metavar="N",
+        help="instead of the best tokens, N drawn from the teacher, for --missing-mass sampled",
+    )
+    out.add_argument(
+        "--logprob-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="bits of a stored log-probability (default: %(default)s); 8 rounds to a sixteenth of "
+        "a nat, about 2e-4 nats of KL divergence",
     )
     out.add_argument(
         "--temperature",
@@ -107,6 +138,35 @@ def parser() -> argparse.ArgumentParser:
         default=10_000,
         help="sentences a shard, the unit of restarting (default: %(default)s)",
     )
+    out.add_argument(
+        "--skip-too-long",
+        action="store_true",
+        help="store the reference alone (probability 1) for sentences longer than the teacher's "
+        "positions, and say how many, instead of ending with an error",
+    )
+    out.add_argument(
+        "--allow-implausible",
+        action="store_true",
+        help="finish a cache whose teacher is worse than the references' unigram frequencies",
+    )
+    half = out.add_mutually_exclusive_group()
+    half.add_argument("--fp16", action="store_true", help="run the teacher in float16 (GPU)")
+    half.add_argument("--bf16", action="store_true", help="run the teacher in bfloat16 (GPU)")
+    out.add_argument(
+        "--num-shards",
+        type=int,
+        default=int(os.environ.get("WORLD_SIZE", 1)),
+        metavar="N",
+        help="share the work among N processes or jobs; each builds every N-th shard, and the one "
+        "that finishes last completes the cache (default: 1, or the processes of torchrun)",
+    )
+    out.add_argument(
+        "--shard-id",
+        type=int,
+        default=int(os.environ.get("RANK", 0)),
+        metavar="I",
+        help="which of these this is, from 0 (default: 0, or the rank under torchrun)",
+    )
     out.add_argument("--cpu", action="store_true", help="do not use a GPU")
     return out
 
@@ -116,34 +176,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     quiet_fairseq()
     with one_line_errors():
-        for name, low in (("top_k", 0), ("max_tokens", 1), ("shard_sentences", 1)):
+        for name, low in (("max_tokens", 1), ("shard_sentences", 1), ("num_shards", 1)):
             if getattr(args, name) < low:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag}: expected {low} or more, found {getattr(args, name)}")
+        if not 0 <= args.shard_id < args.num_shards:
+            raise UserError(
+                f"--shard-id: expected 0 to {args.num_shards - 1}, found {args.shard_id}"
+            )
         if not args.temperature > 0:
             raise UserError(f"--temperature: expected above 0, found {args.temperature}")
+        truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, 2**31)
         paths = utils.split_paths(args.path)
         device = default_device(args.cpu)
         models, config, task = load_models(paths, args.data, device)
+        dtype = half_precision(args.fp16, args.bf16)
+        for model in models:
+            model.to(dtype)
         identity = {
             "files": [Path(path).name for path in paths],
             "sha256": [hash_file(Path(path)) for path in paths],
             "arch": config.model._name,
             "parameters": [sum(p.numel() for p in model.parameters()) for model in models],
+            "dtype": str(dtype).removeprefix("torch."),
         }
         teacher = Teacher(models, task, device, identity)
         for split in args.subset.split(","):
             cache = build_split(teacher, args, split)
-            print(describe(cache.directory, cache.manifest), flush=True)
+            if cache is not None:
+                print(describe(cache.directory, cache.manifest), flush=True)
 
 
-def build_split(teacher: Teacher, args: argparse.Namespace, split: str) -> TeacherCache:
-    """Build (or finish) the cache of one split and open it."""
+def build_split(teacher: Teacher, args: argparse.Namespace, split: str) -> TeacherCache | None:
+    """Build (or finish) the cache of one split and open it; None while others have to finish."""
     directory = args.output / split
     dataset = load_split(teacher.task, split, args.data)
     symbols = teacher.task.target_dictionary.symbols
     hashes = target_hashes(dataset.tgt, teacher.task.target_dictionary.pad())
-    top_k = min(args.top_k or len(symbols), len(symbols))
+    truncation = truncation_of(
+        args.top_k, args.top_p, args.top_p_floor, args.sample, vocab_size=len(symbols)
+    )
+    dtypes = payload_dtypes(len(symbols), args.logprob_bits, counts=bool(args.sample))
     settings = {
         "split": split,
         "vocab_size": len(symbols),
@@ -152,67 +225,107 @@ def build_split(teacher: Teacher, args: argparse.Namespace, split: str) -> Teach
         "sentences": len(dataset),
         "shard_sentences": args.shard_sentences,
         "temperature": args.temperature,
-        "truncation": {"rule": "top_k", "k": top_k},
+        "truncation": truncation.record(),
         "teacher": teacher.identity,
     }
+    stored_as = {"dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}
     if (directory / MANIFEST).exists():
         cache = TeacherCache.open(directory)
-        _check_same(directory, settings, {key: getattr(cache.manifest, key) for key in settings})
+        wanted = {**settings, **stored_as}
+        _check_same(directory, wanted, {key: getattr(cache.manifest, key) for key in wanted})
         return cache
+    skipped = too_long(dataset, teacher.models, split, allow=args.skip_too_long)
     directory.mkdir(parents=True, exist_ok=True)
-    _begin(directory, settings)
-    check_lengths(dataset, teacher.models, split)
+    _begin(directory, {**settings, **stored_as})
     lengths = dataset.sizes[:, 1].astype(np.int64)
-    starts = range(0, len(dataset), args.shard_sentences)
-    with tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"{split}") as bar:
-        for index, start in enumerate(starts):
-            sentences = np.arange(start, min(start + args.shard_sentences, len(dataset)))
+    shards = range(-(-len(dataset) // args.shard_sentences))[args.shard_id :: args.num_shards]
+    spans = {
+        index: np.arange(len(dataset))[index * args.shard_sentences :][: args.shard_sentences]
+        for index in shards
+    }
+    total = int(sum(lengths[sentences].sum() for sentences in spans.values()))
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"{split}") as bar:
+        for index, sentences in spans.items():
             if (directory / shard_name(index)).exists():
                 bar.update(int(lengths[sentences].sum()))
                 continue
-            rows: dict[int, SentenceRows] = {}
-            for batch in token_batches(dataset, sentences, args.max_tokens):
+            rows = {i: one_hot_sentence(dataset, i) for i in sentences if i in skipped}
+            readable = np.array([i for i in sentences if i not in skipped], dtype=np.int64)
+            for batch in token_batches(dataset, readable, args.max_tokens):
                 sample = dataset.collater([dataset[i] for i in batch])
-                rows.update(teacher_sentences(teacher, sample, top_k, args.temperature))
+                rows.update(teacher_sentences(teacher, sample, truncation, args.temperature))
                 bar.update(int(lengths[batch].sum()))
             try:
                 ordered = [rows[i] for i in sentences]
-                write_shard(directory, index, ordered, hashes[sentences], len(symbols))
+                write_shard(directory, index, ordered, hashes[sentences], dtypes)
             except OSError as error:
                 raise UserError(f"{directory}: cannot write shard {index} ({error})") from error
-    return _finish(directory, settings)
+    missing = missing_shards(directory, settings)
+    if missing:
+        print(
+            f"{directory}: part {args.shard_id} of {args.num_shards} is built; shards of other "
+            f"parts are still missing ({len(missing)})"
+        )
+        return None
+    versions = {
+        "sekd_fairseq": sekd_fairseq.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    cache = finish_cache(directory, settings, dtypes, versions, args.allow_implausible)
+    (directory / SETTINGS).unlink(missing_ok=True)
+    return cache
 
 
 def teacher_sentences(
-    teacher: Teacher, sample: dict[str, Any], top_k: int, temperature: float
+    teacher: Teacher, sample: dict[str, Any], truncation: Truncation, temperature: float
 ) -> dict[int, SentenceRows]:
     """Truncated teacher distributions of a batch, by sentence id."""
     pad = teacher.task.target_dictionary.pad()
+    lengths = sample["target"].ne(pad).sum(dim=1).tolist()
+    sentences = sample["id"].tolist()
+    uniform = None
+    if truncation.samples:
+        uniform = uniforms(truncation.seed, sentences, lengths, truncation.samples)
     parts: dict[str, list[NDArray[Any]]] = {}
-    chunks = token_log_probs(teacher.models, to_device(sample, teacher.device), pad, temperature)
-    for target, log_p in chunks:
-        cut = (
-            TeacherRows.from_top_k(log_p, target, top_k)
-            if top_k < log_p.size(1)
-            else TeacherRows.from_dense(log_p, target)
-        )
-        entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(dim=1)
-        for name, values in (
-            ("token_id", cut.ids),
-            ("logprob", cut.log_p),
-            ("gold_logprob", cut.log_p[:, 0]),
-            ("outside_mass", cut.log_outside.exp()),
-            ("entropy", entropy),
-        ):
-            parts.setdefault(name, []).append(values.cpu().numpy())
+    done = 0
+    for target, z in token_logits(
+        teacher.models, to_device(sample, teacher.device), pad, temperature
+    ):
+        draws = None if uniform is None else uniform[done : done + len(target)]
+        done += len(target)
+        for name, values in truncate(z, target, truncation, draws).items():
+            parts.setdefault(name, []).append(values)
     columns = {name: np.concatenate(values) for name, values in parts.items()}
-    sizes = np.full(len(columns["entropy"]), columns["token_id"].shape[1])
-    lengths = sample["target"].ne(pad).sum(dim=1).cumsum(dim=0).tolist()
-    sentences = {}
-    for sentence, start, end in zip(sample["id"].tolist(), [0, *lengths], lengths, strict=False):
-        row = {name: values[start:end].reshape(-1) for name, values in columns.items()}
-        sentences[sentence] = SentenceRows({**row, "support_size": sizes[start:end]})
-    return sentences
+    ends = np.cumsum(lengths)
+    entry_ends = np.concatenate([[0], np.cumsum(columns["support_size"])])
+    rows = {}
+    for sentence, start, end in zip(sentences, ends - lengths, ends, strict=True):
+        tokens, entries = slice(start, end), slice(entry_ends[start], entry_ends[end])
+        rows[sentence] = SentenceRows(
+            {
+                name: values[entries if name in ENTRY_COLUMNS else tokens]
+                for name, values in columns.items()
+            }
+        )
+    return rows
+
+
+def one_hot_sentence(dataset: Any, index: int) -> SentenceRows:
+    """A sentence that the teacher cannot read: probability 1 for each reference token."""
+    target = dataset.tgt[index].numpy()
+    zeros = np.zeros(len(target), np.float32)
+    return SentenceRows(
+        {
+            "support_size": np.ones(len(target), np.int64),
+            "gold_logprob": zeros,
+            "outside_mass": zeros,
+            "entropy": zeros,
+            "token_id": target,
+            "logprob": zeros,
+            "draws": np.zeros(len(target), np.int64),
+        }
+    )
 
 
 def _hash_of(hashes: NDArray[np.uint64]) -> str:
@@ -236,78 +349,6 @@ def _check_same(directory: Path, wanted: dict[str, Any], found: dict[str, Any]) 
                 f"{directory}: holds a cache with another {key.replace('_', ' ')} (expected "
                 f"{value}, found {found.get(key)}); give another --output or delete the directory"
             )
-
-
-def _finish(directory: Path, settings: dict[str, Any]) -> TeacherCache:
-    """Write the manifest over all shards; from then on the cache is complete."""
-    count = -(-settings["sentences"] // settings["shard_sentences"])
-    shards, totals = [], np.zeros(5)
-    for index in range(count):
-        path = directory / shard_name(index)
-        shard, sums = _measure(path)
-        shards.append(shard)
-        totals += sums
-    tokens = sum(shard.tokens for shard in shards)
-    mean = totals / max(tokens, 1)
-    manifest = Manifest(
-        **settings,
-        tokens=tokens,
-        quality={
-            "perplexity": float(np.exp(mean[0])),
-            "accuracy": float(mean[1]),
-            "outside_mass": float(mean[2]),
-            "entropy": float(mean[3]),
-            "support": float(mean[4]),
-        },
-        dtypes={name: str(stored_dtype(name, settings["vocab_size"])) for name in PAYLOAD},
-        shards=tuple(shards),
-        versions={
-            "sekd_fairseq": sekd_fairseq.__version__,
-            "torch": torch.__version__,
-            "pyarrow": pyarrow.__version__,
-            "python": platform.python_version(),
-        },
-    )
-    with atomic_write(directory / MANIFEST) as stream:
-        stream.write(manifest.to_json().encode())
-    (directory / SETTINGS).unlink(missing_ok=True)
-    return TeacherCache.open(directory)
-
-
-def _measure(path: Path) -> tuple[Shard, NDArray[np.float64]]:
-    """A finished shard's entry in the manifest, and sums over its tokens.
-
-    The sums: negative log-likelihood, tokens whose reference is the teacher's best, outside mass,
-    entropy, support size.
-    """
-    with pyarrow.memory_map(str(path)) as source:
-        batch = pyarrow.ipc.open_file(source).get_batch(0)
-    column = {name: batch.column(name) for name in batch.schema.names}
-    values = {
-        name: column[name].values.to_numpy()
-        for name in ("support_size", "gold_logprob", "outside_mass", "entropy", "logprob")
-    }
-    sizes = values["support_size"].astype(np.int64)
-    first = np.cumsum(sizes) - sizes
-    best = np.maximum.reduceat(values["logprob"], first) if len(first) else values["logprob"]
-    sums = np.array(
-        [
-            -values["gold_logprob"].sum(dtype=np.float64),
-            (values["logprob"][first] >= best).sum(),
-            values["outside_mass"].sum(dtype=np.float64),
-            values["entropy"].sum(dtype=np.float64),
-            sizes.sum(),
-        ]
-    )
-    shard = Shard(
-        file=path.name,
-        sentences=batch.num_rows,
-        tokens=len(sizes),
-        entries=int(sizes.sum()),
-        bytes=path.stat().st_size,
-        sha256=hash_file(path),
-    )
-    return shard, sums
 
 
 if __name__ == "__main__":

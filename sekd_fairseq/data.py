@@ -132,6 +132,8 @@ class TeacherDataset(StableOrderDataset):
     - ``gold_log_p``, ``outside_mass`` (DoubleTensor, ``(N,)``): double, because fairseq casts
       every float32 tensor of a batch to half under ``--fp16``
 
+    and, of a sampled cache, ``draws`` (IntTensor, ``(N, K)``) and ``samples`` (LongTensor, ``(N,)``).
+
     Parameters
     ----------
     dataset
@@ -172,6 +174,12 @@ class TeacherDataset(StableOrderDataset):
             raise CacheError(
                 f"{where}: expected a teacher cache for each of its {len(parts)} parts, found "
                 f"{len(caches)}; build the missing ones with --subset"
+            )
+        rules = {"samples" in cache.manifest.truncation for cache in caches}
+        if len(rules) > 1:
+            raise CacheError(
+                f"{where}: expected all caches of it to be sampled or none, found some of each; "
+                "build them with the same options"
             )
         for index, (part, cache) in enumerate(zip(parts, caches, strict=True)):
             hashes = target_hashes(part, self.pad)
@@ -214,6 +222,14 @@ class TeacherDataset(StableOrderDataset):
             "gold_log_p": torch.from_numpy(gold),
             "outside_mass": torch.from_numpy(outside),
         }
+        if "samples" in self.caches[0].manifest.truncation:
+            counts = np.zeros(slots.shape, np.int32)
+            counts[slots] = np.concatenate([row.draws for row in rows])
+            entry["draws"] = torch.from_numpy(counts)
+            samples = [self.caches[part].manifest.truncation["samples"] for part, _ in places]
+            entry["samples"] = torch.from_numpy(
+                np.repeat(np.array(samples), mask.sum(dim=1).numpy())
+            )
         if self.difficulty is not None:
             stored = [self.difficulty[part][index] for part, index in places]
             entry["difficulty"] = torch.from_numpy(np.concatenate(stored).astype(np.float64))
@@ -230,9 +246,13 @@ def teacher_rows(batch: dict[str, Tensor]) -> TeacherRows:
     slots = torch.arange(batch["ids"].size(1), device=batch["ids"].device)
     log_p = batch["log_p"].float()
     log_p[:, 0] = batch["gold_log_p"].float()
+    log_weight = None
+    if "draws" in batch:
+        log_weight = (batch["draws"] / batch["samples"].unsqueeze(1)).log().float()
     return TeacherRows(
         ids=batch["ids"],
         valid=slots < batch["size"].unsqueeze(1),
         log_p=log_p,
         log_outside=batch["outside_mass"].log().float(),
+        log_weight=log_weight,
     )

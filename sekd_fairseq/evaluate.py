@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{args.source} has {len(sources)} lines, {args.reference} {len(references)}; "
                 "expected as many"
             )
-        hypotheses = read_hypotheses(args.generated, len(references))
+        hypotheses = read_generated(args.generated, "D-", len(references))
         scores = score(hypotheses, references, args.target_lang)
         folder = args.run / "hyps"
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,10 @@ def read_lines(path: Path) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_hypotheses(path: Path, expected: int) -> list[str]:
-    """The best translation of each sentence, by its number, from fairseq-generate's ``D-`` lines.
+def read_generated(path: Path, prefix: str, expected: int) -> list[str]:
+    """The best translation of each sentence, by its number, from fairseq-generate's output.
+
+    ``prefix`` is ``D-`` for detokenised text or ``H-`` for the model's pieces.
 
     Raises
     ------
@@ -86,7 +88,7 @@ def read_hypotheses(path: Path, expected: int) -> list[str]:
     """
     best: dict[int, str] = {}
     for line in read_lines(path):
-        if line.startswith("D-"):
+        if line.startswith(prefix):
             label, _, rest = line.partition("\t")
             _, _, text = rest.partition("\t")
             best.setdefault(int(label[2:]), text)

@@ -11,7 +11,6 @@ from fairseq import checkpoint_utils, utils
 from fairseq.data import FairseqDataset, data_utils
 from torch import Tensor
 
-import sekd_fairseq.tasks  # noqa: F401 (registers the task, lets torch load checkpoints)
 from sekd_fairseq.errors import UserError
 
 
@@ -38,12 +37,15 @@ def load_models(
     UserError
         A file that is missing or no fairseq checkpoint, or a model for other dictionaries.
     """
+    # Registers the task and lets torch load checkpoints; here, because the task uses this module.
+    import sekd_fairseq.tasks  # noqa: F401
+
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
     try:
         models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-            list(paths), arg_overrides={"data": data, "teacher_cache": None}
+            list(paths), arg_overrides={"data": data, "teacher_cache": None, "teacher_path": None}
         )
     except FileNotFoundError as error:
         raise UserError(
@@ -93,33 +95,39 @@ def token_batches(dataset: FairseqDataset, sentences: Any, max_tokens: int) -> l
     return [list(batch) for batch in batches]
 
 
-def check_lengths(dataset: FairseqDataset, models: Sequence[Any], split: str) -> None:
-    """Refuse a sentence that is longer than a model's positions, by its line number."""
+def too_long(
+    dataset: FairseqDataset, models: Sequence[Any], split: str, allow: bool = False
+) -> frozenset[int]:
+    """Sentences longer than a model's positions; ``UserError`` names the first unless allowed."""
+    found: set[int] = set()
     for model in models:
         limits = utils.resolve_max_positions(model.max_positions())
         limits = limits if isinstance(limits, tuple) else (limits, limits)
-        too_long = np.flatnonzero((dataset.sizes > np.array(limits)).any(axis=1))
-        if len(too_long):
-            source, target = dataset.sizes[too_long[0]]
+        lines = np.flatnonzero((dataset.sizes > np.array(limits)).any(axis=1))
+        if len(lines) and not allow:
+            source, target = dataset.sizes[lines[0]]
             raise UserError(
-                f"{split} line {too_long[0] + 1}: {source} source and {target} target tokens, "
-                f"but the model takes {limits[0]} and {limits[1]} ({len(too_long)} such lines); "
+                f"{split} line {lines[0] + 1}: {source} source and {target} target tokens, "
+                f"but the model takes {limits[0]} and {limits[1]} ({len(lines)} such lines); "
                 "remove or split them and binarise again"
             )
+        found.update(lines.tolist())
+    return frozenset(found)
 
 
 @torch.no_grad()
-def token_log_probs(
+def token_logits(
     models: Sequence[Any], sample: dict[str, Any], pad: int, temperature: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full next-token distributions of an ensemble at a batch's target tokens, sentence by chunk.
+    """Next-token distributions of an ensemble at a batch's target tokens, some tokens at a time.
 
     Yields
     ------
     target : (n,) int64
         Reference tokens that are not padding, in the batch's order.
-    log_p : (n, V) float32
-        Log of the mean probability over models, each at ``temperature``.
+    z : (n, V) float32
+        Logits over ``temperature``; of several models the log of their mean probability. The
+        caller may overwrite it.
     """
     target = sample["target"]
     rows = target.view(-1).ne(pad).nonzero().squeeze(1)
@@ -128,11 +136,13 @@ def token_log_probs(
     step = max(1, 2**26 // logits[0].size(-1))
     for start in range(0, rows.numel(), step):
         part = rows[start : start + step]
-        log_p = [torch.log_softmax(one[part].float() / temperature, dim=-1) for one in logits]
-        mixed = (
-            log_p[0] if len(log_p) == 1 else torch.stack(log_p).logsumexp(0) - np.log(len(log_p))
-        )
-        yield target.view(-1)[part], mixed
+        z = [one[part].float() for one in logits]
+        if temperature != 1.0:
+            z = [one.div_(temperature) for one in z]
+        if len(z) > 1:
+            log_p = torch.stack([one.log_softmax(dim=-1) for one in z])
+            z = [log_p.logsumexp(dim=0) - np.log(len(z))]
+        yield target.view(-1)[part], z[0]
 
 
 def quiet_fairseq() -> None:
@@ -146,6 +156,11 @@ def quiet_fairseq() -> None:
 def default_device(cpu: bool) -> torch.device:
     """CUDA if there is one and ``cpu`` does not forbid it."""
     return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+
+
+def half_precision(fp16: bool, bf16: bool) -> torch.dtype:
+    """The type that command-line switches ask for."""
+    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
 
 
 def to_device(sample: dict[str, Any], device: torch.device) -> dict[str, Any]:

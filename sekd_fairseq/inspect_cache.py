@@ -1,6 +1,7 @@
 """Show what a teacher cache holds, and check that it is whole.
 
-    python -m sekd_fairseq.inspect_cache CACHE [--verify]
+    python -m sekd_fairseq.inspect_cache CACHE [--verify [--against TEACHER --data DATA]]
+    python -m sekd_fairseq.inspect_cache CACHE/train --to-parquet train.parquet
 
 CACHE is what build_cache wrote (all splits), or the folder of one split.
 """
@@ -8,12 +9,17 @@ CACHE is what build_cache wrote (all splits), or the folder of one split.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sekd_fairseq.errors import CacheError, one_line_errors
-from sekd_fairseq.teacher_cache import TeacherCache
-from sekd_fairseq.teacher_cache.format import MANIFEST, Manifest
+from sekd_fairseq.errors import CacheError, UserError, one_line_errors
+from sekd_fairseq.teacher_cache import TeacherCache, TeacherRow
+from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest, atomic_write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,20 +36,136 @@ def parser() -> argparse.ArgumentParser:
         help="read every byte and check it against the checksums (about a second a gigabyte, "
         "then a minute for ten million tokens)",
     )
+    out.add_argument(
+        "--against",
+        metavar="TEACHER",
+        help="with --verify: run the teacher on some sentences and print the KL divergence from "
+        "its distributions to those that the cache restores (outside mass spread evenly)",
+    )
+    out.add_argument("--data", metavar="DATA", help="fairseq data directory, for --against")
+    out.add_argument(
+        "--sentences",
+        type=int,
+        default=200,
+        help="how many sentences --against compares (default: %(default)s)",
+    )
+    out.add_argument(
+        "--to-parquet",
+        type=Path,
+        metavar="FILE",
+        help="write one split's cache as a Parquet table, a row a target token, for pandas, DuckDB "
+        "and the like",
+    )
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print each split's description; verify if asked."""
+    """Print each split's description; verify, compare or export if asked."""
     args = parser().parse_args(argv)
     with one_line_errors():
-        for directory in split_directories(args.cache):
+        if args.against and not (args.verify and args.data):
+            raise UserError("--against expects --verify and --data DATA beside it")
+        directories = split_directories(args.cache)
+        if args.to_parquet and len(directories) > 1:
+            raise UserError(
+                f"--to-parquet: expected the folder of one split, found {len(directories)} in "
+                f"{args.cache}; name one, such as {directories[0]}"
+            )
+        for directory in directories:
             cache = TeacherCache.open(directory)
-            print(describe(directory, cache.manifest))
+            print(describe(directory, cache.manifest), flush=True)
             if args.verify:
                 shards = range(len(cache.manifest.shards))
                 cache.verify(tqdm(shards, desc=f"verify {directory.name}", unit="shard"))
                 print("  verified      every checksum matches, every value is finite")
+            if args.against:
+                error = restoration_error(cache, args.against, args.data, args.sentences)
+                print(
+                    f"  restored      KL from the dense teacher, {len(error):,} tokens: mean "
+                    f"{error.mean():.2e} nats, p99 {np.quantile(error, 0.99):.2e}, maximum "
+                    f"{error.max():.2e}"
+                )
+            if args.to_parquet:
+                write_parquet(cache, args.to_parquet)
+                print(f"{args.to_parquet}: {cache.manifest.tokens:,} rows")
+
+
+def restoration_error(
+    cache: TeacherCache, teacher: str, data: str, sentences: int
+) -> NDArray[np.float64]:
+    """``KL(dense || restored)`` at the tokens of some sentences, evenly spaced; (n,) nats.
+
+    The restored distribution is the stored one, normalised, its outside mass spread evenly over the
+    tokens outside.
+    """
+    # Only here: the rest of this module needs neither torch nor fairseq.
+    import torch
+    from fairseq import utils
+
+    from sekd_fairseq.data import target_hashes
+    from sekd_fairseq.inference import load_models, load_split, quiet_fairseq, token_logits
+
+    quiet_fairseq()
+    models, _, task = load_models(utils.split_paths(teacher), data, torch.device("cpu"))
+    pad = task.target_dictionary.pad()
+    dataset = load_split(task, cache.manifest.split, data)
+    cache.check_dictionary(task.target_dictionary.symbols)
+    cache.check_targets(target_hashes(dataset.tgt, pad), f"{cache.manifest.split} ({data})")
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(sentences, len(dataset))).astype(int))
+    errors = [np.zeros(0)]
+    for sentence in tqdm(chosen, desc=f"compare {cache.manifest.split}", unit="sentence"):
+        sample = dataset.collater([dataset[int(sentence)]])
+        logits = token_logits(models, sample, pad, cache.manifest.temperature)
+        log_p = torch.cat([z.log_softmax(dim=-1) for _, z in logits]).double().numpy()
+        restored = dense_row(cache[int(sentence)], log_p.shape[1])
+        log_q = np.log(np.where(restored > 0, restored, 1.0))
+        p = np.exp(log_p)
+        terms = np.where(p > 0, p * (np.where(p > 0, log_p, 0.0) - log_q), 0.0)
+        errors.append(np.where((p > 0) & (restored == 0), np.inf, terms).sum(axis=1))
+    return np.concatenate(errors)
+
+
+def dense_row(row: TeacherRow, vocab_size: int) -> NDArray[np.float64]:
+    """The full distributions that a cached sentence restores, (T, V)."""
+    sizes = row.support_size.astype(np.int64)
+    token = np.repeat(np.arange(len(sizes)), sizes)
+    mass = np.exp(row.logprob.astype(np.float64))
+    mass[np.cumsum(sizes) - sizes] = np.exp(row.gold_logprob.astype(np.float64))
+    outside = row.outside_mass.astype(np.float64)
+    total = np.bincount(token, mass, minlength=len(sizes)) + outside
+    each = outside / total / np.maximum(vocab_size - sizes, 1)
+    dense = np.repeat(each[:, None], vocab_size, axis=1)
+    dense[token, row.token_id.astype(np.int64)] = mass / total[token]
+    return dense
+
+
+def write_parquet(cache: TeacherCache, path: Path) -> None:
+    """One row a target token, complete or not at all; columns as in the cache's format, and
+    ``sentence``, ``position``, ``token`` (the reference)."""
+    entries = [name for name in cache.manifest.dtypes if name in ENTRY_COLUMNS]
+    writer = None
+    with atomic_write(path) as stream:
+        for start in tqdm(range(0, len(cache), 1000), desc="parquet", unit="k sentences"):
+            rows = cache[start : start + 1000]
+            sizes = np.concatenate([row.support_size for row in rows]).astype(np.int64)
+            lengths = np.array([len(row.support_size) for row in rows])
+            offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+            columns: dict[str, Any] = {
+                "sentence": np.repeat(np.arange(start, start + len(rows)), lengths),
+                "position": np.concatenate([np.arange(length) for length in lengths]),
+                "token": np.concatenate([row.token_id for row in rows])[offsets[:-1]],
+            }
+            for name in ("gold_logprob", "outside_mass", "entropy"):
+                columns[name] = np.concatenate([getattr(row, name) for row in rows])
+            for name in entries:
+                values = pa.array(np.concatenate([getattr(row, name) for row in rows]))
+                columns[name] = pa.ListArray.from_arrays(pa.array(offsets), values)
+            table = pa.table(columns)
+            if writer is None:
+                writer = pq.ParquetWriter(stream, table.schema, compression="zstd")
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
 
 
 def split_directories(cache: Path) -> list[Path]:
@@ -66,20 +188,31 @@ def describe(directory: Path, manifest: Manifest) -> str:
     size = sum(shard.bytes for shard in manifest.shards)
     quality, teacher = manifest.quality, manifest.teacher
     tokens = max(manifest.tokens, 1)
+    rule = ", ".join(
+        f"{key} {value}" for key, value in manifest.truncation.items() if key != "rule"
+    )
     lines = [
         f"{directory}",
         f"  split         {manifest.split}: {manifest.sentences:,} sentences, "
         f"{manifest.tokens:,} tokens, vocabulary {manifest.vocab_size:,}",
         f"  teacher       {', '.join(teacher['files'])} ({teacher['arch']}, "
         f"{sum(teacher['parameters']):,} parameters), temperature {manifest.temperature:g}",
-        f"  predicts      references with perplexity {quality['perplexity']:.2f}, accuracy "
-        f"{quality['accuracy']:.1%}; mean entropy {quality['entropy']:.3f} nats",
-        f"  truncation    {manifest.truncation['rule']} {manifest.truncation['k']}: mean support "
-        f"{quality['support']:.1f} tokens, mean mass outside {quality['outside_mass']:.5f}",
+        f"  predicts      references with perplexity {quality['perplexity']:.2f} (unigrams: "
+        f"{quality['unigram_perplexity']:.2f}), accuracy {quality['accuracy']:.1%}; mean entropy "
+        f"{quality['entropy']:.3f} nats",
+        f"  truncation    {manifest.truncation['rule']} ({rule}): mean support "
+        f"{quality['support']:.1f} tokens with {1 - quality['outside_mass']:.4%} of the mass; the "
+        f"reference is kept on its own merit at {quality['reference_kept']:.1%} of tokens",
         f"  size          {size:,} bytes in {len(manifest.shards)} shards, {size / tokens:.1f} "
         f"bytes a token (dense float16: {2 * manifest.vocab_size:,})",
         f"  fingerprint   {manifest.fingerprint}",
     ]
+    if quality["one_hot"] > 0:
+        lines.insert(
+            4,
+            f"  skipped       {quality['one_hot']:.2%} of tokens have the reference alone, with "
+            "probability 1 (sentences too long for the teacher)",
+        )
     return "\n".join(lines)
 
 

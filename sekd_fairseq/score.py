@@ -26,13 +26,13 @@ import sekd_fairseq
 from sekd_fairseq.data import TeacherDataset, teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import (
-    check_lengths,
     default_device,
     load_models,
     load_split,
     quiet_fairseq,
     to_device,
     token_batches,
+    too_long,
 )
 from sekd_fairseq.losses import TeacherRows, build_events, support_log_probs
 from sekd_fairseq.losses.divergences import forward_kl
@@ -118,7 +118,7 @@ def score_cache(
     dataset = TeacherDataset(
         load_split(task, args.subset, args.data), [cache], f"{args.subset} ({args.data})"
     )
-    check_lengths(dataset, [model], args.subset)
+    too_long(dataset, [model], args.subset)
     device = next(model.parameters()).device
     columns = score_split(model, dataset, device, args.max_tokens, args.subset)
     columns["frequency"] = train_frequencies(task, args.data)[columns["token"]]
@@ -140,10 +140,11 @@ def score_split(
     """Token records of a split as columns, sorted by sentence and position (no pieces yet)."""
     parts: list[dict[str, NDArray[Any]]] = []
     lengths = dataset.sizes[:, 1]
+    temperature = dataset.caches[0].manifest.temperature
     with tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"score {name}") as bar:
         for batch in token_batches(dataset, np.arange(len(dataset)), max_tokens):
             sample = dataset.collater([dataset[i] for i in batch])
-            part = token_columns(model, to_device(sample, device), dataset.pad)
+            part = token_columns(model, to_device(sample, device), dataset.pad, temperature)
             ids = sample["id"].numpy()
             rows = [dataset.caches[0][int(i)] for i in ids]
             sizes = [len(row.entropy) for row in rows]
@@ -158,12 +159,15 @@ def score_split(
 
 
 @torch.no_grad()
-def token_columns(model: Any, sample: dict[str, Any], pad: int) -> dict[str, NDArray[Any]]:
+def token_columns(
+    model: Any, sample: dict[str, Any], pad: int, temperature: float = 1.0
+) -> dict[str, NDArray[Any]]:
     """Teacher and student at the target tokens of a batch, in the batch's order.
 
+    Both at the teacher's temperature, which is 1 unless its cache was built with another.
     ``p_of_q_top1`` of a token outside the teacher's support is the outside mass spread evenly.
     """
-    logits = model(**sample["net_input"])[0].float()
+    logits = model(**sample["net_input"])[0].float() / temperature
     logits = logits.reshape(-1, logits.size(-1))
     target = sample["target"].view(-1)
     rows = target.ne(pad).nonzero().squeeze(1)
@@ -309,10 +313,12 @@ def run_record(
 
 def method_name(criterion: Any) -> str:
     """The method that a criterion's options amount to."""
-    if criterion._name == "self_evolution_kd":
-        if criterion.lambda_max == 0:
-            return "word_kd" if criterion.divergence == "forward_kl" else str(criterion.divergence)
+    if criterion._name == "self_evolution_kd" and criterion.lambda_max > 0:
         return f"se_kd_{criterion.integration}"
+    if criterion._name in ("self_evolution_kd", "cached_kd"):
+        if getattr(criterion, "select", "all") != "all":
+            return "selective_kd"
+        return "word_kd" if criterion.divergence == "forward_kl" else str(criterion.divergence)
     if criterion._name in ("cross_entropy", "label_smoothed_cross_entropy"):
         return "finetune"
     return str(criterion._name)

@@ -15,7 +15,6 @@ from fairseq.models.transformer import TransformerDecoderBase
 from omegaconf import II
 from torch import Tensor
 
-from sekd_fairseq.data import teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.losses import (
     DIVERGENCES,
@@ -90,10 +89,11 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                 f"{name} expects --task self_evolution_kd, found task "
                 f"{getattr(task.cfg, '_name', type(task).__name__)!r}; add the flag"
             )
-        if not task.cfg.teacher_cache:
+        if not task.cfg.teacher_cache and not task.cfg.teacher_path:
             raise UserError(
                 f"{name} expects --teacher-cache DIR, found none; build one with: "
-                "python -m sekd_fairseq.build_cache DATA --path TEACHER --output DIR"
+                "python -m sekd_fairseq.build_cache DATA --path TEACHER --output DIR (or name "
+                "the teacher itself: --teacher-path TEACHER)"
             )
         self.alpha = float(cfg.alpha)
         self.label_smoothing = float(cfg.label_smoothing)
@@ -145,29 +145,32 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                 )
         target = sample["target"]
         rows = target.view(-1).ne(self.padding_idx).nonzero().squeeze(1)  # (N,)
-        teacher = teacher_rows(sample["teacher"])
-        with_sum = self.label_smoothing > 0 or self.missing_mass == "uniform"
+        teacher = self.task.teacher_rows(sample)
+        if self.missing_mass == "sampled" and teacher.log_weight is None:
+            with one_line_errors():
+                raise UserError(
+                    "--missing-mass sampled expects a cache of sampled supports, found another; "
+                    "build it with: python -m sekd_fairseq.build_cache ... --sample N"
+                )
+        batch = sample.get("teacher", {})
         projection = self._chunked_projection(model)
         if projection is None:
             logits = flatten(model(**sample["net_input"])[0])  # (B T, V)
-            student = support_log_probs(logits, rows, teacher.ids, teacher.valid, with_sum)
-            loss, sums = self._loss(student, teacher, sample["teacher"], logits.size(-1))
+            loss, sums = self._loss(logits, rows, teacher, batch)
         else:
             features = flatten(model(**sample["net_input"], features_only=True)[0])  # (B T, D)
+
+            def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+                every = torch.arange(logits.size(0), device=logits.device)
+                tensors = {key: value[part] for key, value in batch.items()}
+                return self._loss(logits, every, teacher[part], tensors)
+
             loss, sums = chunked_loss(
                 features.index_select(0, rows),
                 projection.weight,
                 projection.bias,
-                teacher.ids,
-                teacher.valid,
-                lambda student, part: self._loss(
-                    student,
-                    teacher[part],
-                    {key: value[part] for key, value in sample["teacher"].items()},
-                    projection.out_features,
-                ),
+                part_loss,
                 self.chunk_tokens,
-                with_sum,
             )
         sample_size = target.size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -180,16 +183,33 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         return loss, sample_size, logging_output
 
     def _loss(
-        self, student: SupportLogProbs, teacher: TeacherRows, batch: dict[str, Tensor], vocab: int
+        self, logits: Tensor, rows: Tensor, teacher: TeacherRows, batch: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and sums to log of some tokens; ``batch`` is their part of the batch's entry."""
+        """Loss and sums to log at some rows of logits; ``batch`` is their part of the batch's
+        entry.
+
+        Cross entropy is at temperature 1. The distillation loss is at the teacher's temperature T,
+        times T^2, so that its gradient keeps its size (Hinton et al., 2015).
+        """
+        smooth, uniform = self.label_smoothing > 0, self.missing_mass == "uniform"
+        temperature = self.task.teacher_temperature
+        if temperature == 1.0:
+            student = plain = support_log_probs(
+                logits, rows, teacher.ids, teacher.valid, smooth or uniform
+            )
+        else:
+            softened = logits / temperature
+            student = support_log_probs(softened, rows, teacher.ids, teacher.valid, uniform)
+            reference = (teacher.ids[:, :1], teacher.valid[:, :1])
+            plain = support_log_probs(logits, rows, *reference, with_sum=smooth)
         events = build_events(teacher, student, self.missing_mass)
         divergence, sums = self.distill(events, student, batch)
-        nll = -student.log_q[:, 0].sum()
-        cross_entropy = self._cross_entropy(nll, student.sum_log_q, vocab)
+        nll = -plain.log_q[:, 0].sum()
+        cross_entropy = self._cross_entropy(nll, plain.sum_log_q, logits.size(-1))
         best = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).argmax(dim=1, keepdim=True)
         agree = student.log_q.detach().gather(1, best).squeeze(1) >= student.max_log_q
-        loss = self.alpha * divergence.sum() + (1.0 - self.alpha) * cross_entropy
+        distillation = temperature**2 * divergence.sum()
+        loss = self.alpha * distillation + (1.0 - self.alpha) * cross_entropy
         return loss, {"nll_loss": nll.detach(), "agree": agree.sum(), **sums}
 
     def _chunked_projection(self, model: Any) -> torch.nn.Linear | None:

@@ -14,21 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sekd_fairseq.losses.support import SupportLogProbs, support_log_probs
-
-#: Loss of a chunk, summed over its tokens, 0-d, and sums to log; the slice says which tokens.
-ChunkLoss = Callable[[SupportLogProbs, slice], tuple[Tensor, dict[str, Tensor]]]
+#: From a chunk's logits, (chunk, V), and which tokens these are: their summed loss, 0-d, and sums
+#: to log.
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 
 
 def chunked_loss(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
-    valid: Tensor,
     loss_of: ChunkLoss,
     chunk_tokens: int,
-    with_sum: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summed loss of logits ``features @ weight.T + bias`` that are made chunk by chunk.
 
@@ -40,8 +36,6 @@ def chunked_loss(
         here,
     bias : (V,) float or None
         and here.
-    ids, valid, with_sum
-        As in :func:`~sekd_fairseq.losses.support.support_log_probs`.
     loss_of
         Called once a chunk; must be additive over tokens, so no threshold taken from the chunk.
     chunk_tokens : int
@@ -55,8 +49,8 @@ def chunked_loss(
         Those of ``loss_of``, added up.
     """
     sums: dict[str, Tensor] = {}
-    arguments = (ids, valid, loss_of, chunk_tokens, with_sum, sums)
-    loss = _ChunkedLoss.apply(features, weight, bias, torch.is_grad_enabled(), *arguments)  # type: ignore[no-untyped-call]
+    with_gradient = torch.is_grad_enabled()
+    loss = _ChunkedLoss.apply(features, weight, bias, with_gradient, loss_of, chunk_tokens, sums)  # type: ignore[no-untyped-call]
     return loss, sums
 
 
@@ -68,11 +62,8 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         with_gradient: bool,
-        ids: Tensor,
-        valid: Tensor,
         loss_of: ChunkLoss,
         chunk_tokens: int,
-        with_sum: bool,
         sums: dict[str, Tensor],
     ) -> Tensor:
         total = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
@@ -89,9 +80,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = functional.linear(features[part], weight, bias)
             with torch.set_grad_enabled(any(wants)):
                 logits.requires_grad_(any(wants))
-                rows = torch.arange(logits.size(0), device=logits.device)
-                student = support_log_probs(logits, rows, ids[part], valid[part], with_sum)
-                loss, found = loss_of(student, part)
+                loss, found = loss_of(logits, part)
             total += loss.detach()
             for key, value in found.items():
                 sums[key] = sums[key] + value if key in sums else value
@@ -117,4 +106,4 @@ class _ChunkedLoss(torch.autograd.Function):
             None if gradient is None else (gradient * upstream).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None)

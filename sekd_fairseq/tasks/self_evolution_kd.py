@@ -13,8 +13,11 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from sekd_fairseq.compat import BATCH_SIZE_MULTIPLE, collect_before_fork
 from sekd_fairseq.criterions.cached_teacher import CachedTeacherCriterion
-from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDataset
+from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDataset, teacher_rows
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
+from sekd_fairseq.inference import half_precision
+from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.online_teacher import OnlineTeacher
 from sekd_fairseq.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,19 @@ class SelfEvolutionKDConfig(TranslationConfig):
             "split; with several data directories (bin1:bin2) as many caches (cache1:cache2). "
             "Off by default: then the task is plain translation"
         },
+    )
+    teacher_path: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "instead of a cache, the teacher's checkpoint (several joined with ':' are an "
+            "ensemble): it runs beside the student and gives full distributions"
+        },
+    )
+    teacher_fp16: bool = field(
+        default=False, metadata={"help": "run the teacher of --teacher-path in float16 (GPU)"}
+    )
+    teacher_bf16: bool = field(
+        default=False, metadata={"help": "run the teacher of --teacher-path in bfloat16 (GPU)"}
     )
     stored_difficulty: Optional[str] = field(  # noqa: UP045
         default=None,
@@ -62,6 +78,10 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     def __init__(self, cfg: SelfEvolutionKDConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
         self.criterion: FairseqCriterion | None = None
+        self.online_teacher: OnlineTeacher | None = None
+        #: Temperature of the teacher's distributions; the caches', once one is open.
+        self.teacher_temperature = 1.0
+        self._temperature_from: Path | None = None
         if cfg.upsample_primary == -1:
             cfg.upsample_primary = 1  # fairseq's default of -1 fails when train and train1 combine
 
@@ -75,6 +95,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                     f"--teacher-cache: expected one cache for each of {len(data)} data "
                     f"directories ({cfg.data}), found {len(caches)} ({cfg.teacher_cache})"
                 )
+            if caches and cfg.teacher_path:
+                raise UserError("--teacher-cache and --teacher-path: expected one, found both")
             stored = paths(cfg.stored_difficulty)
             if stored and len(stored) != len(caches):
                 raise UserError(
@@ -127,12 +149,34 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             )
         cache = TeacherCache.open(root / split)
         cache.check_dictionary(self.tgt_dict.symbols)
+        temperature = cache.manifest.temperature
+        if self._temperature_from is not None and temperature != self.teacher_temperature:
+            raise CacheError(
+                f"{cache.directory}: expected temperature {self.teacher_temperature:g}, as of "
+                f"{self._temperature_from}, found {temperature:g}; build both with the same "
+                "--temperature"
+            )
+        self.teacher_temperature, self._temperature_from = temperature, cache.directory
         return cache
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> FairseqCriterion:
-        """Build the criterion; what it learns of the tokens belongs to the task's saved state."""
+        """Build the criterion, and load the teacher where it is not a cache.
+
+        What the criterion learns over updates belongs to the task's saved state.
+        """
         self.criterion = super().build_criterion(cfg, from_checkpoint=from_checkpoint)
+        if self.cfg.teacher_path and isinstance(self.criterion, CachedTeacherCriterion):
+            dtype = half_precision(self.cfg.teacher_fp16, self.cfg.teacher_bf16)
+            data = paths(self.cfg.data)[0]
+            with one_line_errors():
+                self.online_teacher = OnlineTeacher(self.cfg.teacher_path, data, dtype)
         return self.criterion
+
+    def teacher_rows(self, sample: dict[str, Any]) -> TeacherRows:
+        """The teacher at a batch's target tokens that are not padding."""
+        if self.online_teacher is not None:
+            return self.online_teacher.rows(sample, self.tgt_dict.pad())
+        return teacher_rows(sample["teacher"])
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """Log, and end the update for a criterion that keeps a state over updates.

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
-    PAYLOAD,
     TOKEN_COLUMNS,
     Manifest,
+    decode_logprob,
     hash_file,
     hash_symbols,
 )
@@ -23,7 +23,8 @@ class TeacherRow(NamedTuple):
     """One sentence of a cache: ``T`` target tokens, ``E`` support entries in all.
 
     ``support_size``, ``gold_logprob``, ``outside_mass`` and ``entropy`` are ``(T,)``; ``token_id``
-    and ``logprob`` are ``(E,)``, token after token, each token's reference first.
+    and ``logprob`` are ``(E,)``, token after token, each token's reference first; so is ``draws``,
+    which only a sampled cache has.
     """
 
     target_hash: int
@@ -33,12 +34,13 @@ class TeacherRow(NamedTuple):
     entropy: NDArray[np.float32]
     token_id: NDArray[Any]
     logprob: NDArray[np.float16]
+    draws: NDArray[np.uint16] | None = None
 
 
 class _MappedShard:
     """NumPy views of one shard's columns; nothing is read until it is touched."""
 
-    def __init__(self, path: Path, sentences: int) -> None:
+    def __init__(self, path: Path, sentences: int, payload: Iterable[str]) -> None:
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(0)
         if batch.num_rows != sentences:
@@ -48,8 +50,8 @@ class _MappedShard:
             )
         self.target_hash = batch.column("target_hash").to_numpy()
         self.crc = batch.column("crc").to_numpy()
-        self.offsets = {name: batch.column(name).offsets.to_numpy() for name in PAYLOAD}
-        self.values = {name: batch.column(name).values.to_numpy() for name in PAYLOAD}
+        self.offsets = {name: batch.column(name).offsets.to_numpy() for name in payload}
+        self.values = {name: batch.column(name).values.to_numpy() for name in payload}
 
 
 class TeacherCache(Sequence[TeacherRow]):
@@ -110,7 +112,7 @@ class TeacherCache(Sequence[TeacherRow]):
         shard_index, row = divmod(sentence, self.manifest.shard_sentences)
         shard = self._shard(shard_index)
         columns: dict[str, NDArray[Any]] = {}
-        for name in PAYLOAD:
+        for name in self.manifest.dtypes:
             start, end = shard.offsets[name][row], shard.offsets[name][row + 1]
             columns[name] = shard.values[name][start:end]
         tokens = len(columns["support_size"])
@@ -122,6 +124,7 @@ class TeacherCache(Sequence[TeacherRow]):
                 "does not match its checksum, so the file is damaged; restore it, or delete it and "
                 "manifest.json and run its build_cache command again"
             )
+        columns["logprob"] = decode_logprob(columns["logprob"])
         return TeacherRow(int(shard.target_hash[row]), **columns)
 
     def target_hashes(self) -> NDArray[np.uint64]:
@@ -203,7 +206,7 @@ class TeacherCache(Sequence[TeacherRow]):
             shard = self.manifest.shards[index]
             path = self.directory / shard.file
             try:
-                self._shards[index] = _MappedShard(path, shard.sentences)
+                self._shards[index] = _MappedShard(path, shard.sentences, self.manifest.dtypes)
             except (OSError, KeyError, pa.ArrowException) as error:
                 raise CacheError(
                     f"{path}: not a readable shard ({error}); restore it, or delete it and "

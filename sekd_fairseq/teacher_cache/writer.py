@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
     ENTRY_COLUMNS,
-    PAYLOAD,
     TOKEN_COLUMNS,
     atomic_write,
+    encode_logprob,
     shard_name,
-    stored_dtype,
 )
 
 
@@ -39,11 +38,12 @@ def write_shard(
     index: int,
     sentences: list[SentenceRows],
     target_hash: NDArray[np.uint64],
-    vocab_size: int,
+    dtypes: dict[str, np.dtype[Any]],
 ) -> Path:
     """Write shard ``index`` (complete or not at all) and return its path.
 
-    The same rows give the same bytes, whoever writes them.
+    The same rows give the same bytes, whoever writes them.  ``dtypes`` are the payload columns with
+    their stored types (:func:`~sekd_fairseq.teacher_cache.format.payload_dtypes`).
 
     Raises
     ------
@@ -51,19 +51,21 @@ def write_shard(
         A value that is not a number or not finite (the reference's probability among them), or a
         sentence whose columns do not fit together; names the sentence within the shard.
     """
-    stored: dict[str, list[NDArray[Any]]] = {name: [] for name in PAYLOAD}
+    stored: dict[str, list[NDArray[Any]]] = {name: [] for name in dtypes}
     crc = np.zeros(len(sentences), dtype=np.uint32)
     for row, sentence in enumerate(sentences):
+        _check_row(sentence.columns, row)
         narrow = {
-            name: np.ascontiguousarray(sentence.columns[name], stored_dtype(name, vocab_size))
-            for name in PAYLOAD
+            name: encode_logprob(sentence.columns[name], dtype)
+            if name == "logprob"
+            else np.ascontiguousarray(sentence.columns[name], dtype)
+            for name, dtype in dtypes.items()
         }
-        _check_row(narrow, row)
         crc[row] = payload_crc(narrow)
         for name, values in narrow.items():
             stored[name].append(values)
     arrays: list[pa.Array] = [pa.array(target_hash, pa.uint64()), pa.array(crc, pa.uint32())]
-    for name in PAYLOAD:
+    for name in dtypes:
         sizes = np.array([len(values) for values in stored[name]], dtype=np.int64)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         if offsets[-1] > np.iinfo(np.int32).max:
@@ -75,7 +77,7 @@ def write_shard(
         arrays.append(
             pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
         )
-    batch = pa.record_batch(arrays, names=["target_hash", "crc", *PAYLOAD])
+    batch = pa.record_batch(arrays, names=["target_hash", "crc", *dtypes])
     path = directory / shard_name(index)
     with atomic_write(path) as stream, pa.ipc.new_file(stream, batch.schema) as writer:
         writer.write_batch(batch)
@@ -85,14 +87,14 @@ def write_shard(
 def payload_crc(columns: dict[str, NDArray[Any]]) -> int:
     """CRC-32 of a row's stored columns, in the order of the format."""
     crc = 0
-    for name in PAYLOAD:
-        crc = zlib.crc32(columns[name].data, crc)
+    for values in columns.values():
+        crc = zlib.crc32(values.data, crc)
     return crc
 
 
 def _check_row(columns: dict[str, NDArray[Any]], row: int) -> None:
     tokens = {len(columns[name]) for name in TOKEN_COLUMNS}
-    entries = {len(columns[name]) for name in ENTRY_COLUMNS}
+    entries = {len(columns[name]) for name in ENTRY_COLUMNS if name in columns}
     assert len(tokens) == 1 and len(entries) == 1, "columns of one sentence differ in length"
     assert entries == {int(columns["support_size"].sum(dtype=np.int64))}
     for name in ("gold_logprob", "outside_mass", "entropy", "logprob"):

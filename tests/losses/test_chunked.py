@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from sekd_fairseq.losses import (
     SelfEvolution,
-    SupportLogProbs,
     TeacherRows,
     build_events,
     chunked_loss,
@@ -36,8 +35,10 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, TeacherRows]:
     return random(TOKENS, WIDTH), random(VOCAB, WIDTH), random(VOCAB), teacher
 
 
-def token_loss(student: SupportLogProbs, teacher: TeacherRows) -> tuple[Tensor, dict[str, Tensor]]:
+def token_loss(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, dict[str, Tensor]]:
     """SE-KD plus label-smoothed cross entropy, and a sum to log."""
+    rows = torch.arange(len(logits))
+    student = support_log_probs(logits, rows, teacher.ids, teacher.valid, with_sum=True)
     output = self_evolution_kd(build_events(teacher, student, "bucket"), SETTINGS)
     smooth = -0.9 * student.log_q[:, 0].sum() - 0.1 / VOCAB * student.sum_log_q.sum()
     return output.divergence.sum() + smooth, {"hard": output.hard.sum()}
@@ -46,24 +47,14 @@ def token_loss(student: SupportLogProbs, teacher: TeacherRows) -> tuple[Tensor, 
 def plain(
     features: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherRows
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    logits = nn.functional.linear(features, weight, bias)
-    rows = torch.arange(len(logits))
-    student = support_log_probs(logits, rows, teacher.ids, teacher.valid, with_sum=True)
-    return token_loss(student, teacher)
+    return token_loss(nn.functional.linear(features, weight, bias), teacher)
 
 
 def chunked(
     features: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherRows, chunk: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     return chunked_loss(
-        features,
-        weight,
-        bias,
-        teacher.ids,
-        teacher.valid,
-        lambda student, part: token_loss(student, teacher[part]),
-        chunk,
-        with_sum=True,
+        features, weight, bias, lambda logits, part: token_loss(logits, teacher[part]), chunk
     )
 
 

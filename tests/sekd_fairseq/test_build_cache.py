@@ -1,6 +1,8 @@
 """Building caches: equal to the teacher itself, restartable, and tied to their data."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import binarise, command, error_line, train, write_text
+from .conftest import ENVIRONMENT, binarise, command, error_line, train, write_text
 
 
 def build(data: object, teacher: object, output: Path, *options: object, **keywords: bool) -> str:
@@ -26,14 +28,15 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
 def test_whole_vocabulary_equals_the_teacher(data: Path, teacher: Path, tmp_path: Path) -> None:
     build(data, teacher, tmp_path / "dense", "--top-k", "0", "--subset", "valid")
     cache = TeacherCache.open(tmp_path / "dense" / "valid")
-    from sekd_fairseq.inference import load_models, load_split, token_log_probs
+    from sekd_fairseq.inference import load_models, load_split, token_logits
 
     models, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
     dataset = load_split(task, "valid", str(data))
     vocab = len(task.target_dictionary)
     for sentence in range(len(dataset)):
         sample = dataset.collater([dataset[sentence]])
-        ((target, log_p),) = token_log_probs(models, sample, task.target_dictionary.pad())
+        ((target, z),) = token_logits(models, sample, task.target_dictionary.pad())
+        log_p = z.log_softmax(dim=-1)
         row = cache[sentence]
         ids = row.token_id.reshape(-1, vocab).astype(np.int64)
         assert (ids[:, 0] == target.numpy()).all()
@@ -88,6 +91,152 @@ def test_ensemble_and_temperature(data: Path, teacher: Path, tmp_path: Path) -> 
     plain = TeacherCache.open(tmp_path / "a" / "valid")
     assert warm.manifest.temperature == 3.0
     assert np.mean(warm[0].entropy) > np.mean(plain[0].entropy)
+
+
+def test_parts_make_the_same_bytes_as_one_process(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    options = ("--top-k", "6", "--shard-sentences", "50", "--subset", "train")
+    parts = ("--num-shards", "2", "--shard-id")
+    out = build(data, teacher, tmp_path / "cache", *options, *parts, "1")
+    assert "still missing (3)" in out and not (tmp_path / "cache/train/manifest.json").exists()
+    build(data, teacher, tmp_path / "cache", *options, *parts, "0")
+    assert bytes_of(tmp_path / "cache" / "train") == bytes_of(cache / "train")
+    TeacherCache.open(tmp_path / "cache" / "train").verify()
+    line = error_line(build(data, teacher, tmp_path / "no", *options, *parts, "2", check=False))
+    assert "--shard-id" in line
+
+
+def test_torchrun_and_two_builders_on_one_directory(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    words = [
+        "-m", "sekd_fairseq.build_cache", data, "--path", teacher, "--cpu", "--top-k", "6",
+        "--shard-sentences", "50", "--subset", "train", "--output",
+    ]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    commands = [
+        [*torchrun, *words, tmp_path / "a"],  # ranks share the work
+        [sys.executable, *words, tmp_path / "b"],  # both do all of it, at the same time
+        [sys.executable, *words, tmp_path / "b"],
+    ]
+    running = [
+        subprocess.Popen(
+            list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for command in commands
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    for name in "ab":
+        assert bytes_of(tmp_path / name / "train") == bytes_of(cache / "train")
+
+
+def test_top_p_and_eight_bits_train(data: Path, teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    out = build(
+        data, teacher, folder, "--top-p", "0.95", "--top-k", "10", "--logprob-bits", "8",
+        "--subset", "train,valid",
+    )  # fmt: skip
+    assert "top_p (k 10, p 0.95, floor 2)" in out
+    opened = TeacherCache.open(folder / "train")
+    opened.verify()
+    assert opened.manifest.dtypes["logprob"] == "uint8"
+    sizes = np.concatenate([row.support_size for row in opened])
+    assert sizes.min() >= 2 and sizes.max() <= 11 and len(set(sizes.tolist())) > 3
+    log = train(
+        data, tmp_path / "save", "--criterion", "self_evolution_kd", "--teacher-cache", folder,
+        "--max-update", "30", "--disable-validation",
+    )  # fmt: skip
+    assert 'num_updates": "30' in log
+
+
+def test_sampled_cache_trains_with_sampled_loss_only(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    build(data, teacher, folder, "--sample", "8", "--subset", "train,valid", "--max-tokens", "200")
+    opened = TeacherCache.open(folder / "valid")
+    opened.verify()
+    row = opened[4]
+    assert row.draws is not None and row.draws.sum() == 8 * len(row.support_size)
+    # Sampling is seeded by sentence: batches of another size give the same bytes.
+    build(data, teacher, tmp_path / "other", "--sample", "8", "--subset", "valid")
+    one, other = (TeacherCache.open(path / "valid") for path in (folder, tmp_path / "other"))
+    assert all((a.token_id == b.token_id).all() for a, b in zip(one, other, strict=True))
+    kd = ("--criterion", "cached_kd", "--missing-mass", "sampled", "--disable-validation")
+    log = train(
+        data, tmp_path / "save", *kd, "--teacher-cache", folder, "--max-update", "30"
+    )  # fmt: skip
+    assert 'num_updates": "30' in log
+    # Its supports are distributions too, so the other losses take them.
+    train(data, tmp_path / "b", "--criterion", "self_evolution_kd", "--teacher-cache", folder)
+    line = error_line(train(data, tmp_path / "no", *kd, "--teacher-cache", cache, check=False))
+    assert "--sample N" in line
+
+
+def test_implausible_teachers_are_refused(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    # A teacher that is shifted by one token in its vocabulary.
+    state = torch.load(teacher, map_location="cpu")
+    for key, value in state["model"].items():
+        if "embed_tokens" in key or "output_projection" in key:
+            state["model"][key] = value.roll(1, dims=0)
+    torch.save(state, tmp_path / "shifted.pt")
+    options = ("--subset", "valid", "--top-k", "6")
+    line = error_line(build(data, tmp_path / "shifted.pt", tmp_path / "out", *options, check=False))
+    assert "worse than their unigram frequencies" in line
+    assert not (tmp_path / "out" / "valid" / "manifest.json").exists()
+    out = build(data, tmp_path / "shifted.pt", tmp_path / "out", *options, "--allow-implausible")
+    assert "perplexity" in out
+    # A teacher that gives NaN.
+    state["model"]["decoder.layers.0.fc1.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    line = error_line(build(data, tmp_path / "nan.pt", tmp_path / "nan", *options, check=False))
+    assert "= nan" in line and not list((tmp_path / "nan" / "valid").glob("shard*"))
+    quality = TeacherCache.open(cache / "valid").manifest.quality
+    assert 1 < quality["perplexity"] < quality["unigram_perplexity"] < 20
+    assert 0.2 < quality["accuracy"] <= quality["reference_kept"] <= 1
+    assert quality["one_hot"] == 0
+
+
+def test_sentences_too_long_for_the_teacher(data: Path, tmp_path: Path) -> None:
+    train(
+        data, tmp_path / "short", "--criterion", "cross_entropy", "--max-update", "60",
+        "--max-source-positions", "9", "--max-target-positions", "9", "--disable-validation",
+        "--skip-invalid-size-inputs-valid-test",
+    )  # fmt: skip
+    short = tmp_path / "short" / "checkpoint_last.pt"
+    line = error_line(build(data, short, tmp_path / "no", "--subset", "valid", check=False))
+    assert "valid line" in line and not (tmp_path / "no").exists()
+    out = build(data, short, tmp_path / "out", "--subset", "valid", "--skip-too-long")
+    assert "have the reference alone" in out
+    skipped = [row for row in TeacherCache.open(tmp_path / "out/valid") if len(row.entropy) > 9]
+    assert skipped
+    for row in skipped:
+        assert (row.support_size == 1).all() and (row.gold_logprob == 0).all()
+
+
+def test_a_full_disk_is_one_clear_error(data: Path, teacher: Path, tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
+    ignore = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    arguments = [
+        "sekd_fairseq.build_cache", data, "--path", teacher, "--output", tmp_path / "out", "--cpu",
+        "--subset", "valid",
+    ]  # fmt: skip
+    run = f"import runpy, sys; sys.argv = {[str(a) for a in arguments]!r}; "
+    run += "runpy.run_module('sekd_fairseq.build_cache', run_name='__main__', alter_sys=True)"
+    process = subprocess.run(
+        [sys.executable, "-c", limit + ignore + run],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert "cannot write shard 0" in error_line(process.stderr)
+    assert [path.name for path in (tmp_path / "out" / "valid").iterdir()] == ["build.json"]
 
 
 def test_bad_input_ends_with_one_line(

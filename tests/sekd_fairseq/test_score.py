@@ -13,16 +13,16 @@ from .conftest import command, error_line, train
 
 def full_log_probs(path: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reference tokens of test and the model's full log-probabilities there, sentence by sentence."""
-    from sekd_fairseq.inference import load_models, load_split, token_log_probs
+    from sekd_fairseq.inference import load_models, load_split, token_logits
 
     models, _, task = load_models([str(path)], str(data), torch.device("cpu"))
     dataset = load_split(task, "test", str(data))
     parts = []
     for sentence in range(len(dataset)):
         sample = dataset.collater([dataset[sentence]])
-        parts += list(token_log_probs(models, sample, task.target_dictionary.pad()))
-    target, log_p = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
-    return target.astype(int), log_p
+        parts += list(token_logits(models, sample, task.target_dictionary.pad()))
+    target, z = (torch.cat(column).double().numpy() for column in zip(*parts, strict=True))
+    return target.astype(int), z - np.logaddexp.reduce(z, axis=1, keepdims=True)
 
 
 def test_records_equal_the_models(data: Path, teacher: Path, tmp_path: Path) -> None:

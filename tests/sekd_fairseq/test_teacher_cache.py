@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sekd_fairseq.errors import CacheError
@@ -116,6 +117,61 @@ def test_inspect_shows_and_verifies(cache: Path) -> None:
     for words in ("203 sentences", "bytes a token", "perplexity", "every checksum matches"):
         assert words in out
     assert "no" in error_line(command("sekd_fairseq.inspect_cache", cache / "nothing", check=False))
+
+
+def test_parquet_holds_every_row(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    command("sekd_fairseq.inspect_cache", cache / "train", "--to-parquet", path)
+    table = pd.read_parquet(path)
+    opened = TeacherCache.open(cache / "train")
+    assert len(table) == opened.manifest.tokens
+    for sentence in (0, 77, 202):
+        row, part = opened[sentence], table[table["sentence"] == sentence]
+        assert part["position"].tolist() == list(range(len(row.entropy)))
+        assert np.concatenate(part["token_id"].to_list()).tolist() == row.token_id.tolist()
+        assert np.concatenate(part["logprob"].to_list()).tolist() == row.logprob.tolist()
+        assert part["token"].tolist() == row.token_id.reshape(-1, 6)[:, 0].tolist()
+        np.testing.assert_array_equal(part["entropy"], row.entropy)
+    line = error_line(
+        command("sekd_fairseq.inspect_cache", cache, "--to-parquet", path, check=False)
+    )
+    assert "one split" in line
+
+
+def test_restoration_error_is_the_kl_from_the_dense_teacher(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    from sekd_fairseq.inspect_cache import dense_row, restoration_error
+
+    out = command(
+        "sekd_fairseq.inspect_cache", cache, "--verify", "--against", teacher, "--data", data
+    )
+    assert out.count("KL from the dense teacher") == 3
+    vocab = TeacherCache.open(cache / "valid").manifest.vocab_size
+    row = TeacherCache.open(cache / "valid")[2]
+    dense = dense_row(row, vocab)
+    np.testing.assert_allclose(dense.sum(axis=1), 1.0, atol=1e-12)
+    # Spread evenly: the tokens outside a support are alike.
+    outside = np.delete(dense[0], row.token_id.reshape(-1, 6)[0])
+    np.testing.assert_allclose(
+        outside, row.outside_mass[0] / (vocab - 6), rtol=2e-3
+    )  # fmt: skip
+    errors = {}
+    for k in ("0", "12", "3"):
+        command(
+            "sekd_fairseq.build_cache", data, "--path", teacher, "--output", tmp_path / k, "--cpu",
+            "--subset", "valid", "--top-k", k,
+        )  # fmt: skip
+        found = restoration_error(
+            TeacherCache.open(tmp_path / k / "valid"), str(teacher), str(data), 100
+        )
+        errors[k] = found.mean()
+        assert found.min() > -1e-6
+    assert errors["0"] < 1e-6 < errors["12"] < errors["3"]
+    line = error_line(
+        command("sekd_fairseq.inspect_cache", cache, "--against", teacher, check=False)
+    )
+    assert "--data" in line
 
 
 def test_atomic_write_leaves_nothing_of_a_failure(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""What the benchmarks share: fair timing, peak memory, and the files in results/."""
+
+import csv
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler would report every start
+
+import torch
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+class Timing(NamedTuple):
+    """Seconds a call: median and quartiles over rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def time_in_turn(
+    contenders: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: tuple[int, int] = (5, 20),
+    seconds: float = 10.0,
+) -> dict[str, Timing]:
+    """Time several functions by turns, so that a change of the machine's speed meets all alike.
+
+    Each is called once unmeasured, then in rounds, at least ``rounds[0]``, until ``seconds`` have
+    passed or ``rounds[1]`` are done.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for function in contenders.values():
+        function()
+    start = time.perf_counter()
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() - start > seconds:
+            break
+        for name, function in contenders.items():
+            taken[name].append(time_once(function, device))
+    return {name: summary(values) for name, values in taken.items()}
+
+
+def time_once(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, by CUDA events on a GPU."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
+    begin_time = time.perf_counter()
+    function()
+    return time.perf_counter() - begin_time
+
+
+def summary(values: Sequence[float]) -> Timing:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return Timing(median, low, high, len(values))
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most that torch held at once during a call, above what it held before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    kineto = profile.profiler.kineto_results  # type: ignore[union-attr]
+    held = peak = 0
+    events = (event for event in kineto.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def hardware(device: torch.device) -> str:
+    """The machine in words: processor, cores in use, GPU, and the versions that matter."""
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    gpu = f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""
+    return (
+        f"{model}, {torch.get_num_threads()} threads{gpu}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+class Target(NamedTuple):
+    """A limit that a figure has to keep: at most, or with ``at_least`` no less than."""
+
+    name: str
+    value: float | None
+    limit: float
+    at_least: bool = False
+
+    def met(self) -> bool:
+        """Whether it was kept; a figure that could not be had keeps nothing."""
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def write_results(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    targets: Sequence[Target],
+    device: torch.device,
+    folder: Path = RESULTS,
+) -> None:
+    """Write ``NAME.csv`` (measurements) and ``NAME.json`` (targets), and print the targets."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    command = shlex.join(["python", *sys.argv])
+    entries = [
+        {
+            "target": target.name,
+            "value": None if target.value is None else round(target.value, 4),
+            "limit": target.limit,
+            "met": target.met(),
+            "command": command,
+            "hardware": hardware(device),
+            "date": date.today().isoformat(),
+        }
+        for target in targets
+    ]
+    (folder / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    for target in targets:
+        value = "no figure" if target.value is None else f"{target.value:.3f}"
+        bound = "at least" if target.at_least else "at most"
+        word = "met" if target.met() else "MISSED"
+        print(f"{word:6} {target.name}: {value} ({bound} {target.limit})")
+    print(f"{folder / name}.csv, .json")

@@ -1,0 +1,197 @@
+"""Cutting a teacher's full distributions down to what a cache stores."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sekd_fairseq.errors import UserError
+from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
+
+NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Which tokens of a distribution are kept, beside the reference, which always is.
+
+    Parameters
+    ----------
+    rule : {"top_k", "top_p", "sample"}
+        ``top_k``: the ``k - 1`` most probable others.  ``top_p``: as few of the most probable as
+        hold ``p`` of the mass, at least ``floor`` and at most ``k``.  ``sample``: ``samples``
+        draws with replacement, with their counts; seeded by sentence, so that shards do not depend
+        on how the work was split.
+    """
+
+    rule: str = "top_k"
+    k: int = 32
+    p: float = 1.0
+    floor: int = 1
+    samples: int = 0
+    seed: int = 1
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of it: the rule and the numbers that it uses."""
+        used = {
+            "top_k": ("rule", "k"),
+            "top_p": ("rule", "p", "floor", "k"),
+            "sample": ("rule", "samples", "seed"),
+        }[self.rule]
+        return {key: value for key, value in asdict(self).items() if key in used}
+
+
+def truncation_of(
+    top_k: int, top_p: float | None, floor: int, samples: int, vocab_size: int
+) -> Truncation:
+    """The rule that command-line values amount to; ``top_k = 0`` is the whole vocabulary."""
+    for flag, value, low in (
+        ("top-k", top_k, 0),
+        ("top-p-floor", floor, 1),
+        ("sample", samples, 0),
+    ):
+        if value < low:
+            raise UserError(f"--{flag}: expected {low} or more, found {value}")
+    k = min(top_k or vocab_size, vocab_size)
+    if samples and top_p is not None:
+        raise UserError("--sample and --top-p: expected one of them, found both")
+    if samples:
+        return Truncation(rule="sample", samples=samples)
+    if top_p is None:
+        return Truncation(rule="top_k", k=k)
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p: expected a share of the mass, above 0 up to 1, found {top_p}")
+    if floor > k:
+        raise UserError(f"--top-p-floor: expected at most --top-k ({k}), found {floor}")
+    return Truncation(rule="top_p", p=top_p, floor=floor, k=k)
+
+
+def uniforms(seed: int, sentences: Sequence[int], lengths: Sequence[int], draws: int) -> Tensor:
+    """Random numbers in [0, 1) for each token of some sentences, (sum of lengths, draws) float64."""
+    parts = [
+        np.random.Generator(np.random.Philox(key=[seed, sentence])).random((length, draws))
+        for sentence, length in zip(sentences, lengths, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def best_tokens(z: Tensor, k: int) -> Tensor:
+    """Ids of the ``k`` largest of each row, largest first; (n, V) to (n, k).
+
+    The ``k`` blocks with the largest maxima hold all of them, so most of a wide row is read once
+    and not sorted.
+    """
+    block = int(math.sqrt(z.size(1) / max(k, 1)))
+    if block < 4:
+        return z.topk(k, dim=1).indices
+    tail = z.size(1) % block
+    blocks = z[:, : z.size(1) - tail].reshape(z.size(0), -1, block)
+    chosen = blocks.amax(dim=2).topk(k, dim=1).indices  # (n, k) numbers of blocks
+    within = torch.arange(block, device=z.device)
+    candidates = (chosen.unsqueeze(2) * block + within).flatten(1)
+    rest = torch.arange(z.size(1) - tail, z.size(1), device=z.device).expand(z.size(0), tail)
+    candidates = torch.cat([candidates, rest], dim=1)
+    return candidates.gather(1, z.gather(1, candidates).topk(k, dim=1).indices)
+
+
+@torch.no_grad()
+def truncate(
+    z: Tensor, target: Tensor, truncation: Truncation, uniform: Tensor | None = None
+) -> dict[str, NDArray[Any]]:
+    """The columns of a cache (:mod:`sekd_fairseq.teacher_cache.format`) at ``n`` tokens.
+
+    ``gold_logprob``, ``outside_mass`` (summed directly) and ``entropy`` come from the full
+    distribution in float32, before anything is cut.
+
+    Parameters
+    ----------
+    z : (n, V) float32
+        Logits or log-probabilities; overwritten.
+    target : (n,) int64
+        Reference tokens.
+    uniform : (n, samples) float64
+        Random numbers, for the rule ``sample``.
+    """
+    step = max(1, SCRATCH_ELEMENTS.get(z.device.type, 2**24) // z.size(1))
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for start in range(0, z.size(0), step):
+        part = slice(start, start + step)
+        draws = None if uniform is None else uniform[part].to(z.device)
+        for name, values in _truncate(z[part], target[part], truncation, draws).items():
+            parts.setdefault(name, []).append(values.cpu().numpy())
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _truncate(
+    z: Tensor, target: Tensor, truncation: Truncation, uniform: Tensor | None
+) -> dict[str, Tensor]:
+    gold = target.unsqueeze(1)
+    top = z.amax(dim=1, keepdim=True)
+    weight = (z - top).exp_()  # p up to a factor
+    total = weight.sum(dim=1)
+    log_normaliser = top.squeeze(1) + total.log()
+    mean_z = torch.linalg.vecdot(weight, z) / total
+    if bool(mean_z.isnan().any()):  # 0 * -inf, at tokens that the teacher forbids
+        mean_z = torch.linalg.vecdot(weight, z.clamp_min(torch.finfo(z.dtype).min)) / total
+    if truncation.rule == "sample":
+        assert uniform is not None
+        ids, valid, count = _sample(weight, total, gold, uniform)
+    else:
+        ids, valid = _best(z, weight, total, gold, truncation)
+        count = None
+    logprob = z.gather(1, ids) - log_normaliser.unsqueeze(1)
+    outside = weight.scatter_(1, torch.where(valid, ids, gold), 0.0).sum(dim=1) / total
+    columns = {
+        "support_size": valid.sum(dim=1),
+        "gold_logprob": logprob[:, 0],
+        "outside_mass": outside,
+        "entropy": (log_normaliser - mean_z).clamp_min(0.0),
+        "token_id": ids[valid],
+        "logprob": logprob[valid],
+    }
+    return columns if count is None else {**columns, "draws": count[valid]}
+
+
+def _best(
+    z: Tensor, weight: Tensor, total: Tensor, gold: Tensor, truncation: Truncation
+) -> tuple[Tensor, Tensor]:
+    """Ids, the reference first, then the best others; and which of them are kept. (n, k)."""
+    if truncation.rule == "top_k":
+        # The reference need not be among the best, so it is set apart while these are sought.
+        gold_z = z.gather(1, gold)
+        z.scatter_(1, gold, NEG_INF)
+        others = best_tokens(z, truncation.k - 1)
+        z.scatter_(1, gold, gold_z)
+        ids = torch.cat([gold, others], dim=1)
+        valid = torch.ones_like(ids, dtype=torch.bool)
+    else:
+        best = best_tokens(z, truncation.k)
+        mass = weight.gather(1, best)
+        # Kept if the mass before it does not reach p yet.
+        kept = mass.cumsum(dim=1) - mass < truncation.p * total.unsqueeze(1)
+        kept[:, : truncation.floor] = True
+        ids = torch.cat([gold, best], dim=1)
+        valid = torch.cat([torch.ones_like(gold, dtype=torch.bool), kept & (best != gold)], dim=1)
+    if bool(torch.isneginf(top_values := z.gather(1, ids[:, 1:])).any()):
+        valid[:, 1:] &= ~torch.isneginf(top_values)  # a token of probability zero says nothing
+    return ids, valid
+
+
+def _sample(
+    weight: Tensor, total: Tensor, gold: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct drawn tokens, the reference first, then by id; which slots are used; counts."""
+    cumulative = weight.double().cumsum(dim=1)
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    drawn = drawn.clamp_max(weight.size(1) - 1).sort(dim=1).values
+    ids = torch.cat([gold, drawn], dim=1)
+    count = (drawn.unsqueeze(1) == ids.unsqueeze(2)).sum(dim=2)  # (n, 1 + samples)
+    first = torch.ones_like(drawn, dtype=torch.bool)
+    first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    valid = torch.cat([torch.ones_like(gold, dtype=torch.bool), first & (drawn != gold)], dim=1)
+    return ids, valid, count
