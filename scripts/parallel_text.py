@@ -3,8 +3,10 @@
 Pure functions on lists of (source, target) pairs; ``prepare_data.py`` is the command.
 """
 
+import gzip
 import random
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +34,8 @@ def normalise(line: str) -> str:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file, as they are, without the line ends.
 
+    ``FILE.gz`` is read where there is no ``FILE``.
+
     Only line feeds end a line: ``str.splitlines`` would also split at U+2028 and the like, and
     the two sides would then no longer be aligned.
 
@@ -40,12 +44,15 @@ def read_lines(path: Path) -> list[str]:
     DataError
         The file is missing or not UTF-8; the message names the line.
     """
+    packed = path.with_name(f"{path.name}.gz")
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        if packed.exists() and not path.exists():
+            content = gzip.decompress(packed.read_bytes())
+        else:
+            content = path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}: expected a text file, found none that can be read ({error.strerror}); "
-            "check the path"
+            f"{path}: expected a text file, found none that can be read ({error}); check the path"
         ) from error
     lines = content.split(b"\n")
     if not lines[-1]:

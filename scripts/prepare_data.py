@@ -61,9 +61,12 @@ def load_subsets(args: argparse.Namespace) -> tuple[dict[str, list[Pair]], dict[
         return split(pairs, args.valid_size, args.test_size, args.seed), dropped
     subsets, empties = {}, {}
     for subset in SUBSETS:
-        prefix = getattr(args, subset)
-        files = [Path(f"{prefix}.{lang}") for lang in (args.source_lang, args.target_lang)]
-        subsets[subset], empties[subset] = read_pairs(*files)
+        subsets[subset], empties[subset] = [], 0
+        for prefix in getattr(args, subset).split(","):
+            files = [Path(f"{prefix}.{lang}") for lang in (args.source_lang, args.target_lang)]
+            pairs, empty = read_pairs(*files)
+            subsets[subset] += pairs
+            empties[subset] += empty
     subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
     if not subsets["train"]:
         raise DataError(
@@ -230,7 +233,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     whole.add_argument("--valid-size", type=int, default=400, help="pairs (%(default)s)")
     whole.add_argument("--test-size", type=int, default=600, help="pairs (%(default)s)")
     whole.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
-    given = parser.add_argument_group("or three given ones (prefixes; .LANGUAGE is added)")
+    given = parser.add_argument_group(
+        "or three given ones (prefixes, .LANGUAGE or .LANGUAGE.gz is added; several joined with ',')"
+    )
     for subset in SUBSETS:
         given.add_argument(f"--{subset}", metavar="PREFIX")
     parser.add_argument("--source-lang", required=True)
