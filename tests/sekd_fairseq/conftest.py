@@ -49,14 +49,26 @@ def command(*arguments: object, check: bool = True, cwd: Path = ROOT, fresh: boo
                 timeout=300,
             ).returncode
         else:
-            child = os.fork()
-            if child == 0:
-                run_module(words, cwd, output)
+            child = fork_module(words, cwd, output)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         output.seek(0)
         printed = output.read()
     assert (status == 0) == check, printed[-3000:]
     return printed
+
+
+def start_command(*arguments: object) -> int:
+    """Start ``python -m ...`` in a fork, its output dropped; returns the process id."""
+    with open(os.devnull, "w") as output:
+        return fork_module(list(map(str, arguments)), ROOT, output)
+
+
+def fork_module(words: list[str], cwd: Path, output: IO[str]) -> int:
+    """Fork a child that becomes ``python -m words``; returns its process id."""
+    child = os.fork()
+    if child == 0:
+        run_module(words, cwd, output)
+    return child
 
 
 def run_module(words: list[str], cwd: Path, output: IO[str]) -> NoReturn:

@@ -1,8 +1,12 @@
 """Building caches: equal to the teacher itself, restartable, and tied to their data."""
 
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import torch
 
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import ENVIRONMENT, binarise, command, error_line, train, write_text
+from .conftest import ENVIRONMENT, binarise, command, error_line, start_command, train, write_text
 
 
 def build(data: object, teacher: object, output: Path, *options: object, **keywords: bool) -> str:
@@ -91,6 +95,57 @@ def test_ensemble_and_temperature(data: Path, teacher: Path, tmp_path: Path) -> 
     plain = TeacherCache.open(tmp_path / "a" / "valid")
     assert warm.manifest.temperature == 3.0
     assert np.mean(warm[0].entropy) > np.mean(plain[0].entropy)
+
+
+def test_killed_at_random_instants_it_ends_in_the_same_bytes(
+    data: Path, teacher: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    kills = 20 if request.config.getoption("--slow") else 3
+    words = [
+        "sekd_fairseq.build_cache", data, "--path", teacher, "--cpu", "--top-k", "6",
+        "--shard-sentences", "5", "--max-tokens", "40", "--subset", "train", "--output",
+    ]  # fmt: skip
+    start = time.monotonic()
+    command(*words, tmp_path / "whole")
+    duration = time.monotonic() - start
+    whole = bytes_of(tmp_path / "whole" / "train")
+    generator = random.Random(4)
+    stages = set()
+    for _ in range(kills):
+        running = start_command(*words, tmp_path / "killed")
+        time.sleep(generator.uniform(0.2, 0.9) * duration)
+        os.kill(running, signal.SIGKILL)
+        os.waitpid(running, 0)
+        if (tmp_path / "killed" / "train").is_dir():
+            stages.add(len(list((tmp_path / "killed" / "train").glob("shard-*.arrow"))))
+    assert stages, "every kill came before the first file"
+    command(*words, tmp_path / "killed")
+    left = bytes_of(tmp_path / "killed" / "train")
+    # A kill may leave a temporary file, under a name that no reader looks at.
+    assert {name: content for name, content in left.items() if not name.startswith(".")} == whole
+    TeacherCache.open(tmp_path / "killed" / "train").verify()
+
+
+def test_spawned_workers_read_the_same(data: Path, teacher: Path, cache: Path) -> None:
+    from sekd_fairseq.data import TeacherDataset
+    from sekd_fairseq.inference import load_models, load_split
+
+    _, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
+    dataset = TeacherDataset(
+        load_split(task, "valid", str(data)), [TeacherCache.open(cache / "valid")], "valid"
+    )
+    batches = [[3, 1, 2], [0], [20, 19]]
+    found = {}
+    for context in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=batches, collate_fn=dataset.collater, num_workers=2,
+            multiprocessing_context=context,
+        )  # fmt: skip
+        found[context] = [batch["teacher"] for batch in loader]
+    for one, other, batch in zip(found["fork"], found["spawn"], batches, strict=True):
+        expected = dataset.collater([dataset[i] for i in batch])["teacher"]
+        for key, value in expected.items():
+            assert torch.equal(one[key], value) and torch.equal(other[key], value)
 
 
 def test_parts_make_the_same_bytes_as_one_process(
