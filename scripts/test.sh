@@ -4,7 +4,7 @@
 #   bash scripts/test.sh --slow       the long ones too
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-bash "$root/scripts/install.sh" fairseq,workflow,dev
+bash "$root/scripts/install.sh" fairseq,llm,workflow,dev
 cd "$root"
 # One thread a process: the models of the tests are small, and threads would only wait.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec .venv/bin/python -m pytest "$@"

@@ -266,6 +266,9 @@ def output_projection(model: Any) -> torch.nn.Linear | None:
         isinstance(projection, torch.nn.Linear)
         and projection.weight.dim() == 2
         and "features_only" in inspect.signature(decoder.forward).parameters
-        and type(decoder).output_layer is TransformerDecoderBase.output_layer
+        and (
+            getattr(decoder, "plain_projection", False)
+            or type(decoder).output_layer is TransformerDecoderBase.output_layer
+        )
     )
     return projection if plain else None

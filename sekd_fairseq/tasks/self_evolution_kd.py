@@ -17,6 +17,7 @@ from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDatas
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inference import half_precision
 from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
 from sekd_fairseq.online_teacher import OnlineTeacher
 from sekd_fairseq.teacher_cache import TeacherCache
 
@@ -158,6 +159,14 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             )
         self.teacher_temperature, self._temperature_from = temperature, cache.directory
         return cache
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        """Build the model; a language model leaves its configuration in ``cfg``, which fairseq
+        keeps in the checkpoint."""
+        model = super().build_model(cfg, from_checkpoint)
+        if isinstance(model, HFCausalLM) and not from_checkpoint:
+            remember_configuration(cfg, model)
+        return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> FairseqCriterion:
         """Build the criterion, and load the teacher where it is not a cache.

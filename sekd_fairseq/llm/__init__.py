@@ -1,0 +1,1 @@
+"""Vocabulary, tokenizers and prompts of language models."""

@@ -1,0 +1,155 @@
+"""The bijection between a fairseq dictionary and the rows of a language model.
+
+fairseq's ids 0 to 3 (``<s>``, ``<pad>``, ``</s>``, ``<unk>``) stand for the model's own special
+tokens of these roles; the tokenizer's other tokens follow in its order, named ``ID:PIECE``.  A role
+that the model has no token for gets a new row.  Rows beyond the tokenizer's tokens (padding of the
+matrix) have no symbol, so models of one family whose matrices are padded differently share a
+dictionary.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sekd_fairseq.errors import UserError
+from sekd_fairseq.teacher_cache.format import atomic_write, hash_symbols
+
+FILE = "llm.json"
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+NEW_ROW = -1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a data directory says of its symbols.
+
+    Attributes
+    ----------
+    rows
+        The model's row of each symbol; -1 for one that the model lacks.
+    tokenizer
+        Where the tokenizer came from.
+    template
+        The prompt template that the data were made with.
+    dictionary_hash
+        Of the dictionary that this belongs to.
+    """
+
+    rows: list[int]
+    tokenizer: str
+    template: str
+    dictionary_hash: str
+
+    def save(self, directory: Path) -> None:
+        """Write it beside the dictionary."""
+        with atomic_write(directory / FILE) as stream:
+            stream.write((json.dumps(asdict(self)) + "\n").encode())
+
+    @classmethod
+    def load(cls, directory: Path, symbols: Sequence[str]) -> "Vocabulary":
+        """Read it; ``UserError`` if the directory was not made for a language model."""
+        path = directory / FILE
+        try:
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(
+                f"{directory}: expected data made for a language model ({FILE}), found none; make "
+                "them with: python scripts/prepare_llm_data.py"
+            ) from None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); make the data again") from error
+        if found.dictionary_hash != hash_symbols(symbols):
+            raise UserError(
+                f"{directory}: the dictionary ({len(symbols)} symbols) is not the one that {FILE} "
+                f"was written for ({len(found.rows)}); make the data again"
+            )
+        return found
+
+
+def symbol_of(token: int, piece: str) -> str:
+    """The dictionary's name of a token: its id, and its text for people; no white space in it."""
+    shown = "".join(f"\\u{ord(c):04x}" if c.isspace() or not c.isprintable() else c for c in piece)
+    return f"{token}:{shown}"
+
+
+def token_of(symbol: str) -> int:
+    """The tokenizer's id in a symbol; -1 for a special one."""
+    head = symbol.partition(":")[0]
+    return int(head) if head.isdigit() else NEW_ROW
+
+
+def build_vocabulary(
+    pieces: Sequence[str], specials: Sequence[int | None], keep: set[int] | None = None
+) -> tuple[list[str], list[int]]:
+    """Symbols of a dictionary and the model's row of each.
+
+    Parameters
+    ----------
+    pieces
+        Text of every token of the tokenizer, by id.
+    specials
+        The tokenizer's ids of beginning, padding, end, unknown; None where it has none. One id in
+        two roles (padding that is the end, say) counts for the role that needs it most: end,
+        beginning, unknown, padding.
+    keep
+        The ids to keep, or None for all.
+    """
+    roles: list[int] = [NEW_ROW] * 4
+    for role in (2, 0, 3, 1):
+        token = specials[role]
+        if token is not None and token not in roles:
+            roles[role] = token
+    others = [
+        token
+        for token in range(len(pieces))
+        if token not in roles and (keep is None or token in keep)
+    ]
+    symbols = [*SPECIALS, *(symbol_of(token, pieces[token]) for token in others)]
+    return symbols, roles + others
+
+
+@torch.no_grad()
+def select_rows(lm: Any, rows: Sequence[int]) -> None:
+    """Put a model's embedding and output rows in the order of ``rows``; -1 makes a new row, the
+    mean of all.
+
+    Raises
+    ------
+    UserError
+        The model has fewer rows than the tokenizer has tokens.
+    """
+    embedding, projection = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if max(rows) >= embedding.weight.size(0):
+        raise UserError(
+            f"--hf-model has {embedding.weight.size(0)} vocabulary rows, the data's tokenizer at "
+            f"least {max(rows) + 1} tokens: expected the tokenizer of this model; make the data "
+            "again with it"
+        )
+    index = torch.tensor(rows, device=embedding.weight.device)
+    tied = projection.weight is embedding.weight
+    for layer in (embedding,) if tied else (embedding, projection):
+        old = layer.weight
+        new = old[index.clamp_min(0)]
+        new[index < 0] = old.mean(dim=0)
+        layer.weight = torch.nn.Parameter(new)
+    if tied:
+        projection.weight = embedding.weight
+    if getattr(projection, "bias", None) is not None:
+        projection.bias = torch.nn.Parameter(projection.bias[index.clamp_min(0)])
+    embedding.num_embeddings = projection.out_features = len(rows)
+    embedding.padding_idx = None
+    lm.config.vocab_size = len(rows)
+    lm.config.bos_token_id, lm.config.eos_token_id, lm.config.pad_token_id = 0, 2, None
+
+
+@torch.no_grad()
+def restore_rows(weight: torch.Tensor, rows: Sequence[int], full: torch.Tensor) -> torch.Tensor:
+    """The inverse for one matrix: ``full`` with the rows that have a symbol replaced."""
+    index = torch.tensor(rows)
+    restored = full.clone()
+    restored[index[index >= 0]] = weight[index >= 0].to(full.dtype)
+    return restored

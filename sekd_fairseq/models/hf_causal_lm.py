@@ -1,0 +1,328 @@
+"""A Hugging Face causal language model as a fairseq encoder-decoder: ``--arch hf_causal_lm``.
+
+The "encoder" has no parameters: it turns source tokens, which hold the whole prompt, into a
+left-padded prompt.  The "decoder" runs the model on ``[prompt | previous outputs]`` and keeps the
+logits of target positions only; in generation the prompt's keys and values are computed once and
+live in the incremental state.  So fairseq's datasets, criterions, beam search and generation, and
+this project's caches, serve such models unchanged.
+
+Ids are fairseq's: rows of the embedding and of the output projection are put in the dictionary's
+order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and put back by
+``scripts/export_hf.py``.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import (
+    FairseqEncoder,
+    FairseqEncoderDecoderModel,
+    FairseqIncrementalDecoder,
+    register_model,
+)
+from omegaconf import II, open_dict
+from torch import Tensor
+
+from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.llm.vocabulary import Vocabulary, select_rows
+
+CACHE = "hf_key_value_cache"
+#: Options of a config that change logits after the output projection.
+LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@dataclass
+class HFCausalLMConfig(FairseqDataclass):
+    """Options of the architecture."""
+
+    hf_model: Optional[str] = field(  # noqa: UP045 (fairseq's parser needs Optional)
+        default=None,
+        metadata={"help": "folder (or hub id) of a pretrained model, to start from its weights"},
+    )
+    hf_gguf_file: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "a GGUF file in --hf-model, to start from its weights"}
+    )
+    hf_config: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "config.json of a model, to start from scratch (its vocab_size is replaced)"
+        },
+    )
+    hf_layers: int = field(
+        default=0,
+        metadata={"help": "keep only so many layers of --hf-model, evenly spaced; 0 keeps all"},
+    )
+    hf_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute activations again in backward: less memory"}
+    )
+    lora_r: int = field(
+        default=0,
+        metadata={
+            "help": "rank of low-rank adapters to train instead of all weights; checkpoints then "
+            "hold the adapters, and --hf-model must stay where it is. 0 is off"
+        },
+    )
+    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters"})
+    hf_state: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "set by training: the model's configuration, kept in the checkpoint"},
+    )
+    data: str = II("task.data")
+
+
+class PromptEncoder(FairseqEncoder):  # type: ignore[misc]
+    """Source tokens to a left-padded prompt, without the end-of-sentence token; no parameters."""
+
+    def __init__(self, dictionary: Any, positions: int) -> None:
+        super().__init__(dictionary)
+        self.positions = positions
+
+    def forward(
+        self, src_tokens: Tensor, src_lengths: Tensor | None = None, **_: Any
+    ) -> dict[str, list[Tensor]]:
+        """``{"encoder_out": [prompt (B, P)], "encoder_padding_mask": [pad (B, P)]}``."""
+        keep = src_tokens.ne(self.dictionary.pad()) & src_tokens.ne(self.dictionary.eos())
+        # Stable: what is not kept goes to the left, the rest stays in order.
+        order = keep.long().argsort(dim=1, stable=True)
+        longest = int(keep.sum(dim=1).max())
+        prompt = src_tokens.masked_fill(~keep, self.dictionary.pad()).gather(1, order)
+        prompt = prompt[:, prompt.size(1) - longest :]
+        return {
+            "encoder_out": [prompt],
+            "encoder_padding_mask": [prompt.eq(self.dictionary.pad())],
+        }
+
+    def reorder_encoder_out(
+        self, encoder_out: dict[str, list[Tensor]], new_order: Tensor
+    ) -> dict[str, list[Tensor]]:
+        """Rows in another order, as beam search asks."""
+        return {
+            key: [value.index_select(0, new_order) for value in values]
+            for key, values in encoder_out.items()
+        }
+
+    def max_positions(self) -> int:
+        return self.positions
+
+
+class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
+    """Runs the language model on the prompt and the previous outputs."""
+
+    def __init__(self, dictionary: Any, model: Any, positions: int) -> None:
+        super().__init__(dictionary)
+        self.model = model
+        self.positions = positions
+
+    @property
+    def output_projection(self) -> Any:
+        """The layer from features to logits; None where something else follows it."""
+        if any(getattr(self.model.config, name, None) for name in LOGIT_OPTIONS):
+            return None
+        return self.model.get_output_embeddings()
+
+    #: The logits are ``output_projection`` of the features, where that is not None.
+    plain_projection = True
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: dict[str, list[Tensor]],
+        incremental_state: dict[str, Any] | None = None,
+        features_only: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits (or features) at every target position, or at the last with a state; (B, T, V).
+
+        ``prev_output_tokens`` (B, T) begin with fairseq's end-of-sentence token, for which the
+        prompt's last token stands in.
+        """
+        prompt = encoder_out["encoder_out"][0]
+        length = prev_output_tokens.size(1)
+        outputs = prev_output_tokens[:, 1:]
+        mask = torch.cat(
+            [prompt.ne(self.dictionary.pad()), outputs.ne(self.dictionary.pad())], dim=1
+        )
+        if incremental_state is not None:
+            # Generated tokens may be anything, padding too; they are attended to all the same.
+            mask[:, prompt.size(1) :] = True
+        position = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        options: dict[str, Any] = {"attention_mask": mask.long(), "position_ids": position}
+        if incremental_state is None:
+            if mask.size(1) > self.positions:
+                with one_line_errors():
+                    raise UserError(
+                        f"a prompt of {prompt.size(1)} tokens with a translation of {length}: the "
+                        f"model has {self.positions} positions; shorten the prompt or leave out "
+                        "long sentences (fewer --shots, --max-source-positions)"
+                    )
+            options["input_ids"] = torch.cat([prompt, outputs], dim=1)
+            return self._run(options, length, features_only), {"attn": [None]}
+        from transformers import DynamicCache
+
+        cache = self.get_incremental_state(incremental_state, CACHE)
+        if cache is None:
+            cache = {"cache": DynamicCache()}
+            options["input_ids"] = torch.cat([prompt, outputs], dim=1)
+            self.set_incremental_state(incremental_state, CACHE, cache)
+        else:
+            options["input_ids"] = prev_output_tokens[:, -1:]
+            options["position_ids"] = position[:, -1:]
+        options.update(past_key_values=cache["cache"], use_cache=True)
+        return self._run(options, 1, features_only), {"attn": [None]}
+
+    def _run(self, options: dict[str, Any], keep: int, features_only: bool) -> Tensor:
+        if "past_key_values" not in options:
+            options["use_cache"] = False
+        if not features_only:
+            logits: Tensor = self.model(**options, logits_to_keep=keep).logits
+            return logits
+        body = getattr(
+            self.model, "get_base_model", lambda: self.model
+        )()  # without adapters' shell
+        hidden: Tensor = body.model(**options).last_hidden_state
+        return hidden[:, -keep:]
+
+    def reorder_incremental_state(
+        self, incremental_state: dict[str, Any], new_order: Tensor
+    ) -> None:
+        """Reorder the key-value cache as the beam is reordered."""
+        cache = self.get_incremental_state(incremental_state, CACHE)
+        if cache is not None:
+            cache["cache"].reorder_cache(new_order)
+
+    def max_positions(self) -> int:
+        return self.positions
+
+
+@register_model("hf_causal_lm", dataclass=HFCausalLMConfig)
+class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
+    """See the module. The buffer ``vocabulary_rows`` (V,) has the model's row of each symbol."""
+
+    def __init__(self, encoder: PromptEncoder, decoder: CausalLMDecoder, rows: Tensor) -> None:
+        super().__init__(encoder, decoder)
+        self.register_buffer("vocabulary_rows", rows)
+
+    @classmethod
+    def build_model(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
+        """Load pretrained weights, or make a model from a configuration."""
+        with one_line_errors():
+            lm, rows = load_language_model(cfg, task)
+        dictionary = task.target_dictionary
+        positions = int(getattr(lm.config, "max_position_embeddings", 10**6))
+        if cfg.hf_gradient_checkpointing:
+            lm.gradient_checkpointing_enable()
+        if cfg.lora_r > 0:
+            from peft import LoraConfig, get_peft_model
+
+            adapters = LoraConfig(
+                r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules="all-linear"
+            )
+            lm = get_peft_model(lm, adapters)
+        return cls(
+            PromptEncoder(task.source_dictionary, positions),
+            CausalLMDecoder(dictionary, lm, positions),
+            rows,
+        )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """All weights, or with adapters these alone."""
+        state: dict[str, Tensor] = super().state_dict(*args, **kwargs)
+        if not hasattr(self.decoder.model, "peft_config"):
+            return state
+        return {k: v for k, v in state.items() if "lora_" in k or k.endswith("vocabulary_rows")}
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
+        """Fill in the frozen weights, which a checkpoint of adapters does not hold."""
+        if hasattr(self.decoder.model, "peft_config"):
+            for key, value in super().state_dict().items():
+                state_dict.setdefault(key, value)
+
+
+def load_language_model(cfg: HFCausalLMConfig, task: Any) -> tuple[Any, Tensor]:
+    """The transformers model with its rows in the dictionary's order, and the rows; (V,) int64."""
+    size = len(task.target_dictionary)
+    if cfg.hf_state and not (cfg.hf_model and cfg.lora_r > 0):
+        # From a checkpoint, whose weights are about to be loaded.
+        return from_config(json.loads(cfg.hf_state), size), torch.full((size,), -1)
+    if not (cfg.hf_model or cfg.hf_config):
+        raise UserError(
+            "--arch hf_causal_lm expects --hf-model FOLDER (pretrained) or --hf-config FILE (from "
+            "scratch), found neither"
+        )
+    vocabulary = Vocabulary.load(Path(str(cfg.data).split(":")[0]), task.target_dictionary.symbols)
+    if cfg.hf_model:
+        lm = pretrained(cfg.hf_model, cfg.hf_gguf_file)
+        if cfg.hf_layers:
+            keep_layers(lm, cfg.hf_layers)
+        select_rows(lm, vocabulary.rows)
+    else:
+        assert cfg.hf_config is not None
+        lm = from_config(read_config(Path(cfg.hf_config)), size)
+    return lm, torch.tensor(vocabulary.rows)
+
+
+def remember_configuration(cfg: Any, model: Any) -> None:
+    """Keep the language model's configuration in the training's own, so that a checkpoint can be
+    loaded without the files that it was started from."""
+    with open_dict(cfg):
+        cfg.hf_state = model.decoder.model.config.to_json_string(use_diff=False)
+
+
+def pretrained(folder: str, gguf_file: str | None) -> Any:
+    """A pretrained causal language model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        options = {"gguf_file": gguf_file} if gguf_file else {}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--hf-model {folder}: expected a causal language model with its weights "
+            f"(config.json and *.safetensors, or --hf-gguf-file), found none that loads: {reason}"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's configuration file."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--hf-config {path}: expected a model's config.json, found none ({error})"
+        ) from error
+    return content
+
+
+def from_config(content: dict[str, Any], size: int) -> Any:
+    """A model with fresh weights for a dictionary of ``size`` symbols."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "model_type" not in content:
+        raise UserError("--hf-config: expected a configuration with a model_type, found none")
+    content = {**content, "vocab_size": size, "bos_token_id": 0, "pad_token_id": 1}
+    content["eos_token_id"] = 2
+    config = AutoConfig.for_model(**content)
+    # No padding_idx: fairseq's mask keeps padding out, and a zero row would change the model.
+    config.pad_token_id = None
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+
+
+def keep_layers(lm: Any, count: int) -> None:
+    """Drop layers of a decoder, so that ``count`` evenly spaced ones stay, the first and the last
+    among them."""
+    layers = lm.model.layers
+    if not 1 <= count <= len(layers):
+        raise UserError(f"--hf-layers: expected 1 to {len(layers)}, found {count}")
+    chosen = [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
+    lm.model.layers = torch.nn.ModuleList([layers[i] for i in chosen])
+    for place, layer in enumerate(lm.model.layers):
+        if hasattr(layer.self_attn, "layer_idx"):
+            layer.self_attn.layer_idx = place
+    lm.config.num_hidden_layers = count
+    if getattr(lm.config, "layer_types", None):
+        lm.config.layer_types = [lm.config.layer_types[i] for i in chosen]

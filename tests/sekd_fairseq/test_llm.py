@@ -1,0 +1,372 @@
+"""Language models as teachers and students, on tiny random models of each family."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.prompts import Template
+from sekd_fairseq.llm.tokenizer import load_tokenizer
+from sekd_fairseq.llm.vocabulary import build_vocabulary, symbol_of, token_of
+from sekd_fairseq.teacher_cache import TeacherCache
+
+from .conftest import ROOT, command, error_line, sentence_pairs, write_text
+
+transformers = pytest.importorskip("transformers")
+
+PLUGIN = ("--user-dir", ROOT / "sekd_fairseq", "--task", "self_evolution_kd")
+COMMON = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**COMMON, "model_type": "llama"},
+    "llama-tied": {**COMMON, "model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {**COMMON, "model_type": "mistral", "sliding_window": 6},
+    "qwen2": {**COMMON, "model_type": "qwen2", "tie_word_embeddings": True},
+    "gemma3": {
+        **COMMON, "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model with byte pieces, and a Llama tokenizer folder made of it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    lines = [word for pair in sentence_pairs(200, 9) for word in pair]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "spm"), vocab_size=330,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / "spm.model"
+
+
+@pytest.fixture(scope="module")
+def llm_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llm_text")
+    write_text(folder, "train", sentence_pairs(60, 0))
+    write_text(folder, "valid", sentence_pairs(9, 1))
+    odd = [
+        ("one", "你好，世界"),
+        ("two", "Straße — „ja“"),
+        ("a", "🙂  zwei   Lücken"),
+        ("and", "ﬁ é"),
+    ]
+    write_text(folder, "test", odd + sentence_pairs(5, 2))
+    return folder
+
+
+def script(name: str, *arguments: object, check: bool = True) -> str:
+    """Run one of the scripts."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return command(name, *arguments, check=check)
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+def prepare(tokenizer: Path, text: Path, output: Path, *options: object, check: bool = True) -> str:
+    splits = [word for s in ("train", "valid", "test") for word in (f"--{s}", text / s)]
+    return script(
+        "prepare_llm_data", "--tokenizer", tokenizer, *splits, "--source-lang", "en",
+        "--target-lang", "de", "--output", output, *options, check=check,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm_data(tokenizer: Path, llm_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llm_data") / "data"
+    out = prepare(tokenizer, llm_text, folder)
+    assert '"unknown_tokens": 0' in out and '"translations_not_given_back_exactly": 0' in out
+    return folder / "bin"
+
+
+def pretrained(folder: Path, family: str, rows: int) -> Path:
+    """A random model of a family, saved as transformers does."""
+    torch.manual_seed(1)
+    options = {**FAMILIES[family], "vocab_size": rows}
+    config = transformers.AutoConfig.for_model(
+        **options, bos_token_id=1, eos_token_id=2, pad_token_id=None
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # larger than the default, so that errors show
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def train_llm(data: Path, save: Path, *options: object, check: bool = True) -> str:
+    return command(
+        "fairseq_cli.train", data, *PLUGIN, "--arch", "hf_causal_lm", "--optimizer", "adam", "--lr",
+        "3e-3", "--max-tokens", "600", "--max-update", "3", "--save-dir", save, "--cpu",
+        "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "1", *options,
+        check=check,
+    )  # fmt: skip
+
+
+def load(path: Path, data: Path) -> tuple[Any, Any]:
+    from sekd_fairseq.inference import load_models
+
+    (model,), _, task = load_models([str(path)], str(data), torch.device("cpu"))
+    return model, task
+
+
+def test_text_comes_back_exactly(llm_data: Path, tokenizer: Path, llm_text: Path) -> None:
+    from fairseq.data import Dictionary, indexed_dataset
+
+    dictionary = Dictionary.load(str(llm_data / "dict.de.txt"))
+    opened = load_tokenizer(str(tokenizer))
+    for language, column in (("de", slice(0, None)), ("en", slice(1, None))):
+        dataset = indexed_dataset.make_dataset(str(llm_data / f"test.en-de.{language}"), "mmap")
+        lines = (llm_text / f"test.{language}").read_text(encoding="utf-8").split("\n")
+        for i, line in enumerate(lines[:-1]):
+            symbols = [dictionary[token] for token in dataset[i][column][:-1]]
+            text = opened.decode([token_of(symbol) for symbol in symbols])
+            if language == "en":
+                line = Template(
+                    "Translate from {src_lang} to {tgt_lang}.\n{src_lang}: {src}\n{tgt_lang}:\n",
+                    "en", "de",
+                ).prompt(line)  # fmt: skip
+            assert text == line
+            assert dataset[i][-1] == dictionary.eos()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pretrained_model_is_what_transformers_says(
+    llm_data: Path, tokenizer: Path, tmp_path: Path, family: str
+) -> None:
+    tokens = len(load_tokenizer(str(tokenizer)).pieces)
+    # More rows than the tokenizer has tokens, as padded matrices have.
+    source = pretrained(tmp_path / "model", family, tokens + 6)
+    options = ("--criterion", "cross_entropy", "--hf-model", source, "--disable-validation")
+    train_llm(llm_data, tmp_path / "save", *options, "--lr", "1e-9", "--max-update", "1")
+    model, task = load(tmp_path / "save" / "checkpoint_last.pt", llm_data)
+    original = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    rows = model.vocabulary_rows
+    task.load_dataset("test")
+    dataset = task.dataset("test")
+    batch = dataset.collater([dataset[i] for i in range(5)])  # sentences of different lengths
+    with torch.no_grad():
+        logits = model(**batch["net_input"])[0]
+        features = model(**batch["net_input"], features_only=True)[0]
+    torch.testing.assert_close(model.decoder.output_projection(features), logits)
+    known = rows >= 0
+    for place, sentence in enumerate(batch["id"].tolist()):
+        item = dataset[sentence]
+        prompt, target = item["source"][:-1], item["target"]
+        ids = rows[torch.cat([prompt, target[:-1]])].unsqueeze(0)
+        with torch.no_grad():
+            expected = original(ids).logits[0, len(prompt) - 1 :]
+        found = logits[place, : len(target)]
+        torch.testing.assert_close(found[:, known], expected[:, rows[known]], atol=3e-4, rtol=1e-4)
+    # Step by step with the key-value cache, the beam reordered on the way.
+    encoder_out = model.encoder(batch["net_input"]["src_tokens"])
+    state: dict[str, Any] = {}
+    previous = batch["net_input"]["prev_output_tokens"]
+    order = torch.tensor([3, 1, 4, 0, 2])
+    with torch.no_grad():
+        for step in range(1, 4):
+            if step == 3:
+                model.decoder.reorder_incremental_state_scripting(state, order)
+                encoder_out = model.encoder.reorder_encoder_out(encoder_out, order)
+                previous, logits, batch["target"] = (
+                    x[order] for x in (previous, logits, batch["target"])
+                )
+            one = model.decoder(previous[:, :step], encoder_out, incremental_state=state)[0]
+            inside = batch["target"][:, step - 1].ne(1)
+            torch.testing.assert_close(
+                one[inside, 0], logits[inside, step - 1], atol=3e-4, rtol=1e-4
+            )
+
+
+def test_teacher_cache_student_generation_and_export(
+    llm_data: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama-tied"]))
+    scratch = ("--hf-config", config)
+    train_llm(
+        llm_data, tmp_path / "teacher", "--criterion", "cross_entropy", *scratch, "--max-update",
+        "60", "--disable-validation",
+    )  # fmt: skip
+    teacher = tmp_path / "teacher" / "checkpoint_last.pt"
+    config.unlink()  # the checkpoint holds its configuration
+    cache = tmp_path / "cache"
+    out = command(
+        "sekd_fairseq.build_cache", llm_data, "--path", teacher, "--output", cache, "--cpu",
+        "--top-p", "0.95", "--subset", "train,valid,test",
+    )  # fmt: skip
+    assert "hf_causal_lm" in out
+    opened = TeacherCache.open(cache / "test")
+    target_tokens = json.loads((llm_data.parent / "data.json").read_text())["target_tokens"]
+    assert opened.manifest.tokens == target_tokens["test"]  # the prompt is not distilled
+    # The cache's distributions are the teacher's.
+    model, task = load(teacher, llm_data)
+    task.load_dataset("test")
+    sample = task.dataset("test").collater([task.dataset("test")[1]])
+    log_p = model(**sample["net_input"])[0][0].log_softmax(-1)
+    gold = log_p.gather(1, sample["target"][0].unsqueeze(1)).squeeze(1)
+    np.testing.assert_allclose(opened[1].gold_logprob, gold.detach(), atol=1e-4)
+    config.write_text(json.dumps({**FAMILIES["llama"], "num_hidden_layers": 1}))
+    kd = ("--criterion", "self_evolution_kd", "--teacher-cache", cache, *scratch)
+    losses = {}
+    for chunk in ("0", "16"):
+        log = train_llm(
+            llm_data, tmp_path / chunk, *kd, "--sekd-chunk-tokens", chunk,
+            "--hf-gradient-checkpointing",
+        )  # fmt: skip
+        assert "no effect" not in log
+        losses[chunk] = [
+            line.split('"loss": "')[1][:5] for line in log.splitlines() if '"loss"' in line
+        ]
+    assert losses["0"] == losses["16"] and len(losses["0"]) == 3
+    student = tmp_path / "0" / "checkpoint_best.pt"
+    generated = command(
+        "fairseq_cli.generate", llm_data, *PLUGIN, "--path", student, "--gen-subset", "test",
+        "--cpu", "--beam", "3", "--max-len-b", "12", "--bpe", "hf_tokenizer", "--hf-tokenizer",
+        tokenizer, "--prefix-size", "1",
+    )  # fmt: skip
+    lines = [line for line in generated.splitlines() if line.startswith("D-")]
+    assert len(lines) == 9
+    # Detokenised text, and the given first token of each reference.
+    assert not any("▁" in line.split("\t")[2] for line in lines)
+    command(
+        "sekd_fairseq.score", llm_data, "--path", student, "--teacher-cache", cache, "--run",
+        tmp_path / "run", "--cpu",
+    )  # fmt: skip
+    assert list((tmp_path / "run" / "tokens" / "test").glob("*.parquet"))
+    script("export_hf", student, "--data", llm_data, "--output", tmp_path / "hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    model, _ = load(student, llm_data)
+    rows = model.vocabulary_rows
+    item = task.dataset("test")[4]
+    ids = rows[torch.cat([item["source"][:-1], item["target"][:-1]])].unsqueeze(0)
+    sample = task.dataset("test").collater([item])
+    with torch.no_grad():
+        expected = model(**sample["net_input"])[0][0]
+        found = exported(ids).logits[0, len(item["source"]) - 2 :]
+    torch.testing.assert_close(
+        found[:, rows[rows >= 0]], expected[:, rows >= 0], atol=1e-4, rtol=1e-4
+    )
+    # And back again: the exported folder is a model to start from.
+    train_llm(
+        llm_data, tmp_path / "again", "--criterion", "cross_entropy", "--hf-model", tmp_path / "hf",
+        "--disable-validation",
+    )  # fmt: skip
+
+
+def test_adapters_and_fewer_layers(llm_data: Path, tokenizer: Path, tmp_path: Path) -> None:
+    tokens = len(load_tokenizer(str(tokenizer)).pieces)
+    source = pretrained(tmp_path / "model", "qwen2", tokens)
+    base = ("--criterion", "cross_entropy", "--hf-model", source, "--disable-validation")
+    train_llm(llm_data, tmp_path / "save", *base, "--lora-r", "2", "--max-update", "5")
+    path = tmp_path / "save" / "checkpoint_last.pt"
+    state = torch.load(path, map_location="cpu")["model"]
+    assert all("lora_" in key or key == "vocabulary_rows" for key in state)
+    model, task = load(path, llm_data)
+    script("export_hf", path, "--data", llm_data, "--output", tmp_path / "hf", "--base", source)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    task.load_dataset("valid")
+    item = task.dataset("valid")[0]
+    rows = model.vocabulary_rows
+    ids = rows[torch.cat([item["source"][:-1], item["target"][:-1]])].unsqueeze(0)
+    sample = task.dataset("valid").collater([item])
+    with torch.no_grad():
+        expected = model(**sample["net_input"])[0][0]
+        found = exported(ids).logits[0, len(item["source"]) - 2 :]
+    torch.testing.assert_close(
+        found[:, rows[rows >= 0]], expected[:, rows >= 0], atol=1e-4, rtol=1e-4
+    )
+    # Not the model it started from: the adapters were trained.
+    original = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    assert not torch.allclose(original(ids).logits, exported(ids).logits[..., :tokens], atol=1e-3)
+    train_llm(llm_data, tmp_path / "one", *base, "--hf-layers", "1")
+    model, _ = load(tmp_path / "one" / "checkpoint_last.pt", llm_data)
+    assert len(model.decoder.model.model.layers) == 1
+
+
+def test_pruned_vocabulary_is_restored(tokenizer: Path, llm_text: Path, tmp_path: Path) -> None:
+    out = prepare(tokenizer, llm_text, tmp_path / "data", "--prune-vocab", "--shots", "2")
+    assert '"unknown_tokens": 0' in out
+    data = tmp_path / "data" / "bin"
+    pieces = load_tokenizer(str(tokenizer)).pieces
+    source = pretrained(tmp_path / "model", "gemma3", len(pieces))
+    train_llm(
+        data, tmp_path / "save", "--criterion", "cross_entropy", "--hf-model", source,
+        "--disable-validation", "--lr", "1e-9",
+    )  # fmt: skip
+    model, _ = load(tmp_path / "save" / "checkpoint_last.pt", data)
+    assert 259 <= len(model.vocabulary_rows) < len(pieces)
+    script(
+        "export_hf", tmp_path / "save" / "checkpoint_last.pt", "--data", data, "--output",
+        tmp_path / "hf", "--base", source,
+    )  # fmt: skip
+    ids = torch.arange(3, 40).unsqueeze(0)
+    one, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits
+        for path in (source, tmp_path / "hf")
+    )
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_bad_input_ends_with_one_line(
+    llm_data: Path, data: Path, tokenizer: Path, llm_text: Path, tmp_path: Path
+) -> None:
+    ce = ("--criterion", "cross_entropy")
+
+    def refuse(*arguments: object) -> str:
+        return error_line(train_llm(*arguments, check=False))
+
+    save = tmp_path / "save"
+    assert "found neither" in refuse(llm_data, save, *ce)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(FAMILIES["llama"]))
+    assert "with its weights" in refuse(llm_data, save, *ce, "--hf-model", tmp_path / "empty")
+    small = pretrained(tmp_path / "small", "llama", 100)
+    assert "the tokenizer of this model" in refuse(llm_data, save, *ce, "--hf-model", small)
+    config = ("--hf-config", tmp_path / "empty" / "config.json")
+    assert "prepare_llm_data" in refuse(data, save, *ce, *config)
+    (tmp_path / "empty" / "config.json").write_text(
+        json.dumps({**FAMILIES["llama"], "max_position_embeddings": 20})
+    )
+    assert "positions" in refuse(
+        llm_data, save, *ce, *config, "--skip-invalid-size-inputs-valid-test"
+    )
+    template = tmp_path / "template"
+    template.write_text("Translate: {source}")
+    line = error_line(
+        prepare(tokenizer, llm_text, tmp_path / "no", "--template", template, check=False)
+    )
+    assert "{src}" in line and not (tmp_path / "no").exists()
+    line = error_line(prepare(tmp_path / "none", llm_text, tmp_path / "no", check=False))
+    assert "--tokenizer" in line
+
+
+def test_vocabulary_by_hand() -> None:
+    pieces = ["<unk>", "<s>", "</s>", "a b", "\n", "c"]
+    symbols, rows = build_vocabulary(pieces, (1, None, 2, 0))
+    assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "3:a\\u0020b", "4:\\u000a", "5:c"]
+    assert rows == [1, -1, 2, 0, 3, 4, 5]
+    assert [token_of(symbol) for symbol in symbols] == [-1, -1, -1, -1, 3, 4, 5]
+    # Padding that is the end of sentence: the end needs it more.
+    assert build_vocabulary(pieces, (1, 2, 2, 0))[1] == rows
+    assert build_vocabulary(pieces, (1, None, 2, 0), keep={5})[1] == [1, -1, 2, 0, 5]
+    assert symbol_of(7, "12:x") == "7:12:x" and token_of("7:12:x") == 7
+
+
+def test_templates() -> None:
+    template = Template("{src_lang}: {src}\n{tgt_lang}: ", "de", "xx")
+    assert template.prompt("Ja {x}") == "German: Ja {x}\nxx: "
+    assert template.prompt("b", [("a", "A")]) == "German: a\nxx: A\n\nGerman: b\nxx: "
+    for text in ("no field", "{src} {other}", "{src"):
+        with pytest.raises(UserError, match="prompt template"):
+            Template(text, "de", "en")
