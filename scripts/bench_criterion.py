@@ -160,8 +160,8 @@ def criterion_step(criterion: Any, model: Model, sample: dict[str, Any]) -> Call
     """Forward and backward of a criterion."""
 
     def step() -> None:
-        model.zero_grad(set_to_none=True)
         criterion(model, sample)[0].backward()
+        model.zero_grad(set_to_none=True)  # at the end: what is freed first would hide a peak
 
     return step
 
@@ -172,8 +172,8 @@ def dense_step(
     """Forward and backward of a loss on logits."""
 
     def step() -> None:
-        model.zero_grad(set_to_none=True)
         loss(model()[0], teacher, target).backward()
+        model.zero_grad(set_to_none=True)
 
     return step
 

@@ -217,6 +217,20 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         collect_before_fork()
         super().begin_valid_epoch(epoch, model)
 
+    def filter_indices_by_size(
+        self, indices: Any, dataset: Any, max_positions: Any = None, *options: Any
+    ) -> Any:
+        """As fairseq's, but a set of which nothing is left is an error that says so."""
+        kept = super().filter_indices_by_size(indices, dataset, max_positions, *options)
+        if len(indices) and not len(kept):
+            with one_line_errors():
+                raise UserError(
+                    f"all {len(indices)} sentences are longer than the model's positions "
+                    f"{max_positions}; expected some that fit: give the model more positions, or "
+                    "shorten the sentences (of a language model, the prompt)"
+                )
+        return kept
+
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As fairseq's, but no sentence is dropped and batches are the same after a restart."""
         collect_before_fork()

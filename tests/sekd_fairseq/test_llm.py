@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 PLUGIN = ("--user-dir", ROOT / "sekd_fairseq", "--task", "self_evolution_kd")
 COMMON = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**COMMON, "model_type": "llama"},
@@ -196,14 +196,14 @@ def test_teacher_cache_student_generation_and_export(
     scratch = ("--hf-config", config)
     train_llm(
         llm_data, tmp_path / "teacher", "--criterion", "cross_entropy", *scratch, "--max-update",
-        "60", "--disable-validation",
+        "150", "--disable-validation",
     )  # fmt: skip
     teacher = tmp_path / "teacher" / "checkpoint_last.pt"
     config.unlink()  # the checkpoint holds its configuration
     cache = tmp_path / "cache"
     out = command(
         "sekd_fairseq.build_cache", llm_data, "--path", teacher, "--output", cache, "--cpu",
-        "--top-p", "0.95", "--subset", "train,valid,test",
+        "--top-p", "0.95", "--subset", "train,valid,test", "--allow-implausible",
     )  # fmt: skip
     assert "hf_causal_lm" in out
     opened = TeacherCache.open(cache / "test")
