@@ -23,6 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["sekd_fairseq", "sekd_fairseq.*", "analysis", "analysis.*"]),
+    package_data={"analysis": ["templates/*.html"]},
     # The fairseq of the extra has wheels for these; README.md tells what to do on others.
     python_requires=">=3.11,<3.13",
     install_requires=[
@@ -33,6 +34,8 @@ setup(
         "scipy>=1.11",  # statistics
         "matplotlib>=3.8",  # figures
         "sacrebleu>=2.4",  # BLEU, chrF, significance
+        "jinja2>=3.1",  # HTML pages, everything escaped, and LaTeX tables through pandas
+        "markdown-it-py>=3",  # report.md as HTML, raw HTML switched off
         "sentencepiece>=0.2",  # vocabularies
         "tqdm>=4.60",  # progress bars
     ],
@@ -55,6 +58,7 @@ setup(
             "mypy>=1.14",
             "pandas-stubs",
             "types-tqdm",
+            "selenium>=4.20",  # the report in a real browser, where there is chromium
         ],
     },
     classifiers=[

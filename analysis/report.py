@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis import claims
+from analysis import claims, page
 from analysis.figures import FIGURES, draw_all
 from analysis.style import method_key, method_name
 
@@ -24,7 +24,26 @@ def write_report(results: "Results", folder: Path) -> None:
         for key, table in found.items():
             table.to_csv(folder / name / f"{key}.csv", index=False, float_format="%.9g")
     drawn = draw_all(folder / "figures")
-    (folder / "report.md").write_text(markdown(results, drawn), encoding="utf-8")
+    text = markdown(results, drawn)
+    pages = {
+        "report.md": text,
+        "report.html": page.report_page(text, folder, TITLE),
+        "examples.html": page.render(
+            "examples.html", title="Sentences that gained and lost most", groups=results.examples
+        ),
+        "tables/results.tex": latex_table(
+            pd.DataFrame(_quality_rows(results)),
+            "sacreBLEU scores with 95\\,\\% bootstrap intervals.",
+            "tab:results",
+        ),
+        "tables/claims.tex": latex_table(
+            pd.DataFrame(_claim_rows(_deciding(results))),
+            "The claims and their verdicts.",
+            "tab:claims",
+        ),
+    }
+    for name, content in pages.items():
+        (folder / name).write_text(content, encoding="utf-8")
 
 
 def markdown(results: "Results", drawn: Sequence[str]) -> str:
@@ -98,22 +117,7 @@ def _claims(results: "Results") -> list[str]:
         own = table[(table["treatment"] == treatment) & (table["scope"] == "all")]
         baseline = results.options.baseline
         parts.append(f"**{method_name(treatment)}** against {method_name(baseline)}:")
-        rows = [
-            {
-                "claim": f"{row['claim']}. {row['statement']}",
-                "measure": row["measure"] if row["decides"] else f"({row['measure']})",
-                "effect": _interval(row["effect"], row["low"], row["high"]),
-                "relative": _percent(row["relative_effect"]) if row["claim"] != 4 else "",
-                "p": _p_value(row["p"]),
-                "p (Holm)": _p_value(row["p_holm"]),
-                "seeds": row["seeds"],
-                "sentences": row["sentences"],
-                "tokens": row["tokens"],
-                "verdict": _verdict(row),
-            }
-            for row in own.to_dict("records")
-        ]
-        parts.append(markdown_table(pd.DataFrame(rows)))
+        parts.append(markdown_table(pd.DataFrame(_claim_rows(own))))
     parts.append(
         "Effects above 0 are in the claim's favour; measures in brackets accompany a claim and do not "
         "decide it. `tables/claims.csv` has each direction alone."
@@ -122,16 +126,32 @@ def _claims(results: "Results") -> list[str]:
     return parts
 
 
+def _claim_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {
+            "claim": f"{row['claim']}. {row['statement']}",
+            "measure": row["measure"] if row["decides"] else f"({row['measure']})",
+            "effect": _interval(row["effect"], row["low"], row["high"]),
+            "relative": _percent(row["relative_effect"]) if row["claim"] != 4 else "",
+            "p": _p_value(row["p"]),
+            "p (Holm)": _p_value(row["p_holm"]),
+            "seeds": row["seeds"],
+            "sentences": row["sentences"],
+            "tokens": row["tokens"],
+            "verdict": _verdict(row),
+        }
+        for row in table.to_dict("records")
+    ]
+
+
 def _verdict(row: dict[Any, Any]) -> str:
     reason = row["reason"] if isinstance(row["reason"], str) else ""
     return f"{row['verdict']} ({reason})" if reason else str(row["verdict"])
 
 
-def _quality(results: "Results") -> list[str]:
+def _quality_rows(results: "Results") -> list[dict[str, Any]]:
     table = _sorted(results.tables["results"])
-    if table.empty:
-        return ["No run has translations."]
-    rows = [
+    return [
         {
             "direction": row["direction"],
             "method": method_name(str(row["method"])),
@@ -144,6 +164,12 @@ def _quality(results: "Results") -> list[str]:
         }
         for row in table.to_dict("records")
     ]
+
+
+def _quality(results: "Results") -> list[str]:
+    rows = _quality_rows(results)
+    if not rows:
+        return ["No run has translations."]
     parts = [
         markdown_table(pd.DataFrame(rows)),
         (
@@ -169,6 +195,7 @@ def _quality(results: "Results") -> list[str]:
         ]
         parts += ["Over seeds, with the interval that holds training and sentences:"]
         parts += [markdown_table(pd.DataFrame(rows))]
+    table = results.tables["results"]
     signatures = sorted({*table["BLEU_signature"], *table["chrF_signature"]})
     parts.append("Signatures: " + ", ".join(f"`{item}`" for item in signatures))
     return parts
@@ -318,6 +345,19 @@ def markdown_table(table: pd.DataFrame) -> str:
     names = [str(name) for name in table.columns]
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex_table(table: pd.DataFrame, caption: str, label: str) -> str:
+    """A table for a paper (needs the package booktabs); text in cells is escaped."""
+    if table.empty:
+        return "% no rows\n"
+    columns = "l" * len(table.columns)
+    return (
+        table.style.hide(axis="index")
+        .format(escape="latex")
+        .format_index(escape="latex", axis="columns")
+        .to_latex(hrules=True, caption=caption, label=label, column_format=columns, position="t")
+    )
 
 
 def _number(value: Any, digits: int) -> str:

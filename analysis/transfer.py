@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import claims, evolution, quality, report, tables
+from analysis import claims, evolution, examples, quality, report, tables
 from analysis.buckets import Threshold
 from analysis.errors import AnalysisError, one_line_errors
 from analysis.judge import Judge, Options, load_judges
@@ -33,6 +33,7 @@ class Results:
     judges: list[Judge]
     tables: dict[str, pd.DataFrame]
     figures: dict[str, pd.DataFrame]
+    examples: list[examples.Group]
 
 
 def analyse(root: Path, options: Options) -> Results:
@@ -67,7 +68,8 @@ def analyse(root: Path, options: Options) -> Results:
         "quality": results,
         "training": training,
     }
-    return Results(study, options, judges, found, figures)
+    shown = examples.example_groups(judges, qualities, options.baseline)
+    return Results(study, options, judges, found, figures, shown)
 
 
 def write(results: Results, output: Path) -> None:
