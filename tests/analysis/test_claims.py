@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from conftest import WriteRun, write_study
+from conftest import WriteRun
+from simulated_runs import write_study
 
 from analysis.claims import claims_table
 from analysis.evolution import History, easy_times, training_table, transition_table, transitions

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_study
+from simulated_runs import write_study
 
 from analysis import page, transfer
 

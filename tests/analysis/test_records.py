@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WriteRun, make_corpus, record_columns, student, write_records
+from conftest import WriteRun
+from simulated_runs import make_corpus, record_columns, student, write_records
 
 from analysis.errors import AnalysisError, RecordError
 from analysis.records import iterate_columns, read_columns, read_pieces, read_token_set

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import WriteRun, write_study
+from conftest import WriteRun
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
+from simulated_runs import write_study
 
 from analysis import figures, report, transfer
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import WriteRun, write_records
+from conftest import WriteRun
+from simulated_runs import write_records
 
 from analysis import tables
 from analysis.aggregate import METRICS, calibration_error, make_partition, sum_records

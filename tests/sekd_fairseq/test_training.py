@@ -216,6 +216,9 @@ def test_whole_vocabulary_cache_equals_the_online_teacher(
                 assert a == pytest.approx(b, rel=limit, abs=5e-3), (prefix, key, one, other)
     a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
     torch.testing.assert_close(a, b, rtol=0, atol=1e-3)  # float16 in the cache
+    half = train(data, tmp_path / "half", *sgd, "--teacher-path", teacher, "--teacher-bf16")
+    for one, other in zip(records(online, ""), records(half, ""), strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=0.02)
     state = torch.load(tmp_path / "b" / "checkpoint_last.pt", map_location="cpu")
     assert not any("teacher" in key for key in state["model"])
     plain = torch.load(tmp_path / "a" / "checkpoint_last.pt", map_location="cpu")

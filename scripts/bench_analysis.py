@@ -1,0 +1,149 @@
+"""Speed and memory of the analysis on ten million token records, and its error rates where the
+truth is known.
+
+    python scripts/bench_analysis.py
+
+Simulated runs: with no difference between methods, claim 1 (on hard tokens the student is closer to
+the teacher) must hold in few of 500 studies; with a planted one it must be found. Writes
+results/bench_analysis.csv and .json.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarking import RESULTS, Target, write_results
+from simulated_runs import PIECES, write_records, write_run_directory
+from tqdm import tqdm
+
+from analysis import transfer
+from analysis.judge import Options
+
+TOKENS, LENGTH = 2_500_000, 25
+METHODS = ("finetune", "word_kd", "se_kd_student", "se_kd_target")
+
+
+def large_records(path: Path, noise: float, seed: int) -> None:
+    """Records of one run: made-up numbers that keep the identities of the columns."""
+    shared, own = np.random.default_rng(1), np.random.default_rng([2, seed])
+    base = shared.exponential(0.4, TOKENS) * noise
+    kl = base * own.uniform(0.8, 1.2, TOKENS)
+    target = kl * shared.uniform(0.1, 0.9, TOKENS)
+    token = shared.integers(0, len(PIECES), TOKENS)
+    p_gold = shared.uniform(0.01, 0.99, TOKENS)
+    top = own.integers(0, len(PIECES), TOKENS)
+    columns: dict[str, Any] = {
+        "sentence": np.repeat(np.arange(TOKENS // LENGTH), LENGTH),
+        "position": np.tile(np.arange(LENGTH), TOKENS // LENGTH),
+        "token": token,
+        "frequency": 10 ** (token % 5),
+        "p_gold": p_gold,
+        "q_gold": p_gold * own.uniform(0.5, 1.0, TOKENS),
+        "kl": kl,
+        "kl_target": target,
+        "kl_nontarget": kl - target,
+        "p_entropy": shared.exponential(1, TOKENS),
+        "q_entropy": own.exponential(1, TOKENS),
+        "p_top1": shared.integers(0, len(PIECES), TOKENS),
+        "q_top1": top,
+        "p_max": np.maximum(p_gold, shared.uniform(0.3, 0.99, TOKENS)),
+        "q_max": np.full(TOKENS, 0.995),
+        "p_of_q_top1": p_gold * 0.5,
+        "overlap_top5": own.integers(0, 6, TOKENS),
+    }
+    write_records(path, columns, cache="c", rows=1 << 20)
+
+
+def scale(folder: Path) -> dict[str, Any]:
+    """Seconds and peak memory of ``python -m analysis.transfer`` on ten million records."""
+    for number, method in enumerate(tqdm(METHODS, desc="write ten million records")):
+        run = folder / method
+        run.mkdir(parents=True)
+        record = {
+            "format_version": 1,
+            "name": method,
+            "method": method,
+            "seed": 1,
+            "direction": "en-de",
+            "updates": 100,
+            "hyperparameters": {},
+            "data": {"fingerprint": "d"},
+            "teacher_cache": {"fingerprint": "c", "teacher": "t"},
+            "versions": {},
+            "parameters": 1,
+        }
+        (run / "run.json").write_text(json.dumps(record))
+        large_records(run / "tokens" / "test" / "100.parquet", 1.0 - 0.1 * number, number)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "analysis.transfer", str(folder)], check=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {
+        "part": "scale",
+        "case": f"{len(METHODS) * TOKENS} records",
+        "seconds": round(seconds, 2),
+        "peak_gib": round(peak / 2**30, 3),
+    }
+
+
+def supported(better: float, study: int, seeds: int = 3) -> bool:
+    """Whether claim 1 is supported in a simulated study; word-level KD's error is 0.8."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        for seed in range(1, seeds + 1):
+            for method, noise in (("finetune", 1.0), ("word_kd", 0.8), ("se_kd_student", better)):
+                write_run_directory(
+                    root,
+                    f"{method}{seed}-{study}",
+                    method,
+                    seed=seed,
+                    sentences=120,
+                    noise=noise,
+                    own=0.3,
+                    wrong=None,
+                    corpus_seed=study,
+                )
+        results = transfer.analyse(root, Options(resamples=200, seed=study))
+    claims = results.tables["claims"]
+    chosen = claims[(claims["scope"] == "all") & claims["decides"].astype(bool)]
+    return bool((chosen[chosen["claim"] == 1]["verdict"] == "supported").all())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--studies", type=int, default=500, help="simulated under the null")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        rows = [scale(Path(name) / "runs")]
+    for case, better, studies in (
+        ("no difference", 0.8, args.studies),
+        ("planted: 0.7 for 0.8", 0.7, max(args.studies // 5, 1)),
+    ):
+        found = sum(supported(better, i) for i in tqdm(range(studies), desc=case))
+        rows.append(
+            {"part": "errors", "case": case, "studies": studies, "share": round(found / studies, 4)}
+        )
+    targets = [
+        Target("seconds for ten million token records", rows[0]["seconds"], 20),
+        Target("peak memory for ten million token records, GiB", rows[0]["peak_gib"], 2),
+        Target(
+            "claim 1 supported though nothing differs, share of studies", rows[1]["share"], 0.05
+        ),
+        Target("claim 1 supported where a gain is planted", rows[2]["share"], 0.8, at_least=True),
+    ]
+    write_results("bench_analysis", rows, targets, torch.device("cpu"), args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Simulated runs, for tests and benchmarks of the analysis: a teacher and students over a small vocabulary, with real distributions behind
+every column, so that the records keep their identities."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+VOCABULARY = 12
+PIECES = [
+    "▁a",
+    "▁house",
+    "s",
+    "ing",
+    "▁<b>bold</b>",
+    "▁two",
+    "|",
+    "▁x",
+    "ed",
+    "▁red",
+    "▁sea",
+    "</s>",
+]
+EOS = VOCABULARY - 1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Test set and teacher of a direction: ``log_p`` is (N, V), the rest (N,)."""
+
+    sentence: np.ndarray
+    position: np.ndarray
+    token: np.ndarray
+    log_p: np.ndarray
+    common: np.ndarray  # (N, V) the part of the students' error that all of them share
+
+
+def make_corpus(sentences: int, seed: int) -> Corpus:
+    rng = np.random.default_rng([7, seed])
+    lengths = rng.integers(3, 12, sentences)
+    sentence = np.repeat(np.arange(sentences), lengths)
+    position = np.concatenate([np.arange(length) for length in lengths])
+    token = rng.integers(0, EOS, len(sentence))
+    token[np.cumsum(lengths) - 1] = EOS
+    logits = rng.normal(0, 1.5, (len(token), VOCABULARY))
+    logits[np.arange(len(token)), token] += 3
+    common = rng.normal(0, 1, logits.shape) * rng.exponential(1, len(token))[:, None]
+    return Corpus(sentence, position, token, log_softmax(logits), common)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def student(corpus: Corpus, noise: float, own: float, seed: int) -> np.ndarray:
+    """A student's log-probabilities: the teacher's, off by a shared error and one of its own."""
+    rng = np.random.default_rng([11, seed])
+    error = noise * corpus.common + own * rng.normal(0, 1, corpus.log_p.shape)
+    return log_softmax(corpus.log_p + error)
+
+
+def record_columns(corpus: Corpus, log_q: np.ndarray) -> dict[str, np.ndarray]:
+    """Token records (no pieces), computed in float64 from full distributions."""
+    rows = np.arange(len(corpus.token))
+    p, q = np.exp(corpus.log_p), np.exp(log_q)
+    p_gold, q_gold = p[rows, corpus.token], q[rows, corpus.token]
+    kl = (p * (corpus.log_p - log_q)).sum(axis=1)
+    target = p_gold * np.log(p_gold / q_gold) + (1 - p_gold) * np.log((1 - p_gold) / (1 - q_gold))
+    best_p, best_q = (np.argsort(-side, axis=1)[:, :5] for side in (p, q))
+    return {
+        "sentence": corpus.sentence,
+        "position": corpus.position,
+        "token": corpus.token,
+        "frequency": 10 ** (corpus.token % 5) - 1,
+        "p_gold": p_gold,
+        "q_gold": q_gold,
+        "kl": kl,
+        "kl_target": target,
+        "kl_nontarget": kl - target,
+        "p_entropy": -(p * corpus.log_p).sum(axis=1),
+        "q_entropy": -(q * log_q).sum(axis=1),
+        "p_top1": best_p[:, 0],
+        "q_top1": best_q[:, 0],
+        "p_max": p.max(axis=1),
+        "q_max": q.max(axis=1),
+        "p_of_q_top1": p[rows, best_q[:, 0]],
+        "overlap_top5": (best_p[:, :, None] == best_q[:, None, :]).any(axis=2).sum(axis=1),
+    }
+
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.int32()) for name in ("sentence", "position", "token")),
+        ("piece", pa.dictionary(pa.int32(), pa.string())),
+        ("frequency", pa.int64()),
+        *((name, pa.float32()) for name in ("p_gold", "q_gold", "kl", "kl_target", "kl_nontarget")),
+        *((name, pa.float32()) for name in ("p_entropy", "q_entropy")),
+        *((name, pa.int32()) for name in ("p_top1", "q_top1")),
+        *(
+            (name, pa.dictionary(pa.int32(), pa.string()))
+            for name in ("p_top1_piece", "q_top1_piece")
+        ),
+        *((name, pa.float32()) for name in ("p_max", "q_max", "p_of_q_top1")),
+        ("overlap_top5", pa.int8()),
+    ]
+)
+
+
+def write_records(
+    path: Path, columns: dict[str, np.ndarray], cache: str = "cache-1", rows: int = 97
+) -> None:
+    """Write token records as ``sekd_fairseq.score`` does, ``rows`` a row group."""
+    names = pa.array(PIECES)
+    arrays = []
+    for item in SCHEMA:
+        if item.name in columns:
+            arrays.append(pa.array(columns[item.name]).cast(item.type, safe=False))
+        else:
+            ids = columns["token" if item.name == "piece" else item.name.removesuffix("_piece")]
+            arrays.append(pa.DictionaryArray.from_arrays(pa.array(ids, pa.int32()), names))
+    footer = {
+        "sekd.format_version": "1",
+        "sekd.subset": path.parent.name,
+        "sekd.step": path.stem,
+        "sekd.cache_fingerprint": cache,
+        "sekd.checkpoint": "0" * 64,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(footer))
+    pq.write_table(table, path, row_group_size=rows)
+
+
+def make_texts(sentences: int, seed: int, run_seed: int, wrong: float) -> dict[str, list[str]]:
+    """References, sources, and translations with a share of wrong words."""
+    words = [
+        "the",
+        "a",
+        "red",
+        "blue",
+        "house",
+        "sea",
+        "ship",
+        "goes",
+        "comes",
+        "sleeps",
+        "<i>now</i>",
+        "&",
+        "very",
+        "old",
+        "new",
+        "small",
+    ]
+    rng = np.random.default_rng([13, seed])
+    references = [" ".join(rng.choice(words, rng.integers(4, 12))) + "." for _ in range(sentences)]
+    shared = np.random.default_rng([17, seed])
+    own = np.random.default_rng([19, run_seed])
+    hypotheses = []
+    for line in references:
+        luck = shared.exponential(1)
+        kept = [
+            own.choice(words) if own.random() < wrong * luck else word for word in line[:-1].split()
+        ]
+        hypotheses.append(" ".join(kept) + ".")
+    return {"": hypotheses, ".ref": references, ".src": [line.upper() for line in references]}
+
+
+def write_run_directory(
+    root: Path,
+    name: str,
+    method: str,
+    *,
+    seed: int = 1,
+    direction: str = "en-de",
+    sentences: int = 60,
+    noise: dict[int, float] | float = 1.0,
+    own: float = 0.1,
+    wrong: float | None = 0.2,
+    subset: str = "test",
+    cache: str = "cache-1",
+    corpus_seed: int = 0,
+    **content: Any,
+) -> Path:
+    """Write a run; ``noise`` is the shared error at the last step, or at each step; ``wrong`` the
+    share of wrong words in its translations (None: no translations)."""
+    path = root / name
+    steps = noise if isinstance(noise, dict) else {100: noise}
+    run_seed = int.from_bytes(f"{name}{seed}".encode(), "big") % 2**32
+    path.mkdir(parents=True)
+    record = {
+        "format_version": 1,
+        "name": name,
+        "method": method,
+        "seed": seed,
+        "direction": direction,
+        "updates": max(steps),
+        "hyperparameters": {},
+        "data": {"fingerprint": "data-1"},
+        "teacher_cache": None if method == "teacher" else {"fingerprint": cache, "teacher": "t"},
+        "versions": {},
+        "parameters": 1000,
+        **content,
+    }
+    (path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    if method != "teacher":
+        corpus = make_corpus(sentences, corpus_seed)
+        for step, size in steps.items():
+            columns = record_columns(corpus, student(corpus, size, own, run_seed))
+            write_records(path / "tokens" / subset / f"{step}.parquet", columns, cache)
+    if wrong is not None:
+        (path / "hyps").mkdir()
+        for suffix, lines in make_texts(sentences, corpus_seed, run_seed, wrong).items():
+            text = "".join(f"{line}\n" for line in lines)
+            (path / "hyps" / f"{subset}{suffix}.txt").write_text(text, encoding="utf-8")
+    return path
+
+
+def write_study(
+    root: Path,
+    seeds: int = 3,
+    sentences: int = 150,
+    better: float = 0.5,
+    directions: tuple[str, ...] = ("en-de",),
+    method: str = "se_kd_student",
+) -> Path:
+    """Fine-tuning, word-level KD and a SE-KD method, some seeds each, in some directions; the SE-KD
+    student's error is ``better`` where word-level KD's is 0.8, at the end and on the way there."""
+    for number, direction in enumerate(directions):
+        for seed in range(1, seeds + 1):
+            common = {
+                "seed": seed,
+                "direction": direction,
+                "sentences": sentences,
+                "corpus_seed": number,
+                "own": 0.2,
+            }
+            place = root / direction
+            for name, kind, last, wrong in (
+                ("finetune", "finetune", 1.0, 0.3),
+                ("word_kd", "word_kd", 0.8, 0.25),
+                ("treatment", method, better, 0.25 * better / 0.8),
+            ):
+                noise = {50: 2.0, 75: last * 1.4, 100: last}
+                write_run_directory(
+                    place, f"{name}{seed}", kind, noise=noise, wrong=wrong, **common
+                )
+    return root
