@@ -6,13 +6,16 @@ draws them again from the tables of RUNS/report.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from tqdm import tqdm
 
 from analysis.errors import AnalysisError, one_line_errors
@@ -220,6 +223,117 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
         save(drawn, path)
 
 
+def draw_transitions(table: pd.DataFrame, path: Path) -> None:
+    """How tokens move between easy and hard from each scored checkpoint to the next: a panel a
+    method, shares of all tokens, directions and seeds together."""
+    methods = ordered(table["method"])
+    columns = min(2, len(methods))
+    rows = -(-len(methods) // columns)
+    with figure(COLUMN if columns == 1 else PAGE, 1.7 * rows, rows, columns) as (drawn, axes):
+        for axis, method in zip(axes, methods, strict=False):
+            own = table[table["method"] == method]
+            steps = sorted(set(own["from_step"]) | set(own["to_step"]))
+            for place, (first, second) in enumerate(itertools.pairwise(steps)):
+                span = own[(own["from_step"] == first) & (own["to_step"] == second)]
+                tokens = span.groupby(["from", "to"])["tokens"].sum()
+                total = tokens.sum()
+                if total:
+                    share = {key: float(value) / total for key, value in tokens.items()}
+                    _flow(axis, place, share)
+            axis.set_xticks(range(len(steps)), [f"{step:,}" for step in steps])
+            axis.set_xlim(-0.15, len(steps) - 0.85)
+            axis.set_ylim(0, 1)
+            axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
+            axis.set_ylabel("tokens, %")
+            axis.set_xlabel("updates")
+            axis.set_title(method_name(method))
+        _hide(axes[len(methods) :])
+        marks = [
+            Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.3)
+            for colour, hatch in FLOWS.values()
+        ]
+        names = [f"{before} to {after}" for before, after in FLOWS]
+        drawn.legend(marks, names, loc="outside lower center", ncols=4, handlelength=1.2)
+        save(drawn, path)
+
+
+#: Colour and hatch of each flow between states; what stays is pale.
+FLOWS = {
+    ("easy", "easy"): ("#d9e8f2", ""),
+    ("hard", "easy"): ("#0072B2", ""),
+    ("easy", "hard"): ("#D55E00", "////"),
+    ("hard", "hard"): ("#f5dccb", "////"),
+}
+
+
+def _flow(axis: Axes, place: int, share: dict[Any, float]) -> None:
+    """Ribbons from one step to the next: easy lies below, hard above."""
+    left, right = {}, {}
+    level = 0.0
+    for state in ("easy", "hard"):  # leaving, in the order of their origin
+        for after in ("easy", "hard"):
+            left[state, after] = level
+            level += share.get((state, after), 0.0)
+    level = 0.0
+    for after in ("easy", "hard"):  # arriving, in the order of their goal
+        for state in ("easy", "hard"):
+            right[state, after] = level
+            level += share.get((state, after), 0.0)
+    x = np.linspace(0, 1, 30)
+    bend = x * x * (3 - 2 * x)
+    for key, (colour, hatch) in FLOWS.items():
+        size = share.get(key, 0.0)
+        if size:
+            low = left[key] + (right[key] - left[key]) * bend
+            axis.fill_between(
+                *(place + x, low, low + size),
+                facecolor=colour,
+                hatch=hatch,
+                edgecolor="black",
+                linewidth=0.2,
+            )
+
+
+def draw_sentences(table: pd.DataFrame, path: Path) -> None:
+    """Sentence chrF gained against transfer gained over the baseline: means of ten equally large
+    groups of sentences by transfer, with 95 % intervals, a panel a direction."""
+    directions = sorted(table["direction"].unique())
+    with figure(
+        _width(directions), 2.0 * _rows(directions), _rows(directions), _columns(directions)
+    ) as (
+        drawn,
+        axes,
+    ):
+        for axis, direction in zip(axes, directions, strict=False):
+            part = table[table["direction"] == direction]
+            for method, look in looks(table["method"]).items():
+                own = part[part["method"] == method]
+                if len(own) < 10:
+                    continue
+                group = own["kl_gain"].rank(method="first").sub(1).floordiv(len(own) / 10)
+                found = own.groupby(group)
+                mean = found[["kl_gain", "chrf_gain"]].mean()
+                error = 1.96 * found["chrf_gain"].sem()
+                axis.errorbar(
+                    *(mean["kl_gain"], mean["chrf_gain"]),
+                    yerr=error,
+                    color=look.colour,
+                    marker=look.marker,
+                    linestyle=look.line,
+                    elinewidth=0.7,
+                    capsize=1.5,
+                    label=method_name(method),
+                )
+            axis.axhline(0, color="0.6", linewidth=0.5)
+            axis.axvline(0, color="0.6", linewidth=0.5)
+            axis.set_xlabel("transfer gained: fall of KL(p‖q), nats")
+            axis.set_ylabel("sentence chrF gained")
+            _title(axis, direction, directions)
+        _hide(axes[len(directions) :])
+        axes[0].legend(loc="best")
+        save(drawn, path)
+
+
 def _columns(directions: Sequence[str]) -> int:
     return min(2, len(directions))
 
@@ -248,6 +362,8 @@ FIGURES: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     "transfer": draw_transfer,
     "quality": draw_quality,
     "training": draw_training,
+    "transitions": draw_transitions,
+    "sentences": draw_sentences,
 }
 
 

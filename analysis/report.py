@@ -62,6 +62,16 @@ def markdown(results: "Results", drawn: Sequence[str]) -> str:
     if "training" in drawn:
         parts += ["## Over training"]
         parts += _figure("training", drawn, "KL to the teacher on easy and hard tokens.")
+    if "transitions" in drawn:
+        caption = "Tokens that move between easy and hard from one scored checkpoint to the next."
+        parts += _figure("transitions", drawn, caption)
+    if "sentences" in drawn:
+        parts += ["## Quality against transfer"]
+        caption = (
+            "Sentence chrF gained over the baseline by transfer gained; tenths of the sentences, 95 % "
+            "intervals."
+        )
+        parts += _figure("sentences", drawn, caption)
     parts += ["## How this was computed", *_method(results)]
     return "\n\n".join(parts) + "\n"
 

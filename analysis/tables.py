@@ -1,6 +1,6 @@
 """Tables of transfer: each run's records by bucket, and its gain over the baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from analysis.aggregate import METRICS, Partition, calibration_error
 from analysis.buckets import EASY, HARD
-from analysis.judge import Judge
-from analysis.quality import BASELINES
+from analysis.judge import Judge, pairs
+from analysis.measures import sentence_gains
+from analysis.quality import BASELINES, Quality
 from analysis.records import read_columns
 from analysis.runs import Run
 from analysis.stats import Floats, interval, ratio, sorted_ranks
@@ -212,3 +213,28 @@ def calibration_table(judges: Sequence[Judge]) -> pd.DataFrame:
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def sentence_table(
+    judges: Sequence[Judge], qualities: Mapping[str, Quality], baseline: str
+) -> pd.DataFrame:
+    """One row a sentence of each SE-KD run: what it gained over the baseline in transfer (fall of
+    its mean KL, nats) and in chrF."""
+    parts = []
+    for judge in judges:
+        quality = qualities.get(judge.direction.name)
+        labels = {run.label for run in quality.runs()} if quality else set()
+        for method in sorted({run.method for run in judge.runs if run.method.startswith("se_kd")}):
+            for run, other in pairs(judge, method, baseline):
+                if quality is None or not {run.label, other.label} <= labels:
+                    continue
+                kl_gain, chrf_gain, length, _ = sentence_gains(judge, quality, run, other)
+                values = {
+                    "sentence": judge.tokens.sentences,
+                    "tokens": length.astype(int),
+                    "kl_gain": kl_gain,
+                    "chrf_gain": chrf_gain,
+                }
+                parts.append(pd.DataFrame({**run_columns(judge, run), **values}))
+    columns = ["direction", "method", "seed", "run", "sentence", "tokens", "kl_gain", "chrf_gain"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)

@@ -67,6 +67,8 @@ def analyse(root: Path, options: Options) -> Results:
         "transfer": transfer,
         "quality": results,
         "training": training,
+        "transitions": found["transitions"],
+        "sentences": tables.sentence_table(judges, qualities, options.baseline),
     }
     shown = examples.example_groups(judges, qualities, options.baseline)
     return Results(study, options, judges, found, figures, shown)
