@@ -7,6 +7,7 @@ CACHE is what build_cache wrote (all splits), or the folder of one split.
 """
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cache.verify(tqdm(shards, desc=f"verify {directory.name}", unit="shard"))
                 print("  verified      every checksum matches, every value is finite")
             if args.against:
+                logging.getLogger("fairseq").setLevel(logging.WARNING)
                 error = restoration_error(cache, args.against, args.data, args.sentences)
                 print(
                     f"  restored      KL from the dense teacher, {len(error):,} tokens: mean "
@@ -103,9 +105,8 @@ def restoration_error(
     from fairseq import utils
 
     from sekd_fairseq.data import target_hashes
-    from sekd_fairseq.inference import load_models, load_split, quiet_fairseq, token_logits
+    from sekd_fairseq.inference import load_models, load_split, token_logits
 
-    quiet_fairseq()
     models, _, task = load_models(utils.split_paths(teacher), data, torch.device("cpu"))
     pad = task.target_dictionary.pad()
     dataset = load_split(task, cache.manifest.split, data)

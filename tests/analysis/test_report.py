@@ -112,7 +112,9 @@ def test_runs_without_translations(demo: Path, no_figures: None) -> None:
     shutil.rmtree(demo / "teacher")
     transfer.main([str(demo), "--resamples", "100"])
     assert "No run has translations." in (demo / "report/report.md").read_text()
-    assert figures.draw_all(demo / "report/figures") == ["difficulty", "transfer", "training"]
+    assert figures.draw_all(demo / "report/figures") == [
+        "difficulty", "transfer", "training", "transitions",
+    ]  # fmt: skip
 
 
 def test_several_directions_and_seeds(tmp_path: Path, no_figures: None) -> None:

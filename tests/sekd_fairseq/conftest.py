@@ -82,6 +82,7 @@ def run_module(words: list[str], cwd: Path, output: IO[str]) -> NoReturn:
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         for handler in list(logging.root.handlers):  # pytest's; a command sets up its own
             logging.root.removeHandler(handler)
+        logging.getLogger("fairseq").setLevel(logging.NOTSET)  # as a fresh interpreter has it
         sys.argv = words
         try:
             runpy.run_module(words[0], run_name="__main__", alter_sys=True)
