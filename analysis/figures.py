@@ -7,7 +7,8 @@ draws them again from the tables of RUNS/report.
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,8 @@ matplotlib.use("Agg")
 
 def draw_difficulty(table: pd.DataFrame, path: Path) -> None:
     """Distribution of token difficulty by method (mean over seeds), with Γ, a panel a direction."""
-    directions = sorted(table["direction"].unique())
-    with figure(
-        _width(directions), 1.9 * _rows(directions), _rows(directions), _columns(directions)
-    ) as (
-        drawn,
-        axes,
-    ):
-        for axis, direction in zip(axes, directions, strict=False):
-            part = table[table["direction"] == direction]
+    with _direction_panels(table, 1.9, path) as panels:
+        for axis, part in panels:
             for method, look in looks(table["method"]).items():
                 own = part[part["method"] == method]
                 if own.empty:
@@ -60,10 +54,7 @@ def draw_difficulty(table: pd.DataFrame, path: Path) -> None:
             axis.set_ylim(bottom=0)
             axis.set_xlabel("difficulty KL(p‖q), nats")
             axis.set_ylabel("tokens, %")
-            _title(axis, direction, directions)
-        _hide(axes[len(directions) :])
-        axes[0].legend(loc="upper left", handlelength=2.4)
-        save(drawn, path)
+        panels[0][0].legend(loc="upper left", handlelength=2.4)
 
 
 #: Families of the transfer figure and what its axes say.
@@ -140,16 +131,9 @@ def _short(bucket: str) -> str:
 
 def draw_quality(table: pd.DataFrame, path: Path) -> None:
     """BLEU of every run with its bootstrap interval, a panel a direction."""
-    directions = sorted(table["direction"].unique())
     height = 0.5 + 0.17 * max(table.groupby("direction").size())
-    with figure(
-        _width(directions), height * _rows(directions), _rows(directions), _columns(directions)
-    ) as (
-        drawn,
-        axes,
-    ):
-        for axis, direction in zip(axes, directions, strict=False):
-            part = table[table["direction"] == direction]
+    with _direction_panels(table, height, path) as panels:
+        for axis, part in panels:
             methods = ordered(part["method"])
             place = 0.0
             ticks = []
@@ -181,25 +165,15 @@ def draw_quality(table: pd.DataFrame, path: Path) -> None:
             axis.margins(x=0.12)
             axis.grid(axis="x", linewidth=0.3, color="0.85")
             axis.set_xlabel("BLEU, 95 % interval over sentences")
-            _title(axis, direction, directions)
-        _hide(axes[len(directions) :])
-        save(drawn, path)
 
 
 def draw_training(table: pd.DataFrame, path: Path) -> None:
     """KL on easy and hard tokens over training (mean over seeds), from records where there are some,
     else from the log; a panel a direction."""
-    directions = sorted(table["direction"].unique())
     source = "records" if (table["source"] == "records").any() else "log"
     table = table[table["source"] == source]
-    with figure(
-        _width(directions), 2.1 * _rows(directions), _rows(directions), _columns(directions)
-    ) as (
-        drawn,
-        axes,
-    ):
-        for axis, direction in zip(axes, directions, strict=False):
-            part = table[table["direction"] == direction]
+    with _direction_panels(table, 2.1, path) as panels:
+        for axis, part in panels:
             for method, look in looks(table["method"]).items():
                 for bucket, line in (("hard", "-"), ("easy", (0, (2, 1.2)))):
                     own = part[(part["method"] == method) & (part["bucket"] == bucket)]
@@ -216,11 +190,10 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
             axis.set_yscale("log")
             axis.set_xlabel("updates")
             axis.set_ylabel("KL(p‖q), nats")
-            _title(axis, direction, directions)
-        _hide(axes[len(directions) :])
-        handles, labels = axes[0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=2.6)
-        save(drawn, path)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        panels[0][0].figure.legend(
+            handles, labels, loc="outside lower center", ncols=2, handlelength=2.6
+        )
 
 
 def draw_transitions(table: pd.DataFrame, path: Path) -> None:
@@ -266,19 +239,17 @@ FLOWS = {
 }
 
 
+def _levels(share: dict[Any, float], order: Sequence[Any]) -> dict[Any, float]:
+    """The lower edge of each ribbon, stacked in an order."""
+    sizes = [share.get(key, 0.0) for key in order]
+    return dict(zip(order, itertools.accumulate(sizes, initial=0.0), strict=False))
+
+
 def _flow(axis: Axes, place: int, share: dict[Any, float]) -> None:
     """Ribbons from one step to the next: easy lies below, hard above."""
-    left, right = {}, {}
-    level = 0.0
-    for state in ("easy", "hard"):  # leaving, in the order of their origin
-        for after in ("easy", "hard"):
-            left[state, after] = level
-            level += share.get((state, after), 0.0)
-    level = 0.0
-    for after in ("easy", "hard"):  # arriving, in the order of their goal
-        for state in ("easy", "hard"):
-            right[state, after] = level
-            level += share.get((state, after), 0.0)
+    states = ("easy", "hard")
+    left = _levels(share, [(origin, goal) for origin in states for goal in states])
+    right = _levels(share, [(origin, goal) for goal in states for origin in states])
     x = np.linspace(0, 1, 30)
     bend = x * x * (3 - 2 * x)
     for key, (colour, hatch) in FLOWS.items():
@@ -297,15 +268,8 @@ def _flow(axis: Axes, place: int, share: dict[Any, float]) -> None:
 def draw_sentences(table: pd.DataFrame, path: Path) -> None:
     """Sentence chrF gained against transfer gained over the baseline: means of ten equally large
     groups of sentences by transfer, with 95 % intervals, a panel a direction."""
-    directions = sorted(table["direction"].unique())
-    with figure(
-        _width(directions), 2.0 * _rows(directions), _rows(directions), _columns(directions)
-    ) as (
-        drawn,
-        axes,
-    ):
-        for axis, direction in zip(axes, directions, strict=False):
-            part = table[table["direction"] == direction]
+    with _direction_panels(table, 2.0, path) as panels:
+        for axis, part in panels:
             for method, look in looks(table["method"]).items():
                 own = part[part["method"] == method]
                 if len(own) < 10:
@@ -328,27 +292,28 @@ def draw_sentences(table: pd.DataFrame, path: Path) -> None:
             axis.axvline(0, color="0.6", linewidth=0.5)
             axis.set_xlabel("transfer gained: fall of KL(p‖q), nats")
             axis.set_ylabel("sentence chrF gained")
-            _title(axis, direction, directions)
+        panels[0][0].legend(loc="best")
+
+
+@contextmanager
+def _direction_panels(
+    table: pd.DataFrame, height: float, path: Path
+) -> Iterator[list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with a panel of ``height`` inches for each direction, two abreast: every panel with
+    its rows of the table. It is saved when all are drawn."""
+    directions = sorted(table["direction"].unique())
+    rows = -(-len(directions) // 2)
+    width = COLUMN if len(directions) == 1 else PAGE
+    with figure(width, height * rows, rows, min(2, len(directions))) as (drawn, axes):
+        for axis, direction in zip(axes, directions, strict=False):
+            if len(directions) > 1:
+                axis.set_title(direction)
         _hide(axes[len(directions) :])
-        axes[0].legend(loc="best")
+        yield [
+            (axis, table[table["direction"] == direction])
+            for axis, direction in zip(axes, directions, strict=False)
+        ]
         save(drawn, path)
-
-
-def _columns(directions: Sequence[str]) -> int:
-    return min(2, len(directions))
-
-
-def _rows(directions: Sequence[str]) -> int:
-    return -(-len(directions) // 2)
-
-
-def _width(directions: Sequence[str]) -> float:
-    return COLUMN if len(directions) == 1 else PAGE
-
-
-def _title(axis: Axes, direction: str, directions: Sequence[str]) -> None:
-    if len(directions) > 1:
-        axis.set_title(direction)
 
 
 def _hide(axes: Sequence[Axes]) -> None:

@@ -9,7 +9,6 @@ results/bench_analysis.csv and .json.
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarking import RESULTS, Target, write_results
-from simulated_runs import PIECES, write_records, write_run_directory
+from simulated_runs import PIECES, write_records, write_run_directory, write_run_record
 from tqdm import tqdm
 
 from analysis import transfer
@@ -66,21 +65,7 @@ def scale(folder: Path) -> dict[str, Any]:
     """Seconds and peak memory of ``python -m analysis.transfer`` on ten million records."""
     for number, method in enumerate(tqdm(METHODS, desc="write ten million records")):
         run = folder / method
-        run.mkdir(parents=True)
-        record = {
-            "format_version": 1,
-            "name": method,
-            "method": method,
-            "seed": 1,
-            "direction": "en-de",
-            "updates": 100,
-            "hyperparameters": {},
-            "data": {"fingerprint": "d"},
-            "teacher_cache": {"fingerprint": "c", "teacher": "t"},
-            "versions": {},
-            "parameters": 1,
-        }
-        (run / "run.json").write_text(json.dumps(record))
+        write_run_record(run, method, seed=1, direction="en-de", updates=100, cache="c")
         large_records(run / "tokens" / "test" / "100.parquet", 1.0 - 0.1 * number, number)
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "analysis.transfer", str(folder)], check=True)

@@ -10,6 +10,7 @@ results/bench_cache.csv, .json and .png.
 """
 
 import argparse
+import io
 import os
 import tempfile
 import time
@@ -46,7 +47,7 @@ BYTES, ERROR = 80, 1e-3
 def build(data: str, teacher: str, output: Path, *options: str) -> TeacherCache:
     """Run build_cache on the validation set, quietly."""
     words = [data, "--path", teacher, "--output", str(output), "--subset", "valid", *options]
-    with redirect_stdout(open(os.devnull, "w")):
+    with redirect_stdout(io.StringIO()):
         build_cache.main(words)
     return TeacherCache.open(output / "valid")
 
@@ -136,16 +137,16 @@ def loading_speed(data: str, path: str, cache: TeacherCache) -> list[dict[str, A
     _, _, task = load_models([path], data, torch.device("cpu"))
     plain = load_split(task, "valid", data)
     cached = TeacherDataset(plain, [cache], "valid")
-    config = task_student(task)
+    student = task_student(task)
     criterion = CrossEntropyCriterion(task, sentence_avg=False)
-    optimizer = torch.optim.Adam(config.parameters(), lr=1e-4)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-4)
     batches = token_batches(plain, range(len(plain)), 1000)
 
     def step(dataset: Any, batch: list[int]) -> float:
         start = time.perf_counter()
         sample = dataset.collater([dataset[i] for i in batch])
         optimizer.zero_grad()
-        criterion(config, sample)[0].backward()
+        criterion(student, sample)[0].backward()
         optimizer.step()
         return time.perf_counter() - start
 

@@ -244,25 +244,27 @@ def contenders(
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Ratios to the stock criterion, time and memory, by contender."""
-    chosen = [row for row in rows if row["tokens"] == 2048]
-    names = list(dict.fromkeys((row["part"], row["contender"]) for row in chosen))
-    names = [name for name in names if name[1] != "stock"]
+    chosen = {
+        (row["part"], row["contender"], row["vocabulary"]): row
+        for row in rows
+        if row["tokens"] == 2048 and row["contender"] != "stock"
+    }
+    names = list(dict.fromkeys(key[:2] for key in chosen))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
     colours = plt.get_cmap("viridis")([0.15, 0.5, 0.85])
     for axis, key in zip(axes, ("time_ratio", "memory_ratio"), strict=True):
         for offset, vocabulary in enumerate(VOCABULARIES):
-            places, values = [], []
-            for place, (part, name) in enumerate(names):
-                for row in chosen:
-                    if (row["part"], row["contender"], row["vocabulary"]) == (
-                        part,
-                        name,
-                        vocabulary,
-                    ):
-                        places.append(place + 0.25 * (offset - 1))
-                        values.append(row[key])
+            bars = {
+                place + 0.25 * (offset - 1): chosen[(*name, vocabulary)][key]
+                for place, name in enumerate(names)
+                if (*name, vocabulary) in chosen
+            }
             axis.barh(
-                places, values, 0.25, color=colours[offset], label=f"V = {vocabulary // 1024}k"
+                list(bars),
+                list(bars.values()),
+                0.25,
+                color=colours[offset],
+                label=f"V = {vocabulary // 1024}k",
             )
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_xlabel(f"{key.split('_')[0]} / stock criterion")

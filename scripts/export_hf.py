@@ -29,23 +29,7 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     lm = model.decoder.model
     if hasattr(lm, "merge_and_unload"):
         lm = lm.merge_and_unload()
-    embedding, projection = lm.get_input_embeddings(), lm.get_output_embeddings()
-    tied = projection.weight is embedding.weight
-    original = pretrained(base, gguf) if base else None
-    size = max(vocabulary.rows) + 1
-    for name, layer in (("input", embedding), ("output", projection)):
-        if original is not None:
-            full = getattr(original, f"get_{name}_embeddings")().weight.detach()
-        else:
-            full = torch.zeros(size, layer.weight.size(1))
-        layer.weight = torch.nn.Parameter(restore_rows(layer.weight, vocabulary.rows, full))
-        size = layer.weight.size(0)
-    if tied:
-        projection.weight = embedding.weight
-    embedding.num_embeddings = projection.out_features = lm.config.vocab_size = size
-    bos, pad, eos, _ = (row if row >= 0 else None for row in vocabulary.rows[:4])
-    for config in (lm.config, lm.generation_config):
-        config.bos_token_id, config.pad_token_id, config.eos_token_id = bos, pad, eos
+    restore_rows(lm, vocabulary.rows, pretrained(base, gguf) if base else None)
     lm.config.torch_dtype = torch.float32
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
@@ -59,7 +43,10 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
             "loads",
             file=sys.stderr,
         )
-    print(f"{output}: {sum(p.numel() for p in lm.parameters()):,} parameters, {size} rows")
+    print(
+        f"{output}: {sum(p.numel() for p in lm.parameters()):,} parameters, "
+        f"{lm.config.vocab_size} rows"
+    )
 
 
 def main() -> None:

@@ -70,6 +70,23 @@ def read_lines(path: Path) -> list[str]:
     return decoded
 
 
+def read_aligned(source: Path, target: Path) -> tuple[list[str], list[str]]:
+    """Return the lines of two files that belong together, as they are.
+
+    Raises
+    ------
+    DataError
+        A file is missing or not UTF-8, or the two differ in length.
+    """
+    sources, targets = read_lines(source), read_lines(target)
+    if len(sources) != len(targets):
+        raise DataError(
+            f"{source} has {len(sources)} lines and {target} has {len(targets)}; expected as many "
+            "in both, one sentence a line, aligned by line; align them and start again"
+        )
+    return sources, targets
+
+
 def read_pairs(source: Path, target: Path) -> tuple[list[Pair], int]:
     """Return the normalised pairs of two aligned files and how many had an empty side.
 
@@ -78,12 +95,7 @@ def read_pairs(source: Path, target: Path) -> tuple[list[Pair], int]:
     DataError
         A file is missing or not UTF-8, the two differ in length, or no pair is left.
     """
-    sources, targets = read_lines(source), read_lines(target)
-    if len(sources) != len(targets):
-        raise DataError(
-            f"{source} has {len(sources)} lines and {target} has {len(targets)}; expected as many "
-            "in both, one sentence a line, aligned by line; align them and start again"
-        )
+    sources, targets = read_aligned(source, target)
     normalised = zip(map(normalise, sources), map(normalise, targets), strict=True)
     pairs = [pair for pair in normalised if all(pair)]
     if not pairs:

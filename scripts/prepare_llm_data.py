@@ -11,24 +11,21 @@ The output holds ``bin/`` (the data directory), the text of each split, and ``da
 
 import argparse
 import json
-import os
 import random
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from fairseq.data import Dictionary, indexed_dataset
-from parallel_text import DataError, Pair, read_lines
+from parallel_text import DataError, Pair, read_aligned
 from tqdm import tqdm
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import DEFAULT, Template, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
 from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, build_vocabulary
-from sekd_fairseq.teacher_cache.format import hash_symbols
+from sekd_fairseq.teacher_cache.format import atomic_directory, hash_symbols
 
 SUBSETS = ("train", "valid", "test")
 BOS, EOS, UNK = 0, 2, 3
@@ -75,12 +72,7 @@ def read_subset(prefixes: str, languages: tuple[str, str]) -> list[Pair]:
     """Aligned lines of one or several pairs of files, as they are."""
     pairs: list[Pair] = []
     for prefix in prefixes.split(","):
-        source, target = (read_lines(Path(f"{prefix}.{language}")) for language in languages)
-        if len(source) != len(target):
-            raise DataError(
-                f"{prefix}: {len(source)} lines of {languages[0]}, {len(target)} of "
-                f"{languages[1]}; expected as many, aligned by line"
-            )
+        source, target = read_aligned(*(Path(f"{prefix}.{language}") for language in languages))
         for number, pair in enumerate(zip(source, target, strict=True), start=1):
             if not all(side.strip() for side in pair):
                 raise DataError(
@@ -176,19 +168,12 @@ def prepare(args: argparse.Namespace, building: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the output appears when it is complete."""
     args = parse(arguments)
-    if args.output.exists():
-        sys.exit(f"error: --output: {args.output} exists; expected a new directory")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{args.output.name}.", dir=args.output.parent))
     try:
-        summary = prepare(args, building)
-        (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
-        building.chmod(0o755)
-        os.rename(building, args.output)
+        with atomic_directory(args.output) as building:
+            summary = prepare(args, building)
+            (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
     except (DataError, UserError) as error:
         sys.exit(f"error: {error}")
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     print(f"{args.output}: {json.dumps({k: v for k, v in summary.items() if k != 'shots'})}")
 
 

@@ -169,6 +169,28 @@ def make_texts(sentences: int, seed: int, run_seed: int, wrong: float) -> dict[s
     return {"": hypotheses, ".ref": references, ".src": [line.upper() for line in references]}
 
 
+def write_run_record(
+    path: Path, method: str, seed: int, direction: str, updates: int, cache: str, **content: Any
+) -> None:
+    """Make a run directory with its ``run.json``; ``content`` adds to it or replaces."""
+    path.mkdir(parents=True)
+    record = {
+        "format_version": 1,
+        "name": path.name,
+        "method": method,
+        "seed": seed,
+        "direction": direction,
+        "updates": updates,
+        "hyperparameters": {},
+        "data": {"fingerprint": "data-1"},
+        "teacher_cache": None if method == "teacher" else {"fingerprint": cache, "teacher": "t"},
+        "versions": {},
+        "parameters": 1000,
+        **content,
+    }
+    (path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
 def write_run_directory(
     root: Path,
     name: str,
@@ -190,22 +212,7 @@ def write_run_directory(
     path = root / name
     steps = noise if isinstance(noise, dict) else {100: noise}
     run_seed = int.from_bytes(f"{name}{seed}".encode(), "big") % 2**32
-    path.mkdir(parents=True)
-    record = {
-        "format_version": 1,
-        "name": name,
-        "method": method,
-        "seed": seed,
-        "direction": direction,
-        "updates": max(steps),
-        "hyperparameters": {},
-        "data": {"fingerprint": "data-1"},
-        "teacher_cache": None if method == "teacher" else {"fingerprint": cache, "teacher": "t"},
-        "versions": {},
-        "parameters": 1000,
-        **content,
-    }
-    (path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    write_run_record(path, method, seed, direction, max(steps), cache, **content)
     if method != "teacher":
         corpus = make_corpus(sentences, corpus_seed)
         for step, size in steps.items():

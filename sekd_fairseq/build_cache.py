@@ -40,7 +40,7 @@ from sekd_fairseq.inference import (
     too_long,
 )
 from sekd_fairseq.inspect_cache import describe
-from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards
+from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
 from sekd_fairseq.teacher_cache.format import (
     ENTRY_COLUMNS,
     MANIFEST,
@@ -228,20 +228,18 @@ def build_split(teacher: Teacher, args: argparse.Namespace, split: str) -> Teach
         "truncation": truncation.record(),
         "teacher": teacher.identity,
     }
-    stored_as = {"dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}
+    wanted = {**settings, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}
     if (directory / MANIFEST).exists():
         cache = TeacherCache.open(directory)
-        wanted = {**settings, **stored_as}
         _check_same(directory, wanted, {key: getattr(cache.manifest, key) for key in wanted})
         return cache
     skipped = too_long(dataset, teacher.models, split, allow=args.skip_too_long)
     directory.mkdir(parents=True, exist_ok=True)
-    _begin(directory, {**settings, **stored_as})
+    _begin(directory, wanted)
     lengths = dataset.sizes[:, 1].astype(np.int64)
-    shards = range(-(-len(dataset) // args.shard_sentences))[args.shard_id :: args.num_shards]
     spans = {
         index: np.arange(len(dataset))[index * args.shard_sentences :][: args.shard_sentences]
-        for index in shards
+        for index in shard_range(settings)[args.shard_id :: args.num_shards]
     }
     total = int(sum(lengths[sentences].sum() for sentences in spans.values()))
     with tqdm(total=total, unit="tok", unit_scale=True, desc=f"{split}") as bar:

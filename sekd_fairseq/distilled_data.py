@@ -9,9 +9,7 @@ its targets (build_cache DISTILLED) brings word-level KD or SE-KD to them too.
 """
 
 import argparse
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from fairseq.data import Dictionary, indexed_dataset
 
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.evaluate import read_generated
+from sekd_fairseq.teacher_cache.format import atomic_directory
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,25 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         original = indexed_dataset.make_dataset(str(args.data / name), "mmap")
         lines = read_generated(args.generated, "H-", len(original))
         targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
-        if args.output.exists():
-            raise UserError(f"--output: {args.output} exists; expected a new directory")
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{args.output.name}.", dir=args.output.parent))
-        try:
+        with atomic_directory(args.output) as folder:
             for path in args.data.iterdir():
                 if path.is_file() and path.stem != name:
-                    shutil.copy(path, temporary)
+                    shutil.copy(path, folder)
             builder: Any = indexed_dataset.make_builder(
-                str(temporary / f"{name}.bin"), "mmap", vocab_size=len(dictionary)
+                str(folder / f"{name}.bin"), "mmap", vocab_size=len(dictionary)
             )
             for item in targets:
                 builder.add_item(item)
-            builder.finalize(str(temporary / f"{name}.idx"))
-            temporary.chmod(0o755)
-            os.rename(temporary, args.output)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            builder.finalize(str(folder / f"{name}.idx"))
         tokens = sum(map(len, targets))
         print(f"{args.output}: {len(targets)} targets of {args.subset}, {tokens} tokens")
 

@@ -1,6 +1,7 @@
 """Running checkpoints over a dataset, for the commands that build caches and score students."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,10 @@ def quiet_fairseq() -> None:
 
 
 def default_device(cpu: bool) -> torch.device:
-    """CUDA if there is one and ``cpu`` does not forbid it."""
-    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    """CUDA if there is one and ``cpu`` does not forbid it; under torchrun each rank has its own."""
+    if cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def half_precision(fp16: bool, bf16: bool) -> torch.dtype:

@@ -7,7 +7,6 @@ CACHE is what build_cache wrote (all splits), or the folder of one split.
 """
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if args.against and not (args.verify and args.data):
             raise UserError("--against expects --verify and --data DATA beside it")
+        if args.against:
+            # Only here: without a teacher this module needs neither torch nor fairseq.
+            from sekd_fairseq.inference import quiet_fairseq
+
+            quiet_fairseq()
         directories = split_directories(args.cache)
         if args.to_parquet and len(directories) > 1:
             raise UserError(
@@ -80,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cache.verify(tqdm(shards, desc=f"verify {directory.name}", unit="shard"))
                 print("  verified      every checksum matches, every value is finite")
             if args.against:
-                logging.getLogger("fairseq").setLevel(logging.WARNING)
                 error = restoration_error(cache, args.against, args.data, args.sentences)
                 print(
                     f"  restored      KL from the dense teacher, {len(error):,} tokens: mean "
@@ -100,7 +103,7 @@ def restoration_error(
     The restored distribution is the stored one, normalised, its outside mass spread evenly over the
     tokens outside.
     """
-    # Only here: the rest of this module needs neither torch nor fairseq.
+    # As in main: only a comparison needs torch and fairseq.
     import torch
     from fairseq import utils
 

@@ -68,10 +68,6 @@ class CachedKDCriterion(CachedTeacherCriterion):
 
     @staticmethod
     def _check(cfg: CachedKDConfig) -> None:
-        if not 0 < cfg.divergence_weight < 1:
-            raise UserError(
-                f"--divergence-weight: expected above 0 and below 1, found {cfg.divergence_weight}"
-            )
         if not 0 < cfg.select_share < 1:
             raise UserError(
                 f"--select-share: expected above 0 and below 1, found {cfg.select_share}"

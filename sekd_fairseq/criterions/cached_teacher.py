@@ -84,6 +84,10 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             if not 0 <= getattr(cfg, option) <= 1:
                 flag = option.replace("_", "-")
                 raise UserError(f"--{flag}: expected 0 to 1, found {getattr(cfg, option)}")
+        if not 0 < cfg.divergence_weight < 1:
+            raise UserError(
+                f"--divergence-weight: expected above 0 and below 1, found {cfg.divergence_weight}"
+            )
         if not hasattr(task.cfg, "teacher_cache"):
             raise UserError(
                 f"{name} expects --task self_evolution_kd, found task "

@@ -8,12 +8,13 @@ dictionary.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.teacher_cache.format import atomic_write, hash_symbols
@@ -122,7 +123,7 @@ def select_rows(lm: Any, rows: Sequence[int]) -> None:
     UserError
         The model has fewer rows than the tokenizer has tokens.
     """
-    embedding, projection = lm.get_input_embeddings(), lm.get_output_embeddings()
+    embedding, projection = _layer(lm, "input"), _layer(lm, "output")
     if max(rows) >= embedding.weight.size(0):
         raise UserError(
             f"--hf-model has {embedding.weight.size(0)} vocabulary rows, the data's tokenizer at "
@@ -130,26 +131,55 @@ def select_rows(lm: Any, rows: Sequence[int]) -> None:
             "again with it"
         )
     index = torch.tensor(rows, device=embedding.weight.device)
-    tied = projection.weight is embedding.weight
-    for layer in (embedding,) if tied else (embedding, projection):
-        old = layer.weight
-        new = old[index.clamp_min(0)]
+
+    def selected(side: str) -> Tensor:
+        old = _layer(lm, side).weight
+        new: Tensor = old[index.clamp_min(0)]
         new[index < 0] = old.mean(dim=0)
-        layer.weight = torch.nn.Parameter(new)
-    if tied:
-        projection.weight = embedding.weight
+        return new
+
+    _replace_matrices(lm, selected)
     if getattr(projection, "bias", None) is not None:
         projection.bias = torch.nn.Parameter(projection.bias[index.clamp_min(0)])
-    embedding.num_embeddings = projection.out_features = len(rows)
     embedding.padding_idx = None
-    lm.config.vocab_size = len(rows)
     lm.config.bos_token_id, lm.config.eos_token_id, lm.config.pad_token_id = 0, 2, None
 
 
 @torch.no_grad()
-def restore_rows(weight: torch.Tensor, rows: Sequence[int], full: torch.Tensor) -> torch.Tensor:
-    """The inverse for one matrix: ``full`` with the rows that have a symbol replaced."""
+def restore_rows(lm: Any, rows: Sequence[int], original: Any | None) -> None:
+    """The inverse of :func:`select_rows`: rows in the tokenizer's order.
+
+    Tokens without a symbol get their rows from ``original``, the model that ``lm`` started from,
+    or else zeros.
+    """
     index = torch.tensor(rows)
-    restored = full.clone()
-    restored[index[index >= 0]] = weight[index >= 0].to(full.dtype)
-    return restored
+    known = index >= 0
+
+    def restored(side: str) -> Tensor:
+        weight = _layer(lm, side).weight
+        if original is None:
+            full = torch.zeros(max(rows) + 1, weight.size(1))
+        else:
+            full = _layer(original, side).weight.detach().clone()
+        full[index[known]] = weight[known].to(full.dtype)
+        return full
+
+    _replace_matrices(lm, restored)
+    for config in (lm.config, lm.generation_config):
+        ids = (row if row != NEW_ROW else None for row in rows[:3])
+        config.bos_token_id, config.pad_token_id, config.eos_token_id = ids
+
+
+def _layer(lm: Any, side: str) -> Any:
+    """The embedding (``input``) or the output projection (``output``)."""
+    return getattr(lm, f"get_{side}_embeddings")()
+
+
+def _replace_matrices(lm: Any, new: Callable[[str], Tensor]) -> None:
+    """Give a model the matrices ``new("input")`` and ``new("output")``; tied ones stay tied."""
+    embedding, projection = _layer(lm, "input"), _layer(lm, "output")
+    tied = projection.weight is embedding.weight
+    embedding.weight = torch.nn.Parameter(new("input"))
+    projection.weight = embedding.weight if tied else torch.nn.Parameter(new("output"))
+    size = embedding.weight.size(0)
+    embedding.num_embeddings = projection.out_features = lm.config.vocab_size = size

@@ -55,8 +55,8 @@ class TeacherRows:
     log_outside: Tensor
     log_weight: Tensor | None = None
 
-    def __getitem__(self, part: slice) -> "TeacherRows":
-        """The rows of some tokens."""
+    def __getitem__(self, part: slice | Tensor) -> "TeacherRows":
+        """The rows of some tokens, by slice, index or mask."""
         log_weight = None if self.log_weight is None else self.log_weight[part]
         return TeacherRows(
             self.ids[part], self.valid[part], self.log_p[part], self.log_outside[part], log_weight

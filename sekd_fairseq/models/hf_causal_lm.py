@@ -149,34 +149,34 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         if incremental_state is not None:
             # Generated tokens may be anything, padding too; they are attended to all the same.
             mask[:, prompt.size(1) :] = True
-        position = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        options: dict[str, Any] = {"attention_mask": mask.long(), "position_ids": position}
-        if incremental_state is None:
-            if mask.size(1) > self.positions:
-                with one_line_errors():
-                    raise UserError(
-                        f"a prompt of {prompt.size(1)} tokens with a translation of {length}: the "
-                        f"model has {self.positions} positions; shorten the prompt or leave out "
-                        "long sentences (fewer --shots, --max-source-positions)"
-                    )
-            options["input_ids"] = torch.cat([prompt, outputs], dim=1)
-            return self._run(options, length, features_only), {"attn": [None]}
-        from transformers import DynamicCache
+        elif mask.size(1) > self.positions:
+            with one_line_errors():
+                raise UserError(
+                    f"a prompt of {prompt.size(1)} tokens with a translation of {length}: the "
+                    f"model has {self.positions} positions; shorten the prompt or leave out "
+                    "long sentences (fewer --shots, --max-source-positions)"
+                )
+        options: dict[str, Any] = {
+            "input_ids": torch.cat([prompt, outputs], dim=1),
+            "attention_mask": mask.long(),
+            "position_ids": (mask.long().cumsum(dim=1) - 1).clamp_min(0),
+            "use_cache": incremental_state is not None,
+        }
+        if incremental_state is not None:
+            cache = self.get_incremental_state(incremental_state, CACHE)
+            if cache is None:
+                from transformers import DynamicCache
 
-        cache = self.get_incremental_state(incremental_state, CACHE)
-        if cache is None:
-            cache = {"cache": DynamicCache()}
-            options["input_ids"] = torch.cat([prompt, outputs], dim=1)
-            self.set_incremental_state(incremental_state, CACHE, cache)
-        else:
-            options["input_ids"] = prev_output_tokens[:, -1:]
-            options["position_ids"] = position[:, -1:]
-        options.update(past_key_values=cache["cache"], use_cache=True)
-        return self._run(options, 1, features_only), {"attn": [None]}
+                cache = {"cache": DynamicCache()}
+                self.set_incremental_state(incremental_state, CACHE, cache)
+            else:  # the prompt and all but the last token are in the cache
+                for name in ("input_ids", "position_ids"):
+                    options[name] = options[name][:, -1:]
+            options["past_key_values"] = cache["cache"]
+        keep = length if incremental_state is None else 1
+        return self._run(options, keep, features_only), {"attn": [None]}
 
     def _run(self, options: dict[str, Any], keep: int, features_only: bool) -> Tensor:
-        if "past_key_values" not in options:
-            options["use_cache"] = False
         if not features_only:
             logits: Tensor = self.model(**options, logits_to_keep=keep).logits
             return logits

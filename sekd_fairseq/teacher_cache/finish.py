@@ -23,10 +23,14 @@ from sekd_fairseq.teacher_cache.reader import TeacherCache
 SUMS = ("loss", "accuracy", "outside_mass", "entropy", "support", "reference_kept", "one_hot")
 
 
+def shard_range(settings: dict[str, Any]) -> range:
+    """Numbers of all shards of a cache."""
+    return range(-(-settings["sentences"] // settings["shard_sentences"]))
+
+
 def missing_shards(directory: Path, settings: dict[str, Any]) -> list[int]:
     """Numbers of the shards that are still to be built."""
-    count = -(-settings["sentences"] // settings["shard_sentences"])
-    return [index for index in range(count) if not (directory / shard_name(index)).exists()]
+    return [i for i in shard_range(settings) if not (directory / shard_name(i)).exists()]
 
 
 def finish_cache(
@@ -46,7 +50,7 @@ def finish_cache(
     """
     shards, totals = [], np.zeros(len(SUMS))
     counts = np.zeros(settings["vocab_size"], np.int64)
-    for index in range(-(-settings["sentences"] // settings["shard_sentences"])):
+    for index in shard_range(settings):
         shard, sums, references = _measure(directory / shard_name(index))
         shards.append(shard)
         totals += sums

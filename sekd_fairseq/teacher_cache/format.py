@@ -31,7 +31,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sekd_fairseq.errors import CacheError
+from sekd_fairseq.errors import CacheError, UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -155,6 +155,27 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Make a new directory so that ``path`` is whole or not there.
+
+    It is filled under a temporary name beside it and renamed; on any error nothing is left.
+
+    Raises
+    ------
+    UserError
+        There is something at ``path`` already.
+    """
+    if path.exists():
+        raise UserError(f"--output: {path} exists; expected a new directory")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        made = Path(temporary) / "new"
+        made.mkdir()
+        yield made
+        os.rename(made, path)
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,16 @@ def test_killed_at_random_instants_it_ends_in_the_same_bytes(
     TeacherCache.open(tmp_path / "killed" / "train").verify()
 
 
+def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sekd_fairseq.inference import default_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert default_device(cpu=True) == torch.device("cpu")
+    assert default_device(cpu=False) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert default_device(cpu=False) == torch.device("cuda", 3)
+
+
 def test_spawned_workers_read_the_same(data: Path, teacher: Path, cache: Path) -> None:
     from sekd_fairseq.data import TeacherDataset
     from sekd_fairseq.inference import load_models, load_split

@@ -120,6 +120,20 @@ def load(path: Path, data: Path) -> tuple[Any, Any]:
     return model, task
 
 
+def check_exported(folder: Path, model: Any, dataset: Any, sentence: int) -> tuple[Any, Any]:
+    """An exported folder gives the student's logits; returns its model and the ids compared on."""
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    rows, item = model.vocabulary_rows, dataset[sentence]
+    ids = rows[torch.cat([item["source"][:-1], item["target"][:-1]])].unsqueeze(0)
+    with torch.no_grad():
+        expected = model(**dataset.collater([item])["net_input"])[0][0]
+        found = exported(ids).logits[0, len(item["source"]) - 2 :]
+    torch.testing.assert_close(
+        found[:, rows[rows >= 0]], expected[:, rows >= 0], atol=1e-4, rtol=1e-4
+    )
+    return exported, ids
+
+
 def test_text_comes_back_exactly(llm_data: Path, tokenizer: Path, llm_text: Path) -> None:
     from fairseq.data import Dictionary, indexed_dataset
 
@@ -245,18 +259,7 @@ def test_teacher_cache_student_generation_and_export(
     )  # fmt: skip
     assert list((tmp_path / "run" / "tokens" / "test").glob("*.parquet"))
     script("export_hf", student, "--data", llm_data, "--output", tmp_path / "hf")
-    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    model, _ = load(student, llm_data)
-    rows = model.vocabulary_rows
-    item = task.dataset("test")[4]
-    ids = rows[torch.cat([item["source"][:-1], item["target"][:-1]])].unsqueeze(0)
-    sample = task.dataset("test").collater([item])
-    with torch.no_grad():
-        expected = model(**sample["net_input"])[0][0]
-        found = exported(ids).logits[0, len(item["source"]) - 2 :]
-    torch.testing.assert_close(
-        found[:, rows[rows >= 0]], expected[:, rows >= 0], atol=1e-4, rtol=1e-4
-    )
+    check_exported(tmp_path / "hf", load(student, llm_data)[0], task.dataset("test"), 4)
     # And back again: the exported folder is a model to start from.
     train_llm(
         llm_data, tmp_path / "again", "--criterion", "cross_entropy", "--hf-model", tmp_path / "hf",
@@ -274,18 +277,8 @@ def test_adapters_and_fewer_layers(llm_data: Path, tokenizer: Path, tmp_path: Pa
     assert all("lora_" in key or key == "vocabulary_rows" for key in state)
     model, task = load(path, llm_data)
     script("export_hf", path, "--data", llm_data, "--output", tmp_path / "hf", "--base", source)
-    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     task.load_dataset("valid")
-    item = task.dataset("valid")[0]
-    rows = model.vocabulary_rows
-    ids = rows[torch.cat([item["source"][:-1], item["target"][:-1]])].unsqueeze(0)
-    sample = task.dataset("valid").collater([item])
-    with torch.no_grad():
-        expected = model(**sample["net_input"])[0][0]
-        found = exported(ids).logits[0, len(item["source"]) - 2 :]
-    torch.testing.assert_close(
-        found[:, rows[rows >= 0]], expected[:, rows >= 0], atol=1e-4, rtol=1e-4
-    )
+    exported, ids = check_exported(tmp_path / "hf", model, task.dataset("valid"), 0)
     # Not the model it started from: the adapters were trained.
     original = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     assert not torch.allclose(original(ids).logits, exported(ids).logits[..., :tokens], atol=1e-3)
