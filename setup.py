@@ -49,6 +49,7 @@ setup(
             "transformers>=4.51,<5",
             "peft>=0.15",  # low-rank adapters
             "gguf>=0.16",  # reading GGUF files
+            "protobuf>=4",  # SentencePiece's model format, for transformers and for GGUF files
         ],
         "workflow": ["snakemake>=9,<10"],  # scripts/Snakefile: restarts, parallel jobs, clusters
         "dev": [

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from sekd_fairseq import build_cache
 from sekd_fairseq.data import TeacherDataset
-from sekd_fairseq.inference import load_models, load_split, quiet_fairseq, token_batches
+from sekd_fairseq.engines import TorchEngine
+from sekd_fairseq.inference import load_models, load_split, quiet_fairseq, to_device, token_batches
 from sekd_fairseq.inspect_cache import restoration_error
 from sekd_fairseq.teacher_cache import SentenceRows, TeacherCache, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
@@ -94,21 +95,20 @@ def best_error(rows: list[dict[str, Any]], teacher: str) -> float | None:
 
 def building_speed(data: str, path: str, device: torch.device) -> list[dict[str, Any]]:
     """Seconds of the teacher's forward passes alone, and with truncation, over the same batches."""
-    models, _, task = load_models([path], data, device)
-    dataset = load_split(task, "valid", data)
+    engine = TorchEngine([path], data, device, torch.float32)
+    dataset = load_split(engine.task, "valid", data)
     batches = token_batches(dataset, range(min(len(dataset), 400)), 4096)
     samples = [dataset.collater([dataset[i] for i in batch]) for batch in batches]
-    teacher = build_cache.Teacher(models, task, device)
 
     @torch.no_grad()
     def forward() -> None:
         for sample in samples:
-            moved = build_cache.to_device(sample, device)
-            models[0](**moved["net_input"])
+            moved = to_device(sample, device)
+            engine.models[0](**moved["net_input"])
 
     def full(truncation: Truncation) -> None:
         for sample in samples:
-            build_cache.teacher_sentences(teacher, sample, truncation, 1.0)
+            engine.sentences(sample, truncation, 1.0)
 
     timing = time_in_turn(
         {

@@ -9,15 +9,21 @@ started from, or else zeros. ``AutoModelForCausalLM.from_pretrained(FOLDER)`` th
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from sentencepiece import sentencepiece_model_pb2
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import load_models, quiet_fairseq
+from sekd_fairseq.llm.tokenizer import HFTokenizer, load_tokenizer
 from sekd_fairseq.llm.vocabulary import Vocabulary, restore_rows
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, pretrained
+
+#: Text on which tokenizers differ that differ at all.
+PROBE = "Straße,  zwei\tTage\nNaïve 你好 🙂"
 
 
 def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str | None) -> None:
@@ -34,19 +40,47 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
     lm.save_pretrained(output)
-    try:
-        options = {"gguf_file": gguf} if gguf else {}
-        AutoTokenizer.from_pretrained(vocabulary.tokenizer, **options).save_pretrained(output)
-    except (OSError, ValueError):
-        print(
-            f"{output}: no tokenizer written; {vocabulary.tokenizer} is none that transformers "
-            "loads",
-            file=sys.stderr,
-        )
+    export_tokenizer(vocabulary, type(lm.config), output)
     print(
         f"{output}: {sum(p.numel() for p in lm.parameters()):,} parameters, "
         f"{lm.config.vocab_size} rows"
     )
+
+
+def export_tokenizer(vocabulary: Vocabulary, config: type, output: Path) -> None:
+    """Write the data's tokenizer as the model's family has it, if it has one of that kind."""
+    tokenizer = load_tokenizer(vocabulary.tokenizer, vocabulary.gguf_file)
+    if isinstance(tokenizer, HFTokenizer):
+        tokenizer.model.save_pretrained(output)
+        return
+    family, _ = TOKENIZER_MAPPING.get(config, (None, None))
+    if not getattr(family, "vocab_files_names", {}).get("vocab_file", "").endswith(".model"):
+        print(
+            f"{output}: no tokenizer written; models of this family have none that reads "
+            f"SentencePiece models, as {vocabulary.tokenizer} is",
+            file=sys.stderr,
+        )
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(tokenizer.proto)
+        specials = {
+            f"{role}_token": None if token is None else tokenizer.pieces[token]
+            for role, token in zip(("bos", "pad", "eos", "unk"), tokenizer.specials, strict=True)
+        }
+        proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+        family(
+            vocab_file=str(path),
+            legacy=False,
+            add_prefix_space=proto.normalizer_spec.add_dummy_prefix,
+            **specials,
+        ).save_pretrained(output)
+    if load_tokenizer(str(output)).encode(PROBE) != tokenizer.encode(PROBE):
+        print(
+            f"{output}: the tokenizer written splits some text otherwise than "
+            f"{vocabulary.tokenizer}; use that one",
+            file=sys.stderr,
+        )
 
 
 def main() -> None:

@@ -7,12 +7,18 @@
 The source side becomes the whole prompt, the target side the translation, both in the tokenizer's
 tokens under fairseq ids (sekd_fairseq/llm/vocabulary.py). Text is taken as it is, not normalised.
 The output holds ``bin/`` (the data directory), the text of each split, and ``data.json``.
+
+A teacher may read other prompts than the student, few-shot ones (``--teacher-shots 4``) say: they go
+to ``teacher/``, a data directory of the same sentences and dictionary. A cache that is built on it
+serves students that train on ``bin/``. Where prompts hold examples, the end of sentence is what ends
+an example: a base model goes on with the next one and does not end the text.
 """
 
 import argparse
 import json
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +28,9 @@ from parallel_text import DataError, Pair, read_aligned
 from tqdm import tqdm
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.llm.prompts import DEFAULT, Template, read_template
+from sekd_fairseq.llm.prompts import DEFAULT, SEPARATOR, Template, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
-from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, build_vocabulary
+from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, build_vocabulary, with_end
 from sekd_fairseq.teacher_cache.format import atomic_directory, hash_symbols
 
 SUBSETS = ("train", "valid", "test")
@@ -59,7 +65,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shots", type=int, default=0, help="examples from the training text in every prompt"
     )
-    parser.add_argument("--limit", type=int, default=0, help="use the first so many training pairs")
+    parser.add_argument(
+        "--teacher-template",
+        type=Path,
+        metavar="FILE",
+        help="prompt of the teacher, in OUTPUT/teacher (default: the student's)",
+    )
+    parser.add_argument(
+        "--teacher-shots", type=int, default=0, help="examples in the teacher's prompts"
+    )
+    for subset in SUBSETS:
+        parser.add_argument(
+            f"--{subset}-limit",
+            type=int,
+            default=0,
+            metavar="N",
+            help=f"use the first N pairs of {subset} (0: all)",
+        )
     parser.add_argument(
         "--prune-vocab",
         action="store_true",
@@ -83,20 +105,26 @@ def read_subset(prefixes: str, languages: tuple[str, str]) -> list[Pair]:
     return pairs
 
 
-def tokenize(
-    subsets: dict[str, list[Pair]], tokenizer: Tokenizer, template: Template, shots: list[Pair]
-) -> tuple[dict[str, list[tuple[list[int], list[int]]]], int]:
-    """The tokenizer's ids of each prompt and translation; and how many translations are not given
-    back exactly."""
-    tokens: dict[str, list[tuple[list[int], list[int]]]] = {}
-    inexact = 0
-    for subset, pairs in subsets.items():
-        tokens[subset] = []
-        for source, target in tqdm(pairs, desc=f"tokenize {subset}", unit="pair"):
-            translation = tokenizer.encode(target)
-            inexact += tokenizer.decode(translation) != target
-            tokens[subset].append((tokenizer.encode(template.prompt(source, shots)), translation))
-    return tokens, inexact
+def choose_shots(subsets: dict[str, list[Pair]], count: int) -> list[Pair]:
+    """Examples for prompts, taken out of the training text."""
+    if count > len(subsets["train"]):
+        raise DataError(
+            f"--shots: expected at most the training pairs ({len(subsets['train'])}), found {count}"
+        )
+    shots = random.Random(1).sample(subsets["train"], count)
+    subsets["train"] = [pair for pair in subsets["train"] if pair not in shots]
+    return shots
+
+
+def end_of_example(tokenizer: Tokenizer, translation: str) -> int:
+    """The token that ends a translation in a few-shot prompt."""
+    alone, ended = tokenizer.encode(translation), tokenizer.encode(translation + SEPARATOR)
+    return (ended[len(alone) :] if ended[: len(alone)] == alone else tokenizer.encode(SEPARATOR))[0]
+
+
+def tokenize(sentences: Sequence[str], tokenizer: Tokenizer, what: str) -> list[list[int]]:
+    """The tokenizer's ids of each sentence."""
+    return [tokenizer.encode(text) for text in tqdm(sentences, desc=what, unit="line")]
 
 
 def write_binary(
@@ -117,25 +145,41 @@ def prepare(args: argparse.Namespace, building: Path) -> dict[str, Any]:
     """Write everything below ``building``; returns the content of data.json."""
     languages = (args.source_lang, args.target_lang)
     text = read_template(args.template)
-    template = Template(text, *languages)
+    prompts = {"bin": (text, args.shots)}
+    if args.teacher_template or args.teacher_shots:
+        teacher = read_template(args.teacher_template) if args.teacher_template else text
+        prompts["teacher"] = (teacher, args.teacher_shots)
+    templates = {name: Template(text, *languages) for name, (text, _) in prompts.items()}
     subsets = {subset: read_subset(getattr(args, subset), languages) for subset in SUBSETS}
     tokenizer = load_tokenizer(args.tokenizer, args.gguf_file)
-    shots: list[Pair] = []
-    if args.shots:
-        chosen = random.Random(1).sample(range(len(subsets["train"])), args.shots)
-        shots = [subsets["train"][i] for i in chosen]
-        subsets["train"] = [pair for pair in subsets["train"] if pair not in shots]
-    if args.limit:
-        subsets["train"] = subsets["train"][: args.limit]
-    tokens, inexact = tokenize(subsets, tokenizer, template, shots)
+    shots = choose_shots(subsets, max(count for _, count in prompts.values()))
+    for subset in SUBSETS:
+        subsets[subset] = subsets[subset][: getattr(args, f"{subset}_limit") or None]
+    sources = {
+        (name, subset): tokenize(
+            [templates[name].prompt(source, shots[:count]) for source, _ in pairs],
+            tokenizer,
+            f"{name} {subset}.{languages[0]}",
+        )
+        for name, (_, count) in prompts.items()
+        for subset, pairs in subsets.items()
+    }
+    targets = {
+        subset: tokenize([target for _, target in pairs], tokenizer, f"{subset}.{languages[1]}")
+        for subset, pairs in subsets.items()
+    }
+    inexact = sum(
+        tokenizer.decode(tokens) != target
+        for subset, pairs in subsets.items()
+        for tokens, (_, target) in zip(targets[subset], pairs, strict=True)
+    )
     keep = None
     if args.prune_vocab:
-        keep = {t for pairs in tokens.values() for pair in pairs for side in pair for t in side}
+        lists = [*sources.values(), *targets.values()]
+        keep = {token for sentences in lists for tokens in sentences for token in tokens}
         keep |= tokenizer.single_bytes()
     symbols, rows = build_vocabulary(tokenizer.pieces, tokenizer.specials, keep)
     index = {row: i for i, row in enumerate(rows) if row != NEW_ROW}
-    folder = building / "bin"
-    folder.mkdir()
     dictionary = Dictionary()
     for symbol in symbols[len(dictionary) :]:
         dictionary.add_symbol(symbol)
@@ -143,20 +187,29 @@ def prepare(args: argparse.Namespace, building: Path) -> dict[str, Any]:
         raise UserError(f"--tokenizer {args.tokenizer}: two tokens have one id")
     unknown = 0
     begin = [BOS] if rows[BOS] != NEW_ROW else []
-    for side, language in enumerate(languages):
-        dictionary.save(str(folder / f"dict.{language}.txt"))
-        for subset, pairs in tokens.items():
-            path = folder / f"{subset}.{'-'.join(languages)}.{language}"
-            sentences = [pair[side] for pair in pairs]
-            unknown += write_binary(
-                path, sentences, index, begin if side == 0 else [], len(symbols)
-            )
-            lines = "".join(f"{pair[side]}\n" for pair in subsets[subset])
+    for name, (template, count) in prompts.items():
+        folder = building / name
+        folder.mkdir()
+        for language in languages:
+            dictionary.save(str(folder / f"dict.{language}.txt"))
+        for subset in SUBSETS:
+            stem = folder / f"{subset}.{'-'.join(languages)}"
+            for sentences, language, first in (
+                (sources[name, subset], languages[0], begin),
+                (targets[subset], languages[1], []),
+            ):
+                path = Path(f"{stem}.{language}")
+                unknown += write_binary(path, sentences, index, first, len(symbols))
+        used = with_end(rows, end_of_example(tokenizer, shots[0][1])) if count else rows
+        found = Vocabulary(used, args.tokenizer, template, hash_symbols(symbols), args.gguf_file)
+        found.save(folder)
+    for subset, pairs in subsets.items():
+        for side, language in enumerate(languages):
+            lines = "".join(f"{pair[side]}\n" for pair in pairs)
             (building / f"{subset}.{language}").write_bytes(lines.encode("utf-8"))
-    Vocabulary(rows, args.tokenizer, text, hash_symbols(symbols)).save(folder)
     return {
         "sentences": {subset: len(pairs) for subset, pairs in subsets.items()},
-        "target_tokens": {s: sum(len(p[1]) + 1 for p in pairs) for s, pairs in tokens.items()},
+        "target_tokens": {s: sum(len(t) + 1 for t in tokens) for s, tokens in targets.items()},
         "vocabulary": len(symbols),
         "tokenizer_tokens": len(tokenizer.pieces),
         "unknown_tokens": unknown,

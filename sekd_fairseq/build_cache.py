@@ -15,7 +15,6 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +26,30 @@ from tqdm import tqdm
 
 import sekd_fairseq
 from sekd_fairseq.data import target_hashes
+from sekd_fairseq.engines import Engine, TorchEngine, VLLMEngine
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inference import (
     default_device,
     half_precision,
-    load_models,
     load_split,
     quiet_fairseq,
-    to_device,
     token_batches,
-    token_logits,
     too_long,
 )
 from sekd_fairseq.inspect_cache import describe
 from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
 from sekd_fairseq.teacher_cache.format import (
-    ENTRY_COLUMNS,
     MANIFEST,
     atomic_write,
-    hash_file,
     hash_symbols,
     payload_dtypes,
     shard_name,
 )
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
-from sekd_fairseq.truncation import Truncation, truncate, truncation_of, uniforms
+from sekd_fairseq.truncation import truncation_of
 
 SETTINGS = "build.json"
-
-
-@dataclass
-class Teacher:
-    """A loaded teacher and what identifies it."""
-
-    models: list[Any]
-    task: Any
-    device: torch.device
-    identity: dict[str, Any] = field(default_factory=dict)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +64,15 @@ def parser() -> argparse.ArgumentParser:
         "--path",
         required=True,
         metavar="TEACHER",
-        help="teacher checkpoint; several joined with ':' are an ensemble (mean probability)",
+        help="teacher checkpoint; several joined with ':' are an ensemble (mean probability); with "
+        "--engine vllm a Hugging Face folder",
+    )
+    out.add_argument(
+        "--engine",
+        choices=("torch", "vllm"),
+        default="torch",
+        help="what runs the teacher (default: %(default)s); vllm is for large language models on "
+        "GPUs, of which it gives the --top-k best tokens",
     )
     out.add_argument("--output", required=True, type=Path, metavar="CACHE", help="cache directory")
     out.add_argument(
@@ -130,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         help="softmax temperature of the teacher, above 0 (default: %(default)s)",
     )
     out.add_argument(
-        "--max-tokens", type=int, default=4096, help="padded tokens a batch (default: %(default)s)"
+        "--max-tokens", type=int, help="padded tokens a batch (default: 4096; with vLLM 262144)"
     )
     out.add_argument(
         "--shard-sentences",
@@ -176,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     quiet_fairseq()
     with one_line_errors():
-        for name, low in (("max_tokens", 1), ("shard_sentences", 1), ("num_shards", 1)):
-            if getattr(args, name) < low:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag}: expected {low} or more, found {getattr(args, name)}")
+        for name in ("max_tokens", "shard_sentences", "num_shards"):
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
         if not 0 <= args.shard_id < args.num_shards:
             raise UserError(
                 f"--shard-id: expected 0 to {args.num_shards - 1}, found {args.shard_id}"
@@ -187,32 +180,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.temperature > 0:
             raise UserError(f"--temperature: expected above 0, found {args.temperature}")
         truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, 2**31)
-        paths = utils.split_paths(args.path)
-        device = default_device(args.cpu)
-        models, config, task = load_models(paths, args.data, device)
         dtype = half_precision(args.fp16, args.bf16)
-        for model in models:
-            model.to(dtype)
-        identity = {
-            "files": [Path(path).name for path in paths],
-            "sha256": [hash_file(Path(path)) for path in paths],
-            "arch": config.model._name,
-            "parameters": [sum(p.numel() for p in model.parameters()) for model in models],
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-        teacher = Teacher(models, task, device, identity)
+        engine: Engine
+        if args.engine == "vllm":
+            engine = vllm_engine(args, dtype)
+        else:
+            paths = utils.split_paths(args.path)
+            engine = TorchEngine(paths, args.data, default_device(args.cpu), dtype)
         for split in args.subset.split(","):
-            cache = build_split(teacher, args, split)
+            cache = build_split(engine, args, split)
             if cache is not None:
                 print(describe(cache.directory, cache.manifest), flush=True)
 
 
-def build_split(teacher: Teacher, args: argparse.Namespace, split: str) -> TeacherCache | None:
+def vllm_engine(args: argparse.Namespace, dtype: torch.dtype) -> Engine:
+    """The engine ``--engine vllm``, after a look at what it cannot do."""
+    if not Path(args.path).is_dir():
+        raise UserError(
+            f"--engine vllm: expected --path to be a Hugging Face folder, found {args.path}; "
+            "scripts/export_hf.py makes one of a checkpoint"
+        )
+    if args.sample or args.top_k == 0 or args.temperature != 1.0:
+        raise UserError(
+            "--engine vllm: it tells the best tokens at temperature 1 only; expected --top-k above "
+            "0, no --sample and no --temperature"
+        )
+    return VLLMEngine(args.path, args.data, dtype, args.top_k)
+
+
+def build_split(engine: Engine, args: argparse.Namespace, split: str) -> TeacherCache | None:
     """Build (or finish) the cache of one split and open it; None while others have to finish."""
     directory = args.output / split
-    dataset = load_split(teacher.task, split, args.data)
-    symbols = teacher.task.target_dictionary.symbols
-    hashes = target_hashes(dataset.tgt, teacher.task.target_dictionary.pad())
+    dataset = load_split(engine.task, split, args.data)
+    symbols = engine.task.target_dictionary.symbols
+    hashes = target_hashes(dataset.tgt, engine.task.target_dictionary.pad())
     truncation = truncation_of(
         args.top_k, args.top_p, args.top_p_floor, args.sample, vocab_size=len(symbols)
     )
@@ -226,14 +227,14 @@ def build_split(teacher: Teacher, args: argparse.Namespace, split: str) -> Teach
         "shard_sentences": args.shard_sentences,
         "temperature": args.temperature,
         "truncation": truncation.record(),
-        "teacher": teacher.identity,
+        "teacher": engine.identity,
     }
     wanted = {**settings, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}
     if (directory / MANIFEST).exists():
         cache = TeacherCache.open(directory)
         _check_same(directory, wanted, {key: getattr(cache.manifest, key) for key in wanted})
         return cache
-    skipped = too_long(dataset, teacher.models, split, allow=args.skip_too_long)
+    skipped = too_long(dataset, engine.limits(), split, allow=args.skip_too_long)
     directory.mkdir(parents=True, exist_ok=True)
     _begin(directory, wanted)
     lengths = dataset.sizes[:, 1].astype(np.int64)
@@ -249,9 +250,9 @@ def build_split(teacher: Teacher, args: argparse.Namespace, split: str) -> Teach
                 continue
             rows = {i: one_hot_sentence(dataset, i) for i in sentences if i in skipped}
             readable = np.array([i for i in sentences if i not in skipped], dtype=np.int64)
-            for batch in token_batches(dataset, readable, args.max_tokens):
+            for batch in token_batches(dataset, readable, args.max_tokens or engine.batch_tokens):
                 sample = dataset.collater([dataset[i] for i in batch])
-                rows.update(teacher_sentences(teacher, sample, truncation, args.temperature))
+                rows.update(engine.sentences(sample, truncation, args.temperature))
                 bar.update(int(lengths[batch].sum()))
             try:
                 ordered = [rows[i] for i in sentences]
@@ -273,40 +274,6 @@ def build_split(teacher: Teacher, args: argparse.Namespace, split: str) -> Teach
     cache = finish_cache(directory, settings, dtypes, versions, args.allow_implausible)
     (directory / SETTINGS).unlink(missing_ok=True)
     return cache
-
-
-def teacher_sentences(
-    teacher: Teacher, sample: dict[str, Any], truncation: Truncation, temperature: float
-) -> dict[int, SentenceRows]:
-    """Truncated teacher distributions of a batch, by sentence id."""
-    pad = teacher.task.target_dictionary.pad()
-    lengths = sample["target"].ne(pad).sum(dim=1).tolist()
-    sentences = sample["id"].tolist()
-    uniform = None
-    if truncation.samples:
-        uniform = uniforms(truncation.seed, sentences, lengths, truncation.samples)
-    parts: dict[str, list[NDArray[Any]]] = {}
-    done = 0
-    for target, z in token_logits(
-        teacher.models, to_device(sample, teacher.device), pad, temperature
-    ):
-        draws = None if uniform is None else uniform[done : done + len(target)]
-        done += len(target)
-        for name, values in truncate(z, target, truncation, draws).items():
-            parts.setdefault(name, []).append(values)
-    columns = {name: np.concatenate(values) for name, values in parts.items()}
-    ends = np.cumsum(lengths)
-    entry_ends = np.concatenate([[0], np.cumsum(columns["support_size"])])
-    rows = {}
-    for sentence, start, end in zip(sentences, ends - lengths, ends, strict=True):
-        tokens, entries = slice(start, end), slice(entry_ends[start], entry_ends[end])
-        rows[sentence] = SentenceRows(
-            {
-                name: values[entries if name in ENTRY_COLUMNS else tokens]
-                for name, values in columns.items()
-            }
-        )
-    return rows
 
 
 def one_hot_sentence(dataset: Any, index: int) -> SentenceRows:

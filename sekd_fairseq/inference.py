@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import checkpoint_utils, options, utils
 from fairseq.data import FairseqDataset, data_utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
@@ -67,6 +68,15 @@ def load_models(
     return models, config, task
 
 
+def language_model_config(data: str, *options_of_model: str) -> Any:
+    """fairseq's configuration of a training of ``--arch hf_causal_lm`` on ``data``."""
+    import sekd_fairseq.tasks  # noqa: F401 (as above)
+
+    words = [data, "--task", "self_evolution_kd", "--arch", "hf_causal_lm", *options_of_model]
+    args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
+    return convert_namespace_to_omegaconf(args)
+
+
 def load_split(task: Any, split: str, data: str) -> FairseqDataset:
     """Load one split of the task's data; ``UserError`` if it is not there."""
     try:
@@ -96,14 +106,21 @@ def token_batches(dataset: FairseqDataset, sentences: Any, max_tokens: int) -> l
     return [list(batch) for batch in batches]
 
 
+def position_limits(models: Sequence[Any]) -> list[tuple[int, int]]:
+    """The longest source and target that each model reads."""
+    found = [utils.resolve_max_positions(model.max_positions()) for model in models]
+    return [limit if isinstance(limit, tuple) else (limit, limit) for limit in found]
+
+
 def too_long(
-    dataset: FairseqDataset, models: Sequence[Any], split: str, allow: bool = False
+    dataset: FairseqDataset,
+    limits_of_models: Sequence[tuple[int, int]],
+    split: str,
+    allow: bool = False,
 ) -> frozenset[int]:
     """Sentences longer than a model's positions; ``UserError`` names the first unless allowed."""
     found: set[int] = set()
-    for model in models:
-        limits = utils.resolve_max_positions(model.max_positions())
-        limits = limits if isinstance(limits, tuple) else (limits, limits)
+    for limits in limits_of_models:
         lines = np.flatnonzero((dataset.sizes > np.array(limits)).any(axis=1))
         if len(lines) and not allow:
             source, target = dataset.sizes[lines[0]]

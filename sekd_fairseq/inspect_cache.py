@@ -195,12 +195,15 @@ def describe(directory: Path, manifest: Manifest) -> str:
     rule = ", ".join(
         f"{key} {value}" for key, value in manifest.truncation.items() if key != "rule"
     )
+    who = teacher["arch"]  # vLLM does not say how many parameters it runs
+    if "parameters" in teacher:
+        who += f", {sum(teacher['parameters']):,} parameters"
     lines = [
         f"{directory}",
         f"  split         {manifest.split}: {manifest.sentences:,} sentences, "
         f"{manifest.tokens:,} tokens, vocabulary {manifest.vocab_size:,}",
-        f"  teacher       {', '.join(teacher['files'])} ({teacher['arch']}, "
-        f"{sum(teacher['parameters']):,} parameters), temperature {manifest.temperature:g}",
+        f"  teacher       {', '.join(teacher['files'])} ({who}), "
+        f"temperature {manifest.temperature:g}",
         f"  predicts      references with perplexity {quality['perplexity']:.2f} (unigrams: "
         f"{quality['unigram_perplexity']:.2f}), accuracy {quality['accuracy']:.1%}; mean entropy "
         f"{quality['entropy']:.3f} nats",

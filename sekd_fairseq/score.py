@@ -29,6 +29,7 @@ from sekd_fairseq.inference import (
     default_device,
     load_models,
     load_split,
+    position_limits,
     quiet_fairseq,
     to_device,
     token_batches,
@@ -118,7 +119,7 @@ def score_cache(
     dataset = TeacherDataset(
         load_split(task, args.subset, args.data), [cache], f"{args.subset} ({args.data})"
     )
-    too_long(dataset, [model], args.subset)
+    too_long(dataset, position_limits([model]), args.subset)
     device = next(model.parameters()).device
     columns = score_split(model, dataset, device, args.max_tokens, args.subset)
     columns["frequency"] = train_frequencies(task, args.data)[columns["token"]]

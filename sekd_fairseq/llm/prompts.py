@@ -7,6 +7,8 @@ from pathlib import Path
 from sekd_fairseq.errors import UserError
 
 DEFAULT = "Translate from {src_lang} to {tgt_lang}.\n{src_lang}: {src}\n{tgt_lang}:\n"
+#: What follows the translation of an example in a few-shot prompt.
+SEPARATOR = "\n\n"
 FIELDS = {"src", "src_lang", "tgt_lang"}
 NAMES = {
     "ar": "Arabic", "cs": "Czech", "de": "German", "en": "English", "es": "Spanish", "fi": "Finnish",
@@ -44,7 +46,7 @@ class Template:
 
     def prompt(self, source: str, examples: Sequence[tuple[str, str]] = ()) -> str:
         """What the model reads before it translates ``source``."""
-        shots = "".join(f"{self._fill(src)}{tgt}\n\n" for src, tgt in examples)
+        shots = "".join(f"{self._fill(src)}{tgt}{SEPARATOR}" for src, tgt in examples)
         return shots + self._fill(source)
 
     def _fill(self, source: str) -> str:

@@ -1,6 +1,7 @@
 """One view of the two kinds of tokenizers: Hugging Face's and SentencePiece models."""
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,13 +26,20 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file."""
+    """A SentencePiece model: a file, or the one that a GGUF file holds.
 
-    def __init__(self, path: Path) -> None:
+    ``proto`` is the serialised model.
+    """
+
+    def __init__(self, path: Path, gguf_file: str | None = None) -> None:
         import sentencepiece
 
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            if gguf_file:
+                self.proto = sentencepiece_of_gguf(path / gguf_file)
+            else:
+                self.proto = path.read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"--tokenizer {path}: expected a SentencePiece model, found none that loads "
@@ -63,29 +71,29 @@ class HFTokenizer:
 
         try:
             options = {"gguf_file": gguf_file} if gguf_file else {}
-            self._model: Any = AutoTokenizer.from_pretrained(path, **options)  # type: ignore[no-untyped-call]
+            self.model: Any = AutoTokenizer.from_pretrained(path, **options)  # type: ignore[no-untyped-call]
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise UserError(
                 f"--tokenizer {path}: expected a Hugging Face tokenizer or a SentencePiece model "
                 f"(*.model), found none that loads ({' '.join(str(error).split())[:300]})"
             ) from error
-        table = self._model.get_vocab()
+        table = self.model.get_vocab()
         self.pieces = [""] * (max(table.values()) + 1)
         for piece, token in table.items():
             self.pieces[token] = piece
         self.specials = (
-            self._model.bos_token_id,
-            self._model.pad_token_id,
-            self._model.eos_token_id,
-            self._model.unk_token_id,
+            self.model.bos_token_id,
+            self.model.pad_token_id,
+            self.model.eos_token_id,
+            self.model.unk_token_id,
         )
 
     def encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._model.encode(text, add_special_tokens=False)
+        tokens: list[int] = self.model.encode(text, add_special_tokens=False)
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._model.decode(
+        text: str = self.model.decode(
             list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
@@ -102,4 +110,59 @@ def load_tokenizer(path: str, gguf_file: str | None = None) -> Tokenizer:
     file = Path(path)
     if file.is_file() and ".model" in file.name:
         return SentencePieceTokenizer(file)
+    if gguf_file and (file / gguf_file).is_file() and _gguf_field(file / gguf_file) == "llama":
+        return SentencePieceTokenizer(file, gguf_file)
     return HFTokenizer(path, gguf_file)
+
+
+def sentencepiece_of_gguf(path: Path) -> bytes:
+    """The SentencePiece BPE model whose pieces, scores and types a GGUF file keeps, serialised.
+
+    transformers reads those of Gemma as a unigram model (4.57), which splits words into fragments
+    that the language model never saw.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    protocol: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    field = partial(_gguf_field, path)
+    unknown = field("unknown_token_id")
+    model = protocol.ModelProto()
+    pieces = zip(field("tokens"), field("scores"), field("token_type"), strict=True)
+    for token, (text, score, kind) in enumerate(pieces):
+        # Types are SentencePiece's own; a byte's name that is no byte is the character.
+        if text == "<0x09>" and kind != model.SentencePiece.BYTE:
+            text = "\t"
+        if token == unknown:
+            kind = model.SentencePiece.UNKNOWN
+        model.pieces.add(piece=text.replace(" ", "▁"), score=score, type=kind)
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    trainer = model.trainer_spec
+    trainer.model_type, trainer.byte_fallback = trainer.BPE, True
+    trainer.vocab_size = len(model.pieces)
+    for role, name in names.items():
+        token = field(f"{name}_token_id", -1)
+        setattr(trainer, f"{role}_id", token)
+        if token >= 0:
+            setattr(trainer, f"{role}_piece", model.pieces[token].piece)
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = field("add_space_prefix", True)
+    normalizer.remove_extra_whitespaces = False
+    serialised: bytes = model.SerializeToString()
+    return serialised
+
+
+def _gguf_field(path: Path, name: str = "model", default: Any = None) -> Any:
+    """What a GGUF file says of its tokenizer."""
+    field = _gguf_reader(path).fields.get(f"tokenizer.ggml.{name}")
+    return default if field is None else field.contents()
+
+
+@lru_cache(maxsize=1)  # opening one reads all of its fields
+def _gguf_reader(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except ValueError as error:
+        raise UserError(f"{path}: expected a GGUF file, found another ({error})") from error

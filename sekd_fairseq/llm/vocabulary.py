@@ -32,7 +32,7 @@ class Vocabulary:
     ----------
     rows
         The model's row of each symbol; -1 for one that the model lacks.
-    tokenizer
+    tokenizer, gguf_file
         Where the tokenizer came from.
     template
         The prompt template that the data were made with.
@@ -44,6 +44,7 @@ class Vocabulary:
     tokenizer: str
     template: str
     dictionary_hash: str
+    gguf_file: str | None = None
 
     def save(self, directory: Path) -> None:
         """Write it beside the dictionary."""
@@ -111,6 +112,16 @@ def build_vocabulary(
     ]
     symbols = [*SPECIALS, *(symbol_of(token, pieces[token]) for token in others)]
     return symbols, roles + others
+
+
+def with_end(rows: Sequence[int], token: int) -> list[int]:
+    """Rows where the end of sentence is another token, and that token the end of sentence.
+
+    For few-shot prompts, after which a base model does not end the text but begins the next example.
+    """
+    other, swapped = list(rows).index(token), list(rows)
+    swapped[2], swapped[other] = swapped[other], swapped[2]
+    return swapped
 
 
 @torch.no_grad()

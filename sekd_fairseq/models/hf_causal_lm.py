@@ -4,7 +4,8 @@ The "encoder" has no parameters: it turns source tokens, which hold the whole pr
 left-padded prompt.  The "decoder" runs the model on ``[prompt | previous outputs]`` and keeps the
 logits of target positions only; in generation the prompt's keys and values are computed once and
 live in the incremental state.  So fairseq's datasets, criterions, beam search and generation, and
-this project's caches, serve such models unchanged.
+this project's caches, serve such models unchanged.  Without gradients, what all prompts of a batch
+begin with (an instruction, k-shot examples) is computed once and kept for the next batches.
 
 Ids are fairseq's: rows of the embedding and of the output projection are put in the dictionary's
 order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and put back by
@@ -31,6 +32,8 @@ from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.llm.vocabulary import Vocabulary, select_rows
 
 CACHE = "hf_key_value_cache"
+#: Prompts that begin alike share the computation of a beginning at least this long, in tokens.
+SHARED_PREFIX = 16
 #: Options of a config that change logits after the output projection.
 LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -116,6 +119,13 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         super().__init__(dictionary)
         self.model = model
         self.positions = positions
+        self._prefix: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
+
+    def train(self, mode: bool = True) -> "CausalLMDecoder":
+        """As in torch; a shared prefix belongs to the weights that it was computed with."""
+        self._prefix = None
+        super().train(mode)
+        return self
 
     @property
     def output_projection(self) -> Any:
@@ -156,6 +166,13 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
                     f"model has {self.positions} positions; shorten the prompt or leave out "
                     "long sentences (fewer --shots, --max-source-positions)"
                 )
+        elif not torch.is_grad_enabled() and self.output_projection is not None:
+            prefix = self._shared_prefix(prompt)
+            if prefix is not None:
+                features = self._after_prefix(prompt, outputs, *prefix)
+                return features if features_only else self.output_projection(features), {
+                    "attn": [None]
+                }
         options: dict[str, Any] = {
             "input_ids": torch.cat([prompt, outputs], dim=1),
             "attention_mask": mask.long(),
@@ -174,17 +191,79 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
                     options[name] = options[name][:, -1:]
             options["past_key_values"] = cache["cache"]
         keep = length if incremental_state is None else 1
-        return self._run(options, keep, features_only), {"attn": [None]}
+        if features_only:
+            return self._body(**options).last_hidden_state[:, -keep:], {"attn": [None]}
+        return self.model(**options, logits_to_keep=keep).logits, {"attn": [None]}
 
-    def _run(self, options: dict[str, Any], keep: int, features_only: bool) -> Tensor:
-        if not features_only:
-            logits: Tensor = self.model(**options, logits_to_keep=keep).logits
-            return logits
-        body = getattr(
-            self.model, "get_base_model", lambda: self.model
-        )()  # without adapters' shell
-        hidden: Tensor = body.model(**options).last_hidden_state
-        return hidden[:, -keep:]
+    def _body(self, **options: Any) -> Any:
+        """The model without its output projection, and without the shell of adapters."""
+        lm = getattr(self.model, "get_base_model", lambda: self.model)()
+        return lm.model(**options)
+
+    def _shared_prefix(self, prompt: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+        """What all prompts (B, P) begin with, and its keys and values; None if that is little."""
+        lengths = prompt.ne(self.dictionary.pad()).sum(dim=1)
+        shortest = int(lengths.min())
+        # Each row from its first token, as far as the shortest goes; the last token of a prompt
+        # is never shared, because its output predicts the translation's first token.
+        columns = torch.arange(shortest - 1, device=prompt.device)
+        starts = prompt.gather(1, columns + (prompt.size(1) - lengths).unsqueeze(1))
+        same = int(starts.eq(starts[0]).all(dim=0).long().cumprod(dim=0).sum())
+        if same < SHARED_PREFIX:
+            return None
+        tokens = starts[0, :same]
+        if self._prefix is not None:
+            # A batch may have more in common by chance; the prefix of the others serves it too.
+            known = self._prefix[0]
+            fits = same // 2 <= known.numel() <= same and known.device == tokens.device
+            if fits and torch.equal(known, tokens[: known.numel()]):
+                return self._prefix
+        from transformers import DynamicCache
+
+        cache = self._body(
+            input_ids=tokens.unsqueeze(0), past_key_values=DynamicCache(), use_cache=True
+        ).past_key_values
+        layers = [(cache[i][0], cache[i][1]) for i in range(len(cache))]
+        self._prefix = tokens, layers
+        return self._prefix
+
+    def _after_prefix(
+        self,
+        prompt: Tensor,
+        outputs: Tensor,
+        prefix: Tensor,
+        layers: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Features at target positions, (B, T, features), from the prefix's keys and values.
+
+        Each row goes on right after the prefix and is padded on the right, where causal attention
+        does not see it: padding in between would shift sliding windows.
+        """
+        from transformers import DynamicCache
+
+        joined = torch.cat([prompt, outputs], dim=1)
+        keep = joined.ne(self.dictionary.pad())
+        keep &= keep.long().cumsum(dim=1).gt(prefix.numel())
+        order = (~keep).long().argsort(dim=1, stable=True)[:, : int(keep.sum(dim=1).max())]
+        rows = joined.gather(1, order)
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(layers):
+            cache.update(
+                key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer
+            )
+        positions = prefix.numel() + torch.arange(rows.size(1), device=rows.device)
+        hidden = self._body(
+            input_ids=rows,
+            attention_mask=rows.new_ones(len(rows), prefix.numel() + rows.size(1)),
+            position_ids=positions.expand(len(rows), -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        last = prompt.ne(self.dictionary.pad()).sum(dim=1) - prefix.numel() - 1
+        places = last.unsqueeze(1) + torch.arange(outputs.size(1) + 1, device=rows.device)
+        places = places.clamp_max(rows.size(1) - 1)  # of padding, whose features nobody uses
+        features: Tensor = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.size(2)))
+        return features
 
     def reorder_incremental_state(
         self, incremental_state: dict[str, Any], new_order: Tensor

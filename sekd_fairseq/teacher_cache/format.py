@@ -166,9 +166,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises
     ------
     UserError
-        There is something at ``path`` already.
+        There is something at ``path`` already, other than an empty directory.
     """
-    if path.exists():
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"--output: {path} exists; expected a new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:

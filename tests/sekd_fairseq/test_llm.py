@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -182,6 +184,27 @@ def test_a_pretrained_model_is_what_transformers_says(
             expected = original(ids).logits[0, len(prompt) - 1 :]
         found = logits[place, : len(target)]
         torch.testing.assert_close(found[:, known], expected[:, rows[known]], atol=3e-4, rtol=1e-4)
+    # The prompts' common beginning was computed once, and again only for other prompts or weights.
+    prefix = model.decoder._prefix[0]
+    instruction = "Translate from English to German.\nEnglish:"
+    assert len(prefix) >= len(load_tokenizer(str(tokenizer)).encode(instruction))
+    with torch.enable_grad():
+        alone = model(**batch["net_input"])[0]
+    inside = batch["target"].ne(1)
+    torch.testing.assert_close(logits[inside], alone[inside], atol=3e-4, rtol=1e-4)
+    one_row = dataset.collater([dataset[3]])["net_input"]
+    with torch.no_grad():
+        model(**one_row)
+        assert torch.equal(model.decoder._prefix[0], prefix)
+        model.decoder._prefix = None
+        model(**one_row)
+        # All but the end of sentence and the token that predicts the translation's first.
+        assert len(model.decoder._prefix[0]) == int(one_row["src_lengths"]) - 2
+        model(**batch["net_input"])
+        assert torch.equal(model.decoder._prefix[0], prefix)
+    model.train()
+    assert model.decoder._prefix is None
+    model.eval()
     # Step by step with the key-value cache, the beam reordered on the way.
     encoder_out = model.encoder(batch["net_input"]["src_tokens"])
     state: dict[str, Any] = {}
@@ -309,6 +332,279 @@ def test_pruned_vocabulary_is_restored(tokenizer: Path, llm_text: Path, tmp_path
         for path in (source, tmp_path / "hf")
     )
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def bpe_folder(llm_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer, as GPT-2 and Qwen have, and a model of 4 more rows."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"], show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator((llm_text / "train.de").read_text().splitlines(), trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    pretrained(folder, "qwen2", tokenizer.get_vocab_size() + 4)
+    return folder
+
+
+def gguf_model(folder: Path, spm: Path) -> None:
+    """A random Llama in one GGUF file with a SentencePiece BPE tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(spm))
+    size, width, hidden = processor.get_piece_size(), 32, 48
+    folder.mkdir()
+    writer = gguf.GGUFWriter(str(folder / "model.gguf"), "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(width // 4)
+    writer.add_vocab_size(size)
+    writer.add_tokenizer_model("llama")
+    ids = range(size)
+    kinds = [
+        6
+        if processor.is_byte(i)
+        else 3
+        if processor.is_control(i) or processor.is_unknown(i)
+        else 1
+        for i in ids
+    ]
+    writer.add_token_list([processor.id_to_piece(i) for i in ids])
+    writer.add_token_scores([processor.get_score(i) for i in ids])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(processor.bos_id())
+    writer.add_eos_token_id(processor.eos_id())
+    writer.add_unk_token_id(processor.unk_id())
+    writer.add_add_space_prefix(False)
+    random = np.random.default_rng(1)
+    shapes = {
+        "token_embd": (size, width), "output": (size, width), "output_norm": (width,),
+        "blk.0.attn_norm": (width,), "blk.0.ffn_norm": (width,),
+        "blk.0.attn_q": (width, width), "blk.0.attn_k": (width // 2, width),
+        "blk.0.attn_v": (width // 2, width), "blk.0.attn_output": (width, width),
+        "blk.0.ffn_gate": (hidden, width), "blk.0.ffn_up": (hidden, width),
+        "blk.0.ffn_down": (width, hidden),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(0, 0.3, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_file(llm_text: Path, tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((llm_text / "train.de").read_text(encoding="utf-8").splitlines()),
+        model_prefix=str(tmp_path / "spm"), vocab_size=300, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    gguf_model(folder, tmp_path / "spm.model")
+    name = "model.gguf"
+    original = load_tokenizer(str(tmp_path / "spm.model"))
+    opened = load_tokenizer(str(folder), name)
+    for line in [*(llm_text / "test.de").read_text(encoding="utf-8").splitlines(), " a  b\t"]:
+        assert opened.encode(line) == original.encode(line)
+        assert opened.decode(opened.encode(line)) == line
+    assert opened.specials == original.specials and opened.pieces == original.pieces
+    data = tmp_path / "data"
+    prepare(folder, llm_text, data, "--gguf-file", name)
+    out = script(
+        "import_hf", folder, "--gguf-file", name, "--data", data / "bin", "--output",
+        tmp_path / "teacher.pt",
+    )  # fmt: skip
+    assert "parameters" in out
+    model, task = load(tmp_path / "teacher.pt", data / "bin")
+    task.load_dataset("test")
+    item = task.dataset("test")[1]
+    rows = model.vocabulary_rows
+    same = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).eval()
+    ids = rows[torch.cat([item["source"][:-1], item["target"][:-1]])].unsqueeze(0)
+    with torch.no_grad():
+        found = model(**task.dataset("test").collater([item])["net_input"])[0][0]
+        expected = same(ids).logits[0, len(item["source"]) - 2 :]
+    known = rows >= 0
+    torch.testing.assert_close(found[:, known], expected[:, rows[known]], atol=3e-4, rtol=1e-4)
+    # Exported, it is an ordinary folder whose tokenizer says the same.
+    script(
+        "export_hf", tmp_path / "teacher.pt", "--data", data / "bin", "--output", tmp_path / "hf"
+    )
+    exported = load_tokenizer(str(tmp_path / "hf"))
+    for line in (llm_text / "test.de").read_text(encoding="utf-8").splitlines():
+        assert exported.encode(line) == original.encode(line)
+        assert exported.decode(exported.encode(line)) == line
+    check_exported(tmp_path / "hf", model, task.dataset("test"), 1)
+
+
+def test_byte_level_tokenizer_and_few_shot_teacher(
+    bpe_folder: Path, llm_text: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    out = prepare(bpe_folder, llm_text, data, "--teacher-shots", "2", "--prune-vocab", "--train-limit", "20")  # fmt: skip
+    summary = json.loads((data / "data.json").read_text())
+    assert summary["translations_not_given_back_exactly"] == summary["unknown_tokens"] == 0
+    assert summary["sentences"] == {"train": 20, "valid": 9, "test": 9}, out
+    tokenizer = load_tokenizer(str(bpe_folder))
+    # The teacher's prompts: the student's after two examples, in the same symbols.
+    scripted = {}
+    for name in ("bin", "teacher"):
+        script("import_hf", bpe_folder, "--data", data / name, "--output", tmp_path / f"{name}.pt")
+        model, task = load(tmp_path / f"{name}.pt", data / name)
+        task.load_dataset("test")
+        scripted[name] = model, task.dataset("test"), task.target_dictionary
+    (student, plain, dictionary), (teacher, shots, same) = scripted["bin"], scripted["teacher"]
+    assert dictionary.symbols == same.symbols
+    for i in range(9):
+        assert torch.equal(plain[i]["target"], shots[i]["target"])
+        symbols = [dictionary[token] for token in shots[i]["source"][:-1]]
+        text = tokenizer.decode([token_of(symbol) for symbol in symbols])
+        examples = "".join(
+            f"Translate from English to German.\nEnglish: {src}\nGerman:\n{tgt}\n\n"
+            for src, tgt in summary["shots"]
+        )
+        assert text.startswith(examples) and text.endswith("\nGerman:\n")
+    # The end of sentence is what ends an example; the two tokens have changed places.
+    end = tokenizer.encode("\n\n")[0]
+    eos = tokenizer.specials[2]
+    row = dictionary.index(symbol_of(end, tokenizer.pieces[end]))
+    assert student.vocabulary_rows[[2, row]].tolist() == [eos, end]
+    assert teacher.vocabulary_rows[[2, row]].tolist() == [end, eos]
+    # A cache of the teacher serves the student.
+    command(
+        "sekd_fairseq.build_cache", data / "teacher", "--path", tmp_path / "teacher.pt",
+        "--output", tmp_path / "cache", "--cpu", "--allow-implausible",
+    )  # fmt: skip
+    log = train_llm(
+        data / "bin", tmp_path / "save", "--hf-model", bpe_folder, "--criterion",
+        "self_evolution_kd", "--teacher-cache", tmp_path / "cache",
+    )  # fmt: skip
+    assert "difficulty" in log
+    too_many = prepare(
+        bpe_folder, llm_text, tmp_path / "no", "--shots", "61", check=False
+    )  # fmt: skip
+    assert "--shots" in error_line(too_many)
+
+
+@dataclass
+class FakeLogprob:
+    """As vLLM's ``Logprob``: what ``prompt_logprobs`` holds for a token id."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+def fake_vllm(folder: Path) -> ModuleType:
+    """A module with vLLM's documented interface, on transformers: not vLLM itself."""
+
+    class SamplingParams:
+        def __init__(self, max_tokens: int, prompt_logprobs: int, detokenize: bool) -> None:
+            assert max_tokens >= 1
+            self.prompt_logprobs = prompt_logprobs
+
+    class LLM:
+        def __init__(self, model: str, dtype: str, max_logprobs: int) -> None:
+            assert model == str(folder) and dtype == "float32"
+            self.max_logprobs = max_logprobs
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+            positions = self.model.config.max_position_embeddings
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=positions))
+
+        def generate(self, prompts: Any, sampling_params: Any, use_tqdm: bool) -> list[Any]:
+            best = sampling_params.prompt_logprobs
+            assert best <= self.max_logprobs
+            return [self.one(prompt["prompt_token_ids"], best) for prompt in prompts]
+
+        def one(self, ids: list[int], best: int) -> Any:
+            with torch.no_grad():
+                log_p = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            found: list[Any] = [None]  # nothing predicts the first token
+            for row, token in zip(log_p[:-1], ids[1:], strict=True):
+                chosen = {*row.topk(best).indices.tolist(), token}
+                found.append({i: FakeLogprob(row[i].item()) for i in chosen})
+            return SimpleNamespace(prompt_token_ids=ids, prompt_logprobs=found)
+
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
+    return module
+
+
+def test_vllm_engine(
+    tokenizer: Path, llm_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sekd_fairseq import build_cache
+
+    data = tmp_path / "data"
+    prepare(tokenizer, llm_text, data, "--prune-vocab")
+    pieces = load_tokenizer(str(tokenizer)).pieces
+    source = pretrained(tmp_path / "model", "llama", len(pieces))
+    command_line = [
+        str(data / "bin"),
+        "--path",
+        str(source),
+        "--engine",
+        "vllm",
+        "--subset",
+        "test",
+    ]
+    command_line.append("--allow-implausible")
+    with pytest.raises(SystemExit):
+        build_cache.main([*command_line, "--output", str(tmp_path / "no")])  # no vLLM here
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm(source))
+    for wrong in (["--sample", "4"], ["--temperature", "2"], ["--top-k", "0"]):
+        with pytest.raises(SystemExit):
+            build_cache.main([*command_line, "--output", str(tmp_path / "no"), *wrong])
+    assert not (tmp_path / "no").exists()
+    build_cache.main([*command_line, "--output", str(tmp_path / "k"), "--top-k", "6"])
+    build_cache.main(
+        [*command_line, "--output", str(tmp_path / "p"), "--top-k", "6", "--top-p", "0.3"]
+    )
+    top_k, top_p = (TeacherCache.open(tmp_path / name / "test") for name in "kp")
+    script("import_hf", source, "--data", data / "bin", "--output", tmp_path / "teacher.pt")
+    model, task = load(tmp_path / "teacher.pt", data / "bin")
+    task.load_dataset("test")
+    dataset = task.dataset("test")
+    rows = model.vocabulary_rows
+    original = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+    known = rows[rows >= 0]
+    for i in range(len(dataset)):
+        item = dataset[i]
+        ids = rows[torch.cat([item["source"][:-1], item["target"]])].unsqueeze(0)
+        with torch.no_grad():
+            log_p = original(ids).logits[0, len(item["source"]) - 2 : -1].log_softmax(-1)
+        sentence, ends = top_k[i], top_k[i].support_size.cumsum()
+        fewer = top_p[i]
+        for place, gold in enumerate(item["target"].tolist()):
+            entries = slice(ends[place] - sentence.support_size[place], ends[place])
+            kept, values = sentence.token_id[entries], sentence.logprob[entries]
+            exact = log_p[place, rows[kept.astype(int)]]
+            assert kept[0] == gold
+            np.testing.assert_allclose(values, exact, atol=2e-2)  # stored in 16 bits
+            np.testing.assert_allclose(sentence.gold_logprob[place], exact[0], atol=1e-4)
+            # Of the model's six best, those that have a symbol, and what they leave.
+            best = [t for t in log_p[place].topk(6).indices.tolist() if t in known.tolist()]
+            expected = {int(rows[gold]), *[t for t in best if t != rows[gold]][:5]}
+            assert {int(rows[t]) for t in kept.astype(int)} == expected
+            rest = 1 - exact.exp().sum()
+            np.testing.assert_allclose(sentence.outside_mass[place], rest, atol=1e-3)
+            assert sentence.entropy[place] <= -(log_p[place].exp() * log_p[place]).sum() + 1e-3
+        assert (fewer.support_size <= sentence.support_size + 1).all()
+    assert top_p.manifest.tokens == top_k.manifest.tokens
+    assert top_k.manifest.teacher["arch"] == "vllm"
 
 
 def test_bad_input_ends_with_one_line(
