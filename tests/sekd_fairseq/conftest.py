@@ -5,6 +5,7 @@ import os
 import random
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -148,6 +149,22 @@ def train_arguments(data: object, save: Path, *options: object) -> list[object]:
 
 def train(data: object, save: Path, *options: object, check: bool = True) -> str:
     return command(*train_arguments(data, save, *options), check=check)
+
+
+def train_in_two_processes(arguments: list[object]) -> None:
+    """Run a training in two processes on this machine, over gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spread = [
+        "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", "--distributed-world-size",
+        2, "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn",
+    ]  # fmt: skip
+    children = [
+        start_command(*arguments, *spread, "--distributed-rank", rank, "--device-id", rank)
+        for rank in range(2)
+    ]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
 
 
 def parameters(checkpoint: Path) -> torch.Tensor:

@@ -18,7 +18,15 @@ from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.llm.vocabulary import build_vocabulary, symbol_of, token_of
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import ROOT, command, error_line, sentence_pairs, write_text
+from .conftest import (
+    ROOT,
+    command,
+    error_line,
+    parameters,
+    sentence_pairs,
+    train_in_two_processes,
+    write_text,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -106,13 +114,16 @@ def pretrained(folder: Path, family: str, rows: int) -> Path:
     return folder
 
 
-def train_llm(data: Path, save: Path, *options: object, check: bool = True) -> str:
-    return command(
+def train_llm_arguments(data: Path, save: Path, *options: object) -> list[object]:
+    return [
         "fairseq_cli.train", data, *PLUGIN, "--arch", "hf_causal_lm", "--optimizer", "adam", "--lr",
         "3e-3", "--max-tokens", "600", "--max-update", "3", "--save-dir", save, "--cpu",
         "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "1", *options,
-        check=check,
-    )  # fmt: skip
+    ]  # fmt: skip
+
+
+def train_llm(data: Path, save: Path, *options: object, check: bool = True) -> str:
+    return command(*train_llm_arguments(data, save, *options), check=check)
 
 
 def load(path: Path, data: Path) -> tuple[Any, Any]:
@@ -288,6 +299,27 @@ def test_teacher_cache_student_generation_and_export(
         llm_data, tmp_path / "again", "--criterion", "cross_entropy", "--hf-model", tmp_path / "hf",
         "--disable-validation",
     )  # fmt: skip
+
+
+def test_two_processes_train_as_one(llm_data: Path, tokenizer: Path, tmp_path: Path) -> None:
+    tokens = len(load_tokenizer(str(tokenizer)).pieces)
+    source = pretrained(tmp_path / "model", "llama", tokens)
+    script("import_hf", source, "--data", llm_data, "--output", tmp_path / "teacher.pt")
+    command(
+        "sekd_fairseq.build_cache", llm_data, "--path", tmp_path / "teacher.pt", "--output",
+        tmp_path / "cache", "--cpu", "--allow-implausible",
+    )  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama"]))
+    options = (
+        "--criterion", "self_evolution_kd", "--teacher-cache", tmp_path / "cache", "--hf-config",
+        config, "--optimizer", "sgd", "--lr", "0.1", "--batch-size", "6", "--max-tokens", "9999",
+        "--disable-validation", "--seed", "2", "--sekd-chunk-tokens", "16",
+    )  # fmt: skip
+    train_llm(llm_data, tmp_path / "one", *options, "--update-freq", "2")
+    train_in_two_processes(train_llm_arguments(llm_data, tmp_path / "two", *options))
+    one, two = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
 
 
 def test_adapters_and_fewer_layers(llm_data: Path, tokenizer: Path, tmp_path: Path) -> None:

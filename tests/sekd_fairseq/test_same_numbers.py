@@ -1,0 +1,75 @@
+"""A training gives the same numbers however its batches are split, loaded and spread."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import (
+    ROOT,
+    binarise,
+    command,
+    parameters,
+    sentence_pairs,
+    train,
+    train_arguments,
+    train_in_two_processes,
+    write_text,
+)
+
+#: Figures of each update, as fairseq logged them when the losses had been proved.
+TRACE = ROOT / "tests" / "golden" / "training_trace.json"
+UPDATES = 6
+FIGURES = ("loss", "nll_loss", "difficulty", "hard_share", "hard_lambda", "kl_hard", "agreement")
+
+
+@pytest.fixture(scope="module")
+def eight(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Eight training sentences, which are one batch, two of four or one of four a process; and
+    their teacher cache."""
+    folder = tmp_path_factory.mktemp("eight")
+    write_text(folder / "text", "train", sentence_pairs(8, 5))
+    binarised = binarise(folder / "text", folder / "bin", data)
+    command(
+        "sekd_fairseq.build_cache", binarised, "--path", teacher, "--output", folder / "cache",
+        "--cpu", "--subset", "train", "--top-k", "6",
+    )  # fmt: skip
+    return binarised, folder / "cache"
+
+
+def options(cache: Path) -> list[object]:
+    return [
+        "--criterion", "self_evolution_kd", "--teacher-cache", cache, "--disable-validation",
+        "--gamma", "0.5", "--max-tokens", "100000", "--max-update", UPDATES, "--seed", "3",
+        # Adam would turn rounding of gradients near zero into whole steps.
+        "--optimizer", "sgd", "--lr", "0.1",
+    ]  # fmt: skip
+
+
+def trace(log: str) -> list[dict[str, float]]:
+    """The figures of each update, from fairseq's JSON log."""
+    found = [json.loads(line[line.index("{") :]) for line in log.splitlines() if '"gnorm"' in line]
+    return [{name: float(record[name]) for name in FIGURES} for record in found if "ups" in record]
+
+
+def test_one_golden_trace(eight: tuple[Path, Path], tmp_path: Path) -> None:
+    data, cache = eight
+    golden = json.loads(TRACE.read_text(encoding="utf-8"))
+    assert len(golden) == UPDATES and golden[0]["hard_share"] > 0
+    ends = {}
+    for name, words in {
+        "batch of 8": ("--batch-size", 8),
+        "two batches of 4": ("--batch-size", 4, "--update-freq", 2),
+        "two workers": ("--batch-size", 8, "--num-workers", 2),
+    }.items():
+        log = train(data, tmp_path / name, *options(cache), *words)
+        for found, expected in zip(trace(log), golden, strict=True):
+            assert found == pytest.approx(expected, abs=2e-3), name
+        ends[name] = parameters(tmp_path / name / "checkpoint_last.pt")
+    save = tmp_path / "two processes"
+    train_in_two_processes(train_arguments(data, save, *options(cache), "--batch-size", 4))
+    ends["two processes"] = parameters(save / "checkpoint_last.pt")
+    torch.testing.assert_close(ends["two workers"], ends["batch of 8"], rtol=0, atol=0)
+    for name in ("two batches of 4", "two processes"):
+        torch.testing.assert_close(ends[name], ends["batch of 8"], rtol=0, atol=2e-5, msg=name)
