@@ -6,21 +6,20 @@ draws them again from the tables of RUNS/report.
 """
 
 import argparse
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
 from tqdm import tqdm
 
 from analysis.errors import AnalysisError, one_line_errors
-from analysis.style import COLUMN, PAGE, figure, looks, method_name, ordered, save
+from analysis.flows import draw_transitions
+from analysis.sensitivity import BASELINE, value_key
+from analysis.style import COLUMN, PAGE, figure, hide, looks, method_name, ordered, save
 
 matplotlib.use("Agg")
 
@@ -105,7 +104,7 @@ def draw_transfer(table: pd.DataFrame, path: Path) -> None:
                 )
             axis.set_xlabel(PANELS[family])
             axis.set_ylabel("KL(p‖q), nats")
-        _hide(axes[len(families) :])
+        hide(axes[len(families) :])
         spare = axes[len(families)] if len(axes) > len(families) else axes[0]
         handles, names_ = axes[0].get_legend_handles_labels()
         spare.legend(handles, names_, loc="center" if len(axes) > len(families) else "upper left")
@@ -167,6 +166,80 @@ def draw_quality(table: pd.DataFrame, path: Path) -> None:
             axis.set_xlabel("BLEU, 95 % interval over sentences")
 
 
+def draw_methods(table: pd.DataFrame, path: Path) -> None:
+    """The results table as a figure: BLEU gained over word-level KD (or, where there is none, over
+    fine-tuning) by method and direction, with hierarchical 95 % intervals and the mean BLEU."""
+    table = table[(table["metric"] == "BLEU") & (table["method"] != "teacher")]
+    over = "word_kd" if table["gain_over_word_kd"].notna().any() else "finetune"
+    gain = f"gain_over_{over}"
+    if table[gain].isna().all():
+        return
+    height = 0.55 + 0.2 * max(table.groupby("direction").size())
+    with _direction_panels(table, height, path) as panels:
+        for axis, part in panels:
+            methods = ordered(part["method"])
+            for place, method in enumerate(methods):
+                row = part[part["method"] == method].iloc[0]
+                look = looks(table["method"])[method]
+                value = 0.0 if pd.isna(row[gain]) else row[gain]
+                reach = [[value - row[f"{gain}_low"]], [row[f"{gain}_high"] - value]]
+                axis.errorbar(
+                    *([value], [place]),
+                    xerr=None if pd.isna(row[gain]) else np.abs(reach),
+                    fmt=look.marker,
+                    color=look.colour,
+                    elinewidth=0.9,
+                    capsize=1.8,
+                )
+                axis.annotate(
+                    *(f"{row['mean']:.2f}", (1.01, place)),
+                    xycoords=("axes fraction", "data"),
+                    va="center",
+                    fontsize=6,
+                )
+            axis.axvline(0, color="0.6", linewidth=0.6)
+            axis.set_yticks(range(len(methods)), [method_name(method) for method in methods])
+            axis.invert_yaxis()
+            axis.grid(axis="x", linewidth=0.3, color="0.85")
+            axis.set_xlabel(f"BLEU over {method_name(over)}, 95 % interval (right: BLEU)")
+
+
+def draw_sensitivity(table: pd.DataFrame, path: Path) -> None:
+    """BLEU by the value of one hyper-parameter, the others as in most runs, a panel each: means over
+    directions and seeds, the runs as points; the broken line is word-level KD."""
+    own = table[table["parameter"] != BASELINE]
+    parameters = sorted(own["parameter"].unique())
+    rows = -(-len(parameters) // 2)
+    width = COLUMN if len(parameters) == 1 else PAGE
+    with figure(width, 1.9 * rows, rows, min(2, len(parameters))) as (drawn, axes):
+        for axis, parameter in zip(axes, parameters, strict=False):
+            part = own[own["parameter"] == parameter]
+            values = sorted(part["value"].astype(str).unique(), key=value_key)
+            for method, look in looks(own["method"]).items():
+                runs = part[part["method"] == method]
+                if runs.empty:
+                    continue
+                place = runs["value"].astype(str).map(values.index)
+                mean = runs["BLEU"].groupby(place).mean()
+                axis.plot(
+                    *(mean.index, mean),
+                    color=look.colour,
+                    linestyle=look.line,
+                    marker=look.marker,
+                    label=method_name(method),
+                )
+                axis.plot(place, runs["BLEU"], ".", color=look.colour, markersize=2, alpha=0.6)
+            for value in table.loc[table["parameter"] == BASELINE, "BLEU"].dropna():
+                axis.axhline(value, color="0.5", linewidth=0.7, linestyle=(0, (4, 2)))
+            axis.set_xticks(range(len(values)), values)
+            axis.margins(x=0.08)
+            axis.set_xlabel(parameter)
+            axis.set_ylabel("BLEU")
+        hide(axes[len(parameters) :])
+        axes[0].legend(loc="best")
+        save(drawn, path)
+
+
 def draw_training(table: pd.DataFrame, path: Path) -> None:
     """KL on easy and hard tokens over training (mean over seeds), from records where there are some,
     else from the log; a panel a direction."""
@@ -194,75 +267,6 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
         panels[0][0].figure.legend(
             handles, labels, loc="outside lower center", ncols=2, handlelength=2.6
         )
-
-
-def draw_transitions(table: pd.DataFrame, path: Path) -> None:
-    """How tokens move between easy and hard from each scored checkpoint to the next: a panel a
-    method, shares of all tokens, directions and seeds together."""
-    methods = ordered(table["method"])
-    columns = min(2, len(methods))
-    rows = -(-len(methods) // columns)
-    with figure(COLUMN if columns == 1 else PAGE, 1.7 * rows, rows, columns) as (drawn, axes):
-        for axis, method in zip(axes, methods, strict=False):
-            own = table[table["method"] == method]
-            steps = sorted(set(own["from_step"]) | set(own["to_step"]))
-            for place, (first, second) in enumerate(itertools.pairwise(steps)):
-                span = own[(own["from_step"] == first) & (own["to_step"] == second)]
-                tokens = span.groupby(["from", "to"])["tokens"].sum()
-                total = tokens.sum()
-                if total:
-                    share = {key: float(value) / total for key, value in tokens.items()}
-                    _flow(axis, place, share)
-            axis.set_xticks(range(len(steps)), [f"{step:,}" for step in steps])
-            axis.set_xlim(-0.15, len(steps) - 0.85)
-            axis.set_ylim(0, 1)
-            axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
-            axis.set_ylabel("tokens, %")
-            axis.set_xlabel("updates")
-            axis.set_title(method_name(method))
-        _hide(axes[len(methods) :])
-        marks = [
-            Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.3)
-            for colour, hatch in FLOWS.values()
-        ]
-        names = [f"{before} to {after}" for before, after in FLOWS]
-        drawn.legend(marks, names, loc="outside lower center", ncols=4, handlelength=1.2)
-        save(drawn, path)
-
-
-#: Colour and hatch of each flow between states; what stays is pale.
-FLOWS = {
-    ("easy", "easy"): ("#d9e8f2", ""),
-    ("hard", "easy"): ("#0072B2", ""),
-    ("easy", "hard"): ("#D55E00", "////"),
-    ("hard", "hard"): ("#f5dccb", "////"),
-}
-
-
-def _levels(share: dict[Any, float], order: Sequence[Any]) -> dict[Any, float]:
-    """The lower edge of each ribbon, stacked in an order."""
-    sizes = [share.get(key, 0.0) for key in order]
-    return dict(zip(order, itertools.accumulate(sizes, initial=0.0), strict=False))
-
-
-def _flow(axis: Axes, place: int, share: dict[Any, float]) -> None:
-    """Ribbons from one step to the next: easy lies below, hard above."""
-    states = ("easy", "hard")
-    left = _levels(share, [(origin, goal) for origin in states for goal in states])
-    right = _levels(share, [(origin, goal) for goal in states for origin in states])
-    x = np.linspace(0, 1, 30)
-    bend = x * x * (3 - 2 * x)
-    for key, (colour, hatch) in FLOWS.items():
-        size = share.get(key, 0.0)
-        if size:
-            low = left[key] + (right[key] - left[key]) * bend
-            axis.fill_between(
-                *(place + x, low, low + size),
-                facecolor=colour,
-                hatch=hatch,
-                edgecolor="black",
-                linewidth=0.2,
-            )
 
 
 def draw_sentences(table: pd.DataFrame, path: Path) -> None:
@@ -308,7 +312,7 @@ def _direction_panels(
         for axis, direction in zip(axes, directions, strict=False):
             if len(directions) > 1:
                 axis.set_title(direction)
-        _hide(axes[len(directions) :])
+        hide(axes[len(directions) :])
         yield [
             (axis, table[table["direction"] == direction])
             for axis, direction in zip(axes, directions, strict=False)
@@ -316,16 +320,13 @@ def _direction_panels(
         save(drawn, path)
 
 
-def _hide(axes: Sequence[Axes]) -> None:
-    for axis in axes:
-        axis.set_axis_off()
-
-
 #: Name of a figure (and of its CSV) to the function that draws it.
 FIGURES: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     "difficulty": draw_difficulty,
     "transfer": draw_transfer,
     "quality": draw_quality,
+    "methods": draw_methods,
+    "sensitivity": draw_sensitivity,
     "training": draw_training,
     "transitions": draw_transitions,
     "sentences": draw_sentences,
@@ -341,6 +342,7 @@ def draw_all(folder: Path) -> list[str]:
             table = pd.read_csv(path, keep_default_na=False, na_values=[""])
             if not table.empty:
                 draw(table, path.with_suffix(""))
+            if path.with_suffix(".svg").exists():
                 drawn.append(name)
     return drawn
 

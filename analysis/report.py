@@ -52,6 +52,15 @@ def markdown(results: "Results", drawn: Sequence[str]) -> str:
     parts += ["## Claims", *_claims(results)]
     parts += ["## Translation quality", *_quality(results)]
     parts += _figure("quality", drawn, "BLEU of every run, 95 % bootstrap interval over sentences.")
+    caption = "BLEU over the baseline, hierarchical 95 % intervals; BLEU itself on the right."
+    parts += _figure("methods", drawn, caption)
+    if "sensitivity" in drawn:
+        parts += ["## Sensitivity"]
+        caption = (
+            "BLEU by one hyper-parameter at a time, the others as in most runs; the broken line is "
+            "the baseline."
+        )
+        parts += _figure("sensitivity", drawn, caption)
     parts += ["## Transfer by bucket", *_transfer(results)]
     caption = "KL to the teacher by bucket, mean over directions and seeds."
     parts += _figure("transfer", drawn, caption)

@@ -1,6 +1,6 @@
 """How figures look: sizes of an ACL page, embedded fonts, colours that print in grey."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,3 +124,9 @@ def save(drawn: Figure, path: Path) -> None:
     drawn.set_layout_engine("none")  # the layout is done; not again for every format
     for suffix in FORMATS:
         drawn.savefig(path.with_suffix(f".{suffix}"), metadata=dates[suffix])
+
+
+def hide(axes: Sequence[Axes]) -> None:
+    """Panels that nothing is drawn in."""
+    for axis in axes:
+        axis.set_axis_off()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import claims, evolution, examples, quality, report, tables
+from analysis import claims, evolution, examples, quality, report, sensitivity, tables
 from analysis.buckets import Threshold
 from analysis.errors import AnalysisError, one_line_errors
 from analysis.judge import Judge, Options, load_judges
@@ -66,6 +66,8 @@ def analyse(root: Path, options: Options) -> Results:
         "difficulty": tables.difficulty_table(judges),
         "transfer": transfer,
         "quality": results,
+        "methods": found["methods"],
+        "sensitivity": sensitivity.sensitivity_table(judges, qualities, options.baseline),
         "training": training,
         "transitions": found["transitions"],
         "sentences": tables.sentence_table(judges, qualities, options.baseline),

@@ -45,7 +45,7 @@ def test_report_of_the_demo_and_its_figures_again(demo: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith(f"report: {demo / 'report/report.md'}")
     written = files(demo / "report")
-    names = ("difficulty", "transfer", "quality", "training", "transitions", "sentences")
+    names = ("difficulty", "transfer", "quality", "methods", "training", "transitions", "sentences")
     assert {
         f"figures/{name}.{kind}" for name in names for kind in ("csv", "pdf", "png", "svg")
     } <= set(written)

@@ -1,0 +1,82 @@
+"""The figure of how tokens move between easy and hard while a run trains."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+from analysis.style import COLUMN, PAGE, figure, hide, method_name, ordered, save
+
+
+def draw_transitions(table: pd.DataFrame, path: Path) -> None:
+    """How tokens move between easy and hard from each scored checkpoint to the next: a panel a
+    method, shares of all tokens, directions and seeds together."""
+    methods = ordered(table["method"])
+    columns = min(2, len(methods))
+    rows = -(-len(methods) // columns)
+    with figure(COLUMN if columns == 1 else PAGE, 1.7 * rows, rows, columns) as (drawn, axes):
+        for axis, method in zip(axes, methods, strict=False):
+            own = table[table["method"] == method]
+            steps = sorted(set(own["from_step"]) | set(own["to_step"]))
+            for place, (first, second) in enumerate(itertools.pairwise(steps)):
+                span = own[(own["from_step"] == first) & (own["to_step"] == second)]
+                tokens = span.groupby(["from", "to"])["tokens"].sum()
+                total = tokens.sum()
+                if total:
+                    share = {key: float(value) / total for key, value in tokens.items()}
+                    _flow(axis, place, share)
+            axis.set_xticks(range(len(steps)), [f"{step:,}" for step in steps])
+            axis.set_xlim(-0.15, len(steps) - 0.85)
+            axis.set_ylim(0, 1)
+            axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
+            axis.set_ylabel("tokens, %")
+            axis.set_xlabel("updates")
+            axis.set_title(method_name(method))
+        hide(axes[len(methods) :])
+        marks = [
+            Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.3)
+            for colour, hatch in FLOWS.values()
+        ]
+        names = [f"{before} to {after}" for before, after in FLOWS]
+        drawn.legend(marks, names, loc="outside lower center", ncols=4, handlelength=1.2)
+        save(drawn, path)
+
+
+#: Colour and hatch of each flow between states; what stays is pale.
+FLOWS = {
+    ("easy", "easy"): ("#d9e8f2", ""),
+    ("hard", "easy"): ("#0072B2", ""),
+    ("easy", "hard"): ("#D55E00", "////"),
+    ("hard", "hard"): ("#f5dccb", "////"),
+}
+
+
+def _levels(share: dict[Any, float], order: Sequence[Any]) -> dict[Any, float]:
+    """The lower edge of each ribbon, stacked in an order."""
+    sizes = [share.get(key, 0.0) for key in order]
+    return dict(zip(order, itertools.accumulate(sizes, initial=0.0), strict=False))
+
+
+def _flow(axis: Axes, place: int, share: dict[Any, float]) -> None:
+    """Ribbons from one step to the next: easy lies below, hard above."""
+    states = ("easy", "hard")
+    left = _levels(share, [(origin, goal) for origin in states for goal in states])
+    right = _levels(share, [(origin, goal) for goal in states for origin in states])
+    x = np.linspace(0, 1, 30)
+    bend = x * x * (3 - 2 * x)
+    for key, (colour, hatch) in FLOWS.items():
+        size = share.get(key, 0.0)
+        if size:
+            low = left[key] + (right[key] - left[key]) * bend
+            axis.fill_between(
+                *(place + x, low, low + size),
+                facecolor=colour,
+                hatch=hatch,
+                edgecolor="black",
+                linewidth=0.2,
+            )
