@@ -201,7 +201,12 @@ def draw_methods(table: pd.DataFrame, path: Path) -> None:
             axis.set_yticks(range(len(methods)), [method_name(method) for method in methods])
             axis.invert_yaxis()
             axis.grid(axis="x", linewidth=0.3, color="0.85")
-            axis.set_xlabel(f"BLEU over {method_name(over)}, 95 % interval (right: BLEU)")
+            axis.margins(y=0.12)
+            axis.set_xlabel(f"BLEU over {method_name(over)}")
+
+
+#: Hyper-parameters as the equations write them.
+SYMBOLS = {"gamma": "Γ", "lambda_max": "λ_max", "beta": "β", "alpha": "α"}
 
 
 def draw_sensitivity(table: pd.DataFrame, path: Path) -> None:
@@ -233,7 +238,7 @@ def draw_sensitivity(table: pd.DataFrame, path: Path) -> None:
                 axis.axhline(value, color="0.5", linewidth=0.7, linestyle=(0, (4, 2)))
             axis.set_xticks(range(len(values)), values)
             axis.margins(x=0.08)
-            axis.set_xlabel(parameter)
+            axis.set_xlabel(SYMBOLS.get(parameter, parameter.replace("_", " ")))
             axis.set_ylabel("BLEU")
         hide(axes[len(parameters) :])
         axes[0].legend(loc="best")

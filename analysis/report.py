@@ -177,6 +177,11 @@ def _quality_rows(results: "Results") -> list[dict[str, Any]]:
             "seed": row["seed"],
             "BLEU": _interval(row["BLEU"], row["BLEU_low"], row["BLEU_high"], 2),
             "chrF": _interval(row["chrF"], row["chrF_low"], row["chrF_high"], 2),
+            **(
+                {"COMET": _interval(row["COMET"], row["COMET_low"], row["COMET_high"], 2)}
+                if "COMET" in row
+                else {}
+            ),
             "over fine-tuning": _gain(row, "finetune"),
             "over word-level KD": _gain(row, "word_kd"),
             "sentences": row["sentences"],

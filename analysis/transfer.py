@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import claims, evolution, examples, quality, report, sensitivity, tables
+from analysis import claims, evolution, examples, neural, quality, report, sensitivity, tables
 from analysis.buckets import Threshold
 from analysis.errors import AnalysisError, one_line_errors
 from analysis.judge import Judge, Options, load_judges
@@ -36,14 +36,15 @@ class Results:
     examples: list[examples.Group]
 
 
-def analyse(root: Path, options: Options) -> Results:
-    """Compute every table of a report from the runs below ``root``.
+def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
+    """Compute every table of a report from the runs below ``root``; ``comet`` is a COMET model.
 
     Raises
     ------
     AnalysisError
         Nothing below ``root`` can be compared.
     """
+    model = None if comet is None else neural.load_comet(comet)
     study = load_study(root, options.subset)
     judges = load_judges(study, options)
     loaded = (quality.load_quality(direction, options.subset) for direction in study.directions)
@@ -51,6 +52,9 @@ def analyse(root: Path, options: Options) -> Results:
     history = evolution.History(judges)
     study.left_out.extend(history.left_out)
     results = quality.results_table(list(qualities.values()))
+    if model is not None and not results.empty:
+        own = list(qualities.values())
+        results = neural.add_comet(results, own, model, options.resamples, options.seed)
     transfer = tables.transfer_table(judges)
     training = evolution.training_table(judges, history)
     found = {
@@ -124,6 +128,13 @@ def parser() -> argparse.ArgumentParser:
         default=0.02,
         help="smallest relative effect that matters, for the verdicts (default: %(default)s)",
     )
+    add(
+        *("--comet",),
+        type=Path,
+        metavar="MODEL",
+        help="score with this COMET model too: a checkpoint, or the folder that holds "
+        "checkpoints/model.ckpt (needs unbabel-comet)",
+    )
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
     return out
@@ -155,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         options = read_options(args)
         output = args.output or args.runs / "report"
-        results = analyse(args.runs, options)
+        results = analyse(args.runs, options, args.comet)
         write(results, output)
         print(report.summary(results))
         print(f"report: {output / MARK}")

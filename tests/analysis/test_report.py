@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -193,6 +194,42 @@ def test_a_folder_that_is_no_report_is_never_replaced(demo: Path) -> None:
     with pytest.raises(SystemExit, match="expected a report or nothing there"):
         transfer.main([str(demo), "--output", str(demo / "word_kd"), "--resamples", "100"])
     assert (demo / "word_kd/run.json").exists()
+
+
+def test_comet_where_it_is_installed(
+    demo: Path, tmp_path: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "comet" / "checkpoints" / "model.ckpt"
+    with pytest.raises(SystemExit, match="expected a COMET checkpoint, found no file"):
+        transfer.main([str(demo), "--comet", str(model.parents[1])])
+    model.parent.mkdir(parents=True)
+    model.touch()
+    monkeypatch.setitem(sys.modules, "comet", None)
+    with pytest.raises(SystemExit, match="pip install unbabel-comet"):
+        transfer.main([str(demo), "--comet", str(model)])
+
+    class Model:
+        """With COMET's interface: the score is the share of the reference's words."""
+
+        def predict(self, data: list[dict[str, str]], progress_bar: bool) -> SimpleNamespace:
+            assert all(item["src"] == item["ref"].upper() for item in data)
+            words = [(item["ref"].split(), item["mt"].split()) for item in data]
+            return SimpleNamespace(scores=[sum(map(str.__eq__, *w)) / len(w[0]) for w in words])
+
+    fake = SimpleNamespace(load_from_checkpoint=lambda path: {str(model): Model()}[path])
+    monkeypatch.setitem(sys.modules, "comet", fake)
+    transfer.main([str(demo), "--comet", str(model.parents[1]), "--resamples", "100"])
+    table = pd.read_csv(demo / "report/tables/results.csv").set_index("run")
+    lines = {
+        suffix: (demo / f"se_kd/hyps/test{suffix}.txt").read_text().splitlines()
+        for suffix in ("", ".ref")
+    }
+    pairs = [(r.split(), h.split()) for r, h in zip(lines[".ref"], lines[""], strict=True)]
+    mean = 100 * sum(sum(map(str.__eq__, *pair)) / len(pair[0]) for pair in pairs) / len(pairs)
+    row = table.loc["se_kd"]
+    assert row["COMET"] == pytest.approx(mean)
+    assert row["COMET_low"] < row["COMET"] < row["COMET_high"]
+    assert "COMET" in (demo / "report/report.md").read_text()
 
 
 def test_package_imports_no_torch() -> None:

@@ -1,5 +1,8 @@
 """Statistics against SciPy, against simulation, and by hand."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -101,6 +104,26 @@ def test_seeds_alone_give_the_t_test_over_seeds() -> None:
 def test_effect_without_any_spread() -> None:
     found = hierarchical([np.zeros(2)], [np.zeros((2, 10))], [200])
     assert (found.effect, found.p) == (0.0, 1.0)
+
+
+CASES = json.loads((Path(__file__).parent / "cases" / "statsmodels.json").read_text())
+
+
+def test_statsmodels_cases() -> None:
+    """Answers of statsmodels, kept by cases/make_statsmodels.py."""
+    for case in CASES["holm"]:
+        np.testing.assert_allclose(holm(case["p"]), case["corrected"])
+    for case in CASES["partial_spearman"]:
+        x, y, z, w = (np.array(case[name], dtype=float) for name in "xyzw")
+        assert partial_spearman(x, y, [z, w])[0] == pytest.approx(case["correlation"])
+    for case in CASES["crossed"]:
+        effects = np.array(case["effects"])
+        resamples = Resamples(effects.shape[1], 4000, np.random.default_rng(21))
+        draws = resamples.sums(effects.T).T / effects.shape[1]
+        found = hierarchical([effects.mean(axis=1)], [draws], [effects.shape[1]])
+        assert found.effect == pytest.approx(case["mean"], abs=1e-6)
+        # A mixed model fitted by REML; ours estimates the same variances by moments.
+        assert found.error == pytest.approx(case["error"], rel=0.1)
 
 
 def crossed_effects(

@@ -1,0 +1,56 @@
+"""COMET, where it is installed and a model is at hand; everything else works without."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from analysis.errors import AnalysisError
+from analysis.quality import Quality
+
+
+def load_comet(model: Path) -> Any:
+    """A COMET model from its checkpoint or from the folder that holds ``checkpoints/model.ckpt``.
+
+    Raises
+    ------
+    AnalysisError
+        COMET is not installed, or there is no checkpoint.
+    """
+    path = model / "checkpoints" / "model.ckpt" if model.is_dir() else model
+    if not path.is_file():
+        raise AnalysisError(f"--comet: expected a COMET checkpoint, found no file {path}")
+    try:
+        from comet import load_from_checkpoint
+    except ImportError as error:
+        raise AnalysisError(
+            f"--comet: expected the package unbabel-comet, found none that imports ({error}); "
+            "pip install unbabel-comet, or leave --comet out"
+        ) from error
+    return load_from_checkpoint(str(path))
+
+
+def add_comet(
+    results: pd.DataFrame, qualities: Sequence[Quality], model: Any, resamples: int, seed: int
+) -> pd.DataFrame:
+    """The results with the columns ``COMET`` (in hundredths), ``COMET_low`` and ``COMET_high``, a
+    95 % bootstrap interval over sentences; NaN for runs without source text."""
+    found: dict[str, tuple[float, float, float]] = {}
+    for quality in qualities:
+        for run in tqdm(quality.runs(), desc=f"COMET {quality.direction.name}", disable=None):
+            texts = quality.texts(run)
+            if texts.sources is None:
+                continue
+            lines = zip(texts.sources, texts.hypotheses, texts.references, strict=True)
+            data = [{"src": src, "mt": mt, "ref": ref} for src, mt, ref in lines]
+            scores = 100 * np.asarray(model.predict(data, progress_bar=False).scores, np.float64)
+            rng = np.random.default_rng([seed, len(scores)])
+            drawn = rng.integers(0, len(scores), (resamples, len(scores)))
+            low, high = np.percentile(scores[drawn].mean(axis=1), [2.5, 97.5])
+            found[run.label] = float(scores.mean()), float(low), float(high)
+    missing = (np.nan, np.nan, np.nan)
+    columns = zip(*(found.get(label, missing) for label in results["run"]), strict=True)
+    return results.assign(**dict(zip(("COMET", "COMET_low", "COMET_high"), columns, strict=True)))
