@@ -4,9 +4,13 @@ Every score of a report is a ratio of these sums, so resampling sentences never 
 Records are read in blocks of rows; memory grows with sentences and buckets, and by four bytes a token.
 """
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.sparse
@@ -16,6 +20,8 @@ from analysis.buckets import Family
 from analysis.records import Columns, TokenSet, iterate_columns
 from analysis.stats import Floats
 
+T = TypeVar("T")
+R = TypeVar("R")
 #: What is summed over tokens, in the order of the last axis of every array of sums.
 METRICS = (
     "kl",
@@ -122,36 +128,67 @@ def sum_records(path: Path, tokens: TokenSet, partition: Partition) -> RunSums:
     difficulty = np.zeros((sentences, 2, len(METRICS)))
     calibration = np.zeros((2, CALIBRATION_BINS, 3))
     q_gold = np.empty(len(tokens.token), dtype=np.float32)
-    hard = partition.codes("difficulty")
+
+    def summed(block: tuple[slice, Columns]) -> tuple[slice, slice, tuple[Floats, ...], Any]:
+        rows, columns = block
+        inside = slice(tokens.sentence[rows.start], tokens.sentence[rows.stop - 1] + 1)
+        return rows, inside, _block_sums(columns, rows, inside, tokens, partition), columns
+
+    # Added up in the order of the file, so that threads do not change the result.
+    for rows, inside, parts, columns in ordered_map(summed, _blocks(path)):
+        totals += parts[0]
+        kl[inside] += parts[1]
+        difficulty[inside] += parts[2]
+        calibration += parts[3]
+        q_gold[rows] = columns["q_gold"]
+    return RunSums(totals, kl, difficulty, calibration, q_gold)
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``map`` on a few threads, with no more items in memory than there are threads.
+
+    NumPy and SciPy let other threads run while they compute.
+    """
+    workers = min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _blocks(path: Path) -> Iterator[tuple[slice, Columns]]:
     start = 0
     for columns in iterate_columns(path, READ):
         end = start + len(columns["kl"])
-        rows = slice(start, end)
-        values = token_metrics(columns, tokens.token[rows])  # (rows, M)
-        totals += _bucket_sums(
-            values, [family.codes[rows] for family in partition.families], partition
-        )
-        first, last = int(tokens.sentence[start]), int(tokens.sentence[end - 1]) + 1
-        local = tokens.sentence[rows].astype(np.int64) - first
-        cells = _one_hot(local * 2 + hard[rows], (last - first) * 2)
-        difficulty[first:last] += (cells @ values).reshape(last - first, 2, len(METRICS))
-        column = 0
-        for family in partition.families:
-            size = len(family.buckets)
-            summed = np.bincount(
-                local * size + family.codes[rows], values[:, 0], minlength=(last - first) * size
-            )
-            kl[first:last, column : column + size] += summed.reshape(last - first, size)
-            column += size
-        for side, (confidence, right) in enumerate(
-            (("p_max", "teacher_right"), ("q_max", "student_right"))
-        ):
-            calibration[side] += _calibration(
-                values[:, METRICS.index(confidence)], values[:, METRICS.index(right)]
-            )
-        q_gold[rows] = columns["q_gold"]
+        yield slice(start, end), columns
         start = end
-    return RunSums(totals, kl, difficulty, calibration, q_gold)
+
+
+def _block_sums(
+    columns: Columns, rows: slice, inside: slice, tokens: TokenSet, partition: Partition
+) -> tuple[Floats, ...]:
+    """What some rows, of the sentences ``inside``, add to the arrays of :class:`RunSums`."""
+    sentences = inside.stop - inside.start
+    values = token_metrics(columns, tokens.token[rows])  # (rows, M)
+    codes = [family.codes[rows] for family in partition.families]
+    totals = _bucket_sums(values, codes, partition)
+    local = tokens.sentence[rows].astype(np.int64) - inside.start
+    cells = _one_hot(local * 2 + partition.codes("difficulty")[rows], sentences * 2)
+    difficulty = (cells @ values).reshape(sentences, 2, len(METRICS))
+    kl = []
+    for family, own in zip(partition.families, codes, strict=True):
+        size = len(family.buckets)
+        summed = np.bincount(local * size + own, values[:, 0], minlength=sentences * size)
+        kl.append(summed.reshape(sentences, size))
+    calibration = [
+        _calibration(values[:, METRICS.index(confidence)], values[:, METRICS.index(right)])
+        for confidence, right in (("p_max", "teacher_right"), ("q_max", "student_right"))
+    ]
+    return totals, np.concatenate(kl, axis=1), difficulty, np.stack(calibration)
 
 
 def token_metrics(columns: Columns, token: NDArray[np.int32]) -> Floats:

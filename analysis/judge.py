@@ -133,18 +133,31 @@ class Judge:
 
     def resampled_kl(self, run: Run, partition: Partition) -> Floats:
         """Mean KL of every bucket in every resample, (B, K)."""
-        key = (run.label, partition.selector)
-        if key not in self._resampled:
-            sums = self.resamples.sums(self.sums(run, partition).kl)
-            self._resampled[key] = ratio(sums, self.resampled_tokens(partition))
-        return self._resampled[key]
+        self.sums(run, partition)
+        return self._resample(run.label, partition)
 
     def resampled_tokens(self, partition: Partition) -> Floats:
         """Tokens of every bucket in every resample, (B, K)."""
-        key = ("", partition.selector)
-        if key not in self._resampled:
-            self._resampled[key] = self.resamples.sums(partition.by_sentence)
-        return self._resampled[key]
+        return self._resample("", partition)
+
+    def _resample(self, label: str, partition: Partition) -> Floats:
+        """What :attr:`_resampled` has for a run ("": tokens) under a partition.
+
+        All that is missing for the partition is computed at once: unpacking the counts of the
+        resamples costs more than multiplying with them.
+        """
+        selector = partition.selector
+        if (label, selector) not in self._resampled:
+            parts = {key[0]: sums.kl for key, sums in self._sums.items() if key[1] == selector}
+            parts[""] = partition.by_sentence
+            missing = [name for name in parts if (name, selector) not in self._resampled]
+            sums = self.resamples.sums(np.concatenate([parts[name] for name in missing], axis=1))
+            split = dict(zip(missing, np.split(sums, len(missing), axis=1), strict=True))
+            tokens = split.get("", self._resampled.get(("", selector)))
+            assert tokens is not None  # computed the first time, together with the rest
+            for name, values in split.items():
+                self._resampled[name, selector] = ratio(values, tokens) if name else tokens
+        return self._resampled[label, selector]
 
     @cached_property
     def teacher_order(self) -> NDArray[np.intp]:

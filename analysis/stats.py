@@ -26,14 +26,10 @@ class Resamples:
     def __init__(self, sentences: int, count: int, rng: np.random.Generator) -> None:
         self.sentences = sentences
         self._counts = np.zeros((count, sentences), dtype=np.uint8)  # (B, S)
-        block = max(1, (1 << 22) // max(sentences, 1))
-        for start in range(0, count, block):
-            size = min(block, count - start)
-            drawn = rng.integers(sentences, size=(size, sentences))
-            drawn += np.arange(size)[:, None] * sentences
-            flat = np.bincount(drawn.ravel(), minlength=size * sentences)
+        for row in self._counts:  # one at a time stays in the processor's cache
+            drawn = np.bincount(rng.integers(sentences, size=sentences), minlength=sentences)
             # 256 or more copies of one sentence do not occur in practice; clip rather than wrap.
-            self._counts[start : start + size] = np.minimum(flat, 255).reshape(size, sentences)
+            np.minimum(drawn, 255, out=row, casting="unsafe")
 
     def sums(self, values: Floats) -> Floats:
         """Column sums of ``values`` (S, C) in every resample: (B, C)."""

@@ -1,13 +1,14 @@
 """Tables of transfer: each run's records by bucket, and its gain over the baselines."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.aggregate import METRICS, Partition, calibration_error
+from analysis.aggregate import METRICS, calibration_error, ordered_map
 from analysis.buckets import EASY, HARD
 from analysis.judge import Judge, pairs
 from analysis.measures import sentence_gains
@@ -41,13 +42,14 @@ def transfer_table(judges: Sequence[Judge]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for judge in judges:
-        for run in judge.runs:
+        _ = judge.teacher_order  # once, before threads ask for it
+        found = ordered_map(partial(_rank_correlations, judge), judge.runs)
+        for run, correlations in zip(judge.runs, found, strict=True):
             partition = judge.partition(run)
             sums = judge.sums(run, partition)
             means = ratio(sums.totals, partition.tokens[:, None])
             means[:, METRICS.index("overlap_top5")] /= 5
             low, high = interval(judge.resampled_kl(run, partition))
-            correlations = _rank_correlations(judge, run, partition)
             for index, (family, bucket) in enumerate(partition.names):
                 values = dict(zip(METRICS, means[index].tolist(), strict=True))
                 kl = values.pop("kl")
@@ -69,10 +71,9 @@ def transfer_table(judges: Sequence[Judge]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _rank_correlations(
-    judge: Judge, run: Run, partition: Partition
-) -> dict[tuple[str, str], float]:
+def _rank_correlations(judge: Judge, run: Run) -> dict[tuple[str, str], float]:
     """Spearman's correlation of -log p_gold and -log q_gold, over all, easy and hard tokens."""
+    partition = judge.partition(run)
     q_gold = judge.sums(run, partition).q_gold
     orders = judge.teacher_order, np.argsort(q_gold, kind="stable")
     hard = partition.codes("difficulty")
