@@ -1,14 +1,14 @@
 """Tables of transfer: each run's records by bucket, and its gain over the baselines."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.aggregate import METRICS, calibration_error, ordered_map
+from analysis.aggregate import METRICS, Partition, calibration_error, ordered_map
 from analysis.buckets import EASY, HARD
 from analysis.judge import Judge, pairs
 from analysis.measures import sentence_gains
@@ -42,8 +42,10 @@ def transfer_table(judges: Sequence[Judge]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for judge in judges:
-        _ = judge.teacher_order  # once, before threads ask for it
-        found = ordered_map(partial(_rank_correlations, judge), judge.runs)
+        ranks = {run.label: _teacher_ranks(judge, judge.partition(run)) for run in judge.runs}
+        q_gold = [judge.sums(run, judge.partition(run)).q_gold for run in judge.runs]
+        items = zip(q_gold, (ranks[run.label] for run in judge.runs), strict=True)
+        found = ordered_map(lambda item: _rank_correlations(*item), items)
         for run, correlations in zip(judge.runs, found, strict=True):
             partition = judge.partition(run)
             sums = judge.sums(run, partition)
@@ -71,29 +73,53 @@ def transfer_table(judges: Sequence[Judge]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _rank_correlations(judge: Judge, run: Run) -> dict[tuple[str, str], float]:
-    """Spearman's correlation of -log p_gold and -log q_gold, over all, easy and hard tokens."""
-    partition = judge.partition(run)
-    q_gold = judge.sums(run, partition).q_gold
-    orders = judge.teacher_order, np.argsort(q_gold, kind="stable")
-    hard = partition.codes("difficulty")
-    masks: dict[tuple[str, str], NDArray[np.bool_]] = {
-        ("all", "all"): np.ones(len(hard), dtype=np.bool_),
-        ("difficulty", "easy"): hard == EASY,
-        ("difficulty", "hard"): hard == HARD,
-    }
-    found: dict[tuple[str, str], float] = {}
-    for key, mask in masks.items():
-        # Surprise falls with probability on both sides, so the correlation is that of the two. The
-        # order among a bucket's tokens is theirs among all, so one sort serves all buckets.
+@dataclass(frozen=True)
+class _TeacherRanks:
+    """Tokens of a bucket (None: all) and the teacher's centred ranks of their references."""
+
+    mask: NDArray[np.bool_] | None
+    ranks: Floats
+
+
+def _teacher_ranks(judge: Judge, partition: Partition) -> dict[tuple[str, str], _TeacherRanks]:
+    """For all, easy and hard tokens; once for each partition, the teacher being the same."""
+    store: dict[str, Any] = judge.__dict__.setdefault("_teacher_ranks", {})
+    if partition.selector not in store:
+        hard = partition.codes("difficulty")
+        store[partition.selector] = {
+            key: _TeacherRanks(mask, _centred_ranks(judge.p_gold, judge.teacher_order, mask))
+            for key, mask in (
+                (("all", "all"), None),
+                (("difficulty", "easy"), hard == EASY),
+                (("difficulty", "hard"), hard == HARD),
+            )
+        }
+    found: dict[tuple[str, str], _TeacherRanks] = store[partition.selector]
+    return found
+
+
+def _centred_ranks(
+    values: NDArray[np.float32], order: NDArray[np.intp], mask: NDArray[np.bool_] | None
+) -> Floats:
+    """Ranks of the chosen values less their mean, from the order of all of them."""
+    if mask is not None:
+        # The order among a bucket's tokens is theirs among all, so one sort serves all buckets.
         place = np.cumsum(mask) - 1
-        p_ranks, q_ranks = (
-            sorted_ranks(values[mask], place[order[mask[order]]])
-            for values, order in zip((judge.p_gold, q_gold), orders, strict=True)
-        )
-        deviations = [ranks - (len(ranks) + 1) / 2 for ranks in (p_ranks, q_ranks)]
-        scale = np.sqrt(np.prod([(values**2).sum() for values in deviations]))
-        found[key] = float((deviations[0] * deviations[1]).sum() / scale) if scale > 0 else np.nan
+        values, order = values[mask], place[order[mask[order]]]
+    return sorted_ranks(values, order) - (len(values) + 1) / 2
+
+
+def _rank_correlations(
+    q_gold: NDArray[np.float32], teacher: dict[tuple[str, str], _TeacherRanks]
+) -> dict[tuple[str, str], float]:
+    """Spearman's correlation of -log p_gold and -log q_gold, over all, easy and hard tokens."""
+    # Surprise falls with probability on both sides, so the correlation is that of the two.
+    order = np.argsort(q_gold, kind="stable")
+    found: dict[tuple[str, str], float] = {}
+    for key, other in teacher.items():
+        ranks = _centred_ranks(q_gold, order, other.mask)
+        scale = np.sqrt((ranks**2).sum() * (other.ranks**2).sum())
+        found[key] = float((ranks * other.ranks).sum() / scale) if scale > 0 else np.nan
     return found
 
 
