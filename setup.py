@@ -59,6 +59,7 @@ setup(
             "mypy>=1.14",
             "pandas-stubs",
             "types-tqdm",
+            "snakemake-executor-plugin-slurm>=2",  # the plan of scripts/slurm
             "selenium>=4.20",  # the report in a real browser, where there is chromium
         ],
     },

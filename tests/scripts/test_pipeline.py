@@ -1,8 +1,10 @@
 """The pipeline's plan, its progress lines, and the demo's handling of its arguments."""
 
+import importlib.util
 import io
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from progress import describe, follow, parse_line
 ROOT = Path(__file__).parents[2]
 
 
-def plan(config: str, cwd: Path, *overrides: str) -> str:
+def plan(config: str, cwd: Path, *overrides: str, options: Sequence[str | Path] = ("-c2",)) -> str:
     done = subprocess.run(
         [
             sys.executable,
@@ -22,7 +24,7 @@ def plan(config: str, cwd: Path, *overrides: str) -> str:
             ROOT / "scripts" / "Snakefile",
             "--configfile",
             ROOT / "scripts" / "configs" / config,
-            "-c2",
+            *options,
             *(["--config", *overrides] if overrides else []),
         ],
         cwd=cwd,
@@ -37,7 +39,7 @@ def plan(config: str, cwd: Path, *overrides: str) -> str:
 
 def test_plan_of_the_demo(tmp_path: Path) -> None:
     out = plan("demo.yaml", tmp_path)
-    jobs = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) == 2)
+    jobs = jobs_of(out)
     assert jobs["student"] == "3" and jobs["teacher"] == "1" and jobs["total"] == "20"
     assert jobs["translate"] == jobs["evaluate"] == jobs["score"] == "4"
 
@@ -50,8 +52,38 @@ def test_plan_for_own_text_more_directions_and_seeds(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "corpus" not in out.split() and "prepare" in out
     out = plan("smoke.yaml", tmp_path, "directions=['en-de','de-en']", "seeds=[1,2,3]")
-    jobs = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) == 2)
+    jobs = jobs_of(out)
     assert jobs["student"] == "18" and jobs["teacher"] == "2"
+
+
+def test_plans_of_the_large_studies(tmp_path: Path) -> None:
+    out = plan("multi30k.yaml", tmp_path)
+    assert jobs_of(out)["total"] == "217"
+    out = plan("gemma.yaml", tmp_path, options=("-c1", "-p"))
+    assert jobs_of(out)["student"] == "4" and "corpus" not in jobs_of(out)
+    for words in (
+        "prepare_llm_data.py", "--teacher-shots 4", "import_hf.py gemma", "--prune-vocab",
+        "build_cache data/gemma/de-en/teacher", "--bpe hf_tokenizer",
+    ):  # fmt: skip
+        assert words in out
+    # The student reads other data than its teacher.
+    assert "fairseq_cli.train data/gemma/de-en/bin" in out
+
+
+def test_plan_for_gpus_and_a_cluster(tmp_path: Path) -> None:
+    out = plan("wmt22.yaml", tmp_path, options=("-c2", "-p"))
+    assert jobs_of(out)["total"] == "217"
+    assert " --cpu" not in out and "--lora-r 16" in out and "--top-p 0.98" in out
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        pytest.skip("snakemake-executor-plugin-slurm is not installed")
+    out = plan("wmt22.yaml", tmp_path, options=("--profile", ROOT / "scripts" / "slurm"))
+    assert jobs_of(out)["total"] == "217"
+    assert "slurm_partition=gpu" in out and "gpu=1" in out and "gpu=0" in out
+
+
+def jobs_of(plan: str) -> dict[str, str]:
+    """How many jobs of each rule a plan has."""
+    return dict(line.split()[:2] for line in plan.splitlines() if len(line.split()) == 2)
 
 
 def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
