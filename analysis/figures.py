@@ -6,10 +6,7 @@ draws them again from the tables of RUNS/report.
 """
 
 import argparse
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -343,25 +340,16 @@ FIGURES: dict[str, Callable[[pd.DataFrame, Path], None]] = {
 
 def draw_all(folder: Path) -> list[str]:
     """Draw every figure whose table is in ``folder``; a table without rows has no figure."""
-    # Processes, because matplotlib is not made for threads.
-    workers = min(len(FIGURES), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        drawn = tqdm(
-            pool.map(draw_one, [folder] * len(FIGURES), FIGURES),
-            total=len(FIGURES), desc="draw figures", unit="figure", disable=None,
-        )  # fmt: skip
-        return [name for name, done in zip(FIGURES, drawn, strict=True) if done]
-
-
-def draw_one(folder: Path, name: str) -> bool:
-    """Draw a figure from its table, if it is there and has something to show."""
-    path = folder / f"{name}.csv"
-    if not path.exists():
-        return False
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    if not table.empty:
-        FIGURES[name](table, path.with_suffix(""))
-    return path.with_suffix(".svg").exists()
+    drawn = []
+    for name, draw in tqdm(FIGURES.items(), desc="draw figures", unit="figure", disable=None):
+        path = folder / f"{name}.csv"
+        if path.exists():
+            table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+            if not table.empty:
+                draw(table, path.with_suffix(""))
+            if path.with_suffix(".svg").exists():
+                drawn.append(name)
+    return drawn
 
 
 def parser() -> argparse.ArgumentParser:

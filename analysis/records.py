@@ -5,6 +5,7 @@ Everything is checked where it is read; what is wrong is said in one line that n
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,12 @@ class TokenSet:
 
 def open_records(path: Path) -> pq.ParquetFile:
     """Open a token record file and check its footer and columns."""
-    try:
+    with _readable(path):
         file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise RecordError(
-            f"{path}: expected a complete Parquet file, {one_line(error)}; score the checkpoint again"
-        ) from error
-    footer = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
+    footer = {
+        key.decode(errors="replace"): value.decode(errors="replace")
+        for key, value in (file.metadata.metadata or {}).items()
+    }
     expected = {
         "sekd.format_version": str(FORMAT_VERSION),
         "sekd.subset": path.parent.name,
@@ -102,6 +102,17 @@ def open_records(path: Path) -> pq.ParquetFile:
     return file
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Name the file where Arrow finds it damaged: at opening, or only when it comes to a page."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise RecordError(
+            f"{path}: expected a complete Parquet file, {one_line(error)}; score the checkpoint again"
+        ) from error
+
+
 def _is_kind(found: pa.DataType, kind: str) -> bool:
     if kind == "text":
         found = found.value_type if pa.types.is_dictionary(found) else found
@@ -112,10 +123,11 @@ def _is_kind(found: pa.DataType, kind: str) -> bool:
 def read_token_set(path: Path) -> TokenSet:
     """Read which tokens a file holds; checks that rows are sorted by (sentence, position)."""
     file = open_records(path)
-    columns = [
-        _numbers(path, file.read(columns=[name]), name)
-        for name in ("sentence", "position", "token")
-    ]
+    with _readable(path):
+        columns = [
+            _numbers(path, file.read(columns=[name]), name)
+            for name in ("sentence", "position", "token")
+        ]
     sentence, position, token = (column.astype(np.int32) for column in columns)
     starts = np.flatnonzero(np.diff(sentence, prepend=sentence[0] - 1))
     expected = np.arange(len(sentence), dtype=np.int32)
@@ -149,17 +161,13 @@ def iterate_columns(path: Path, names: Sequence[str], rows: int = 1 << 18) -> It
         named.
     """
     file = open_records(path)
-    try:
+    with _readable(path):
         for batch in file.iter_batches(batch_size=rows, columns=["sentence", "position", *names]):
             columns = {
                 name: _numbers(path, batch, name) for name in ("sentence", "position", *names)
             }
             _check_values(path, columns, names)
             yield {name: columns[name] for name in names}
-    except (OSError, pa.ArrowException) as error:
-        raise RecordError(
-            f"{path}: expected a readable Parquet file, {one_line(error)}; score the checkpoint again"
-        ) from error
 
 
 def read_columns(path: Path, names: Sequence[str]) -> Columns:
@@ -170,7 +178,8 @@ def read_columns(path: Path, names: Sequence[str]) -> Columns:
 
 def read_pieces(path: Path, name: str) -> tuple[list[str], NDArray[np.int64]]:
     """Read a text column as (distinct pieces, (N,) index of each row's piece)."""
-    column = open_records(path).read(columns=[name]).column(0)
+    with _readable(path):
+        column = open_records(path).read(columns=[name]).column(0)
     if column.null_count:
         raise RecordError(f"{path}: expected no missing {name}, found {column.null_count}")
     if not pa.types.is_dictionary(column.type):

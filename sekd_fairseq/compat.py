@@ -1,19 +1,27 @@
 """What fairseq 0.12 needs to work with current Python, torch and NumPy; each with its reason.
 
-Nothing of fairseq is patched: this registers types with torch, and gives the task what it calls.
+This registers types with torch, gives the task what it calls, and puts two functions of fairseq's in
+place of unsafe ones: checkpoints are copied whole or not at all, and a damaged one is named.
 """
 
 import argparse
 import collections
+import functools
 import gc
+import os
+import shutil
+import zipfile
 from typing import Any
 
 import numpy as np
 import torch
+from fairseq import checkpoint_utils
 from fairseq.distributed import utils as fairseq_distributed
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
+
+from sekd_fairseq.errors import UserError, one_line_errors
 
 #: torch >= 2.6 loads checkpoints with ``weights_only=True`` and refuses unknown types. These are
 #: plain containers that fairseq puts into a checkpoint; the check itself stays on.
@@ -43,6 +51,43 @@ CHECKPOINT_TYPES: tuple[Any, ...] = (
 def allow_checkpoint_types() -> None:
     """Let torch load what fairseq saves (:data:`CHECKPOINT_TYPES`), and nothing else."""
     torch.serialization.add_safe_globals(list(CHECKPOINT_TYPES))
+
+
+def keep_checkpoints_whole() -> None:
+    """Replace two functions of fairseq that a killed training would suffer from.
+
+    ``checkpoint_last.pt`` is a copy of the checkpoint just written, and fairseq copies onto it in
+    place: killed in that instant, a training cannot go on. And where it meets a damaged checkpoint,
+    it says "please ensure that the architectures match" or shows a traceback.
+    """
+    if getattr(checkpoint_utils.load_checkpoint_to_cpu, "names_damage", False):
+        return
+    checkpoint_utils.PathManager.copy = staticmethod(_copy_whole)
+    load = checkpoint_utils.load_checkpoint_to_cpu
+
+    @functools.wraps(load)
+    def load_or_name(path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(path, *args, **kwargs)
+        except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+            reason = " ".join(str(error).split())[:200]
+            with one_line_errors():
+                raise UserError(
+                    f"{path}: expected a whole checkpoint, found a damaged one ({reason}); delete it, "
+                    "or go on from another with --restore-file"
+                ) from error
+
+    load_or_name.names_damage = True  # type: ignore[attr-defined]
+    checkpoint_utils.load_checkpoint_to_cpu = load_or_name
+
+
+def _copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+    """fairseq's ``PathManager.copy``, so that the destination never holds a part."""
+    if os.path.exists(dst_path) and not overwrite:
+        return False
+    shutil.copyfile(src_path, f"{dst_path}.tmp")
+    os.replace(f"{dst_path}.tmp", dst_path)
+    return True
 
 
 #: Batches must be built with this ``required_batch_size_multiple``: with fairseq's default of 8,

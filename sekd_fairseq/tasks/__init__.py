@@ -5,3 +5,4 @@ from sekd_fairseq.llm import bpe  # noqa: F401
 from sekd_fairseq.tasks import self_evolution_kd  # noqa: F401
 
 compat.allow_checkpoint_types()
+compat.keep_checkpoints_whole()

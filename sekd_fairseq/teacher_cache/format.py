@@ -267,12 +267,52 @@ class Manifest:
                 )
             content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
             known = {item.name for item in fields(cls)}
-            return cls(**{key: value for key, value in content.items() if key in known})
+            manifest = cls(**{key: value for key, value in content.items() if key in known})
+            manifest._check()
+            return manifest
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
                 f"{path}: not a manifest of a teacher cache ({error}); restore the file or build "
                 "the cache again"
             ) from error
+
+    def _check(self) -> None:
+        """``TypeError`` where somebody wrote values that no cache has."""
+        numbers = {"sentences": 0, "tokens": 0, "vocab_size": 1, "shard_sentences": 1}
+        values: list[tuple[str, Any, int | None]] = [
+            (name, getattr(self, name), low) for name, low in numbers.items()
+        ]
+        for shard in self.shards:
+            values += [("file", shard.file, None), ("sha256", shard.sha256, None)]
+            for name in ("sentences", "tokens", "entries", "bytes"):
+                values.append((f"a shard's {name}", getattr(shard, name), 0))
+        values += [(name, getattr(self, name), None) for name in ("split", "dictionary_hash")]
+        values += [("dataset_hash", self.dataset_hash, None)]
+        for name, value, low in values:
+            if low is None:
+                wrong = not isinstance(value, str)
+            else:
+                wrong = type(value) is not int or value < low
+            if wrong:
+                raise TypeError(f"{name}: found {value!r}")
+        if type(self.temperature) not in (int, float) or not self.temperature > 0:
+            raise TypeError(f"temperature: found {self.temperature!r}")
+        for name in ("truncation", "teacher", "quality", "versions"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name}: found {getattr(self, name)!r}")
+        if not isinstance(self.dtypes, dict) or self.dtypes not in _known_dtypes():
+            raise TypeError(f"dtypes: found {self.dtypes!r}")
+        if len(self.shards) != -(-self.sentences // self.shard_sentences):
+            raise TypeError(f"shards: found {len(self.shards)}")
+
+
+def _known_dtypes() -> list[dict[str, str]]:
+    return [
+        {name: str(dtype) for name, dtype in payload_dtypes(vocabulary, bits, counts).items()}
+        for vocabulary in (2, 2**17)
+        for bits in (8, 16)
+        for counts in (False, True)
+    ]
 
 
 def _content_hash(content: Any) -> str:

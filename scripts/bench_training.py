@@ -1,0 +1,287 @@
+"""Updates a second and peak memory of whole `fairseq-train` runs: fairseq's cross entropy, distillation
+from a cache, and distillation from a teacher that runs beside the student.
+
+    python scripts/bench_training.py DATA
+
+DATA is any fairseq data directory. Its first training sentences are trained on with dictionaries
+filled up to 8,192 and 32,768 symbols; the models are not trained before, because how good they are
+makes no difference to time. The runs of a setting go in turn, some rounds of them. Writes
+results/bench_training.csv, .json and .png.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from benchmarking import RESULTS, Target, write_results
+from fairseq.data import Dictionary, data_utils, indexed_dataset
+from tqdm import tqdm
+
+from sekd_fairseq.inference import quiet_fairseq
+from sekd_fairseq.llm.vocabulary import Vocabulary
+from sekd_fairseq.teacher_cache.format import hash_symbols
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARIES = (8192, 32768)
+SENTENCES, TOKENS, WARM_UP = 2000, 1000, 5
+STUDENT = (256, 2)  # width, layers a side
+TEACHER = {8192: (512, 2), 32768: (512, 3)}  # about three times the student's parameters
+LLM = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+STOCK = "stock cross entropy"
+METHODS: dict[str, list[str]] = {
+    STOCK: ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
+    "word KD, cached": ["--criterion", "cached_kd"],
+    "SE-KD, cached": ["--criterion", "self_evolution_kd"],
+    "word KD, online": ["--criterion", "cached_kd"],
+}
+
+
+def prepare(source: Path, folder: Path, size: int) -> str:
+    """The first training sentences under a dictionary of ``size`` symbols; the language pair."""
+    folder.mkdir()
+    pair = data_utils.infer_language_pair(str(source))
+    dictionary = Dictionary.load(str(source / f"dict.{pair[0]}.txt"))
+    if len(dictionary) > size:
+        sys.exit(f"error: {source}: expected at most {size} symbols, found {len(dictionary)}")
+    for number in range(size - len(dictionary)):
+        dictionary.add_symbol(f"filler{number}")
+    for language in pair:
+        dictionary.save(str(folder / f"dict.{language}.txt"))
+        name = f"train.{pair[0]}-{pair[1]}.{language}"
+        old = indexed_dataset.make_dataset(str(source / name), "mmap")
+        builder: Any = indexed_dataset.make_builder(f"{folder / name}.bin", "mmap", vocab_size=size)
+        for i in range(min(SENTENCES, len(old))):
+            builder.add_item(old[i])
+        builder.finalize(f"{folder / name}.idx")
+    symbols = dictionary.symbols
+    Vocabulary(list(range(size)), "", "", hash_symbols(symbols)).save(folder)
+    return f"{pair[0]}-{pair[1]}"
+
+
+def transformer(width: int, layers: int) -> list[str]:
+    words = ["--arch", "transformer", "--share-all-embeddings", "--dropout", "0.1"]
+    for side in ("encoder", "decoder"):
+        words += [f"--{side}-layers", str(layers), f"--{side}-embed-dim", str(width)]
+        words += [f"--{side}-ffn-embed-dim", str(2 * width), f"--{side}-attention-heads", "4"]
+    return words
+
+
+def train(data: Path, save: Path, updates: int, options: Sequence[str]) -> dict[str, float]:
+    """Run fairseq-train; seconds an update after the first few, and peak memory of all processes."""
+    command = [
+        sys.executable, "-m", "fairseq_cli.train", str(data), "--user-dir",
+        str(ROOT / "sekd_fairseq"), "--task", "self_evolution_kd", "--optimizer", "adam", "--lr",
+        "1e-4", "--max-tokens", str(TOKENS), "--max-update", str(updates), "--save-dir", str(save),
+        "--disable-validation", "--no-epoch-checkpoints", "--log-format", "json", "--log-interval",
+        "1", "--seed", "1", *options,
+    ]  # fmt: skip
+    if not torch.cuda.is_available():
+        command.append("--cpu")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    running = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    stamps, tail, free = [], [], []
+    assert running.stdout is not None
+    for line in running.stdout:
+        tail = [*tail[-30:], line]
+        if '"num_updates"' in line and '"ups"' in line:
+            stamps.append(time.perf_counter())
+            record = json.loads(line[line.index("{") :])
+            free.append(float(record.get("gb_free", "nan")))
+    _, status, usage = os.wait4(running.pid, 0)
+    if status:
+        sys.exit("error: fairseq-train failed:\n" + "".join(tail))
+    memory = usage.ru_maxrss / 2**20
+    if torch.cuda.is_available():
+        memory = torch.cuda.mem_get_info()[1] / 2**30 - min(free)
+    steps = np.diff(stamps[WARM_UP:])
+    return {"seconds": float(np.mean(steps)), "gib": memory}
+
+
+def measure(data: Path, folder: Path, updates: int, rounds: int) -> list[dict[str, Any]]:
+    """All runs on one data directory, in turn."""
+    size = int(data.name)
+    student = transformer(*STUDENT)
+    teacher = folder / f"teacher-{size}"
+    train(data, teacher, 1, [*transformer(*TEACHER[size]), *METHODS[STOCK]])
+    path, cache = teacher / "checkpoint_last.pt", folder / f"cache-{size}"
+    start = time.perf_counter()
+    subprocess.run(
+        [
+            sys.executable, "-m", "sekd_fairseq.build_cache", str(data), "--path", str(path),
+            "--output", str(cache), "--subset", "train", "--top-k", "32", "--allow-implausible",
+        ],
+        check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    building = time.perf_counter() - start
+    config = folder / "llm.json"
+    config.write_text(json.dumps(LLM))
+    llm = ["--arch", "hf_causal_lm", "--hf-config", str(config), "--sekd-chunk-tokens", "256"]
+    settings = []
+    for workers in (0, 2):
+        for method, criterion in METHODS.items():
+            options = [*student, *criterion, "--num-workers", str(workers)]
+            if "cached" in method:
+                options += ["--teacher-cache", str(cache)]
+            elif "online" in method:
+                options += ["--teacher-path", str(path)]
+            settings.append(("transformer", workers, method, options))
+    if size == VOCABULARIES[-1]:
+        settings.append(("language model", 0, STOCK, [*llm[:4], *METHODS[STOCK]]))
+        kd = [*llm, *METHODS["SE-KD, cached"], "--teacher-cache", str(cache)]
+        settings.append(("language model", 0, "SE-KD, cached, chunked", kd))
+    found: dict[int, list[dict[str, float]]] = {i: [] for i in range(len(settings))}
+    with tqdm(total=rounds * len(settings), desc=f"{size} symbols", unit="run") as bar:
+        for _ in range(rounds):
+            for i, (_, _, _, options) in enumerate(settings):
+                with tempfile.TemporaryDirectory(dir=folder) as save:
+                    found[i].append(train(data, Path(save), updates, options))
+                bar.update()
+    rows = [{"part": "building", "vocabulary": size, "seconds": round(building, 2)}]
+    for i, (model, workers, method, _) in enumerate(settings):
+        seconds = statistics.median(run["seconds"] for run in found[i])
+        rows.append(
+            {
+                "part": "training",
+                "model": model,
+                "vocabulary": size,
+                "workers": workers,
+                "method": method,
+                "seconds": round(seconds, 4),
+                "updates_a_second": round(1 / seconds, 3),
+                "peak_gib": round(max(run["gib"] for run in found[i]), 3),
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def whole_experiment(rows: list[dict[str, Any]], epochs: int, updates_an_epoch: float) -> None:
+    """Add what 1, 3 and 10 students cost, the building of the cache included."""
+    for size in VOCABULARIES:
+        chosen = {
+            row["method"]: row["seconds"]
+            for row in rows
+            if row["part"] == "training"
+            and (row["model"], row["vocabulary"], row["workers"]) == ("transformer", size, 0)
+        }
+        building = next(
+            row["seconds"] for row in rows if (row["part"], row["vocabulary"]) == ("building", size)
+        )
+        for students in (1, 3, 10):
+            updates = students * epochs * updates_an_epoch
+            cached = building + updates * chosen["SE-KD, cached"]
+            online = updates * chosen["word KD, online"]
+            rows.append(
+                {
+                    "part": "experiment",
+                    "vocabulary": size,
+                    "students": students,
+                    "seconds": round(cached, 1),
+                    "seconds_online": round(online, 1),
+                    "ratio": round(cached / online, 3),
+                }
+            )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory beside fairseq's criterion."""
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), constrained_layout=True)
+    own = [r for r in rows if r.get("model") == "transformer" and r["workers"] == 0]
+    for axis, key, title in zip(
+        axes, ("seconds", "peak_gib"), ("time an update", "peak memory"), strict=True
+    ):
+        for offset, size in enumerate(VOCABULARIES):
+            part = {r["method"]: r[key] for r in own if r["vocabulary"] == size}
+            values = [part[method] / part[STOCK] for method in METHODS]
+            axis.barh(
+                *(np.arange(len(values)) + 0.38 * offset, values, 0.36),
+                color=("#0072B2", "#E69F00")[offset],
+                hatch=("", "////")[offset],
+                edgecolor="white",
+                label=f"V = {size // 1024}k",
+            )
+        axis.axvline(1, color="0.3", linewidth=0.8)
+        axis.set_yticks(np.arange(len(METHODS)) + 0.19, list(METHODS))
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{title} / fairseq's cross entropy")
+    axes[0].legend(loc="lower right")
+    figure.savefig(path, dpi=200)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="fairseq data directory")
+    parser.add_argument("--updates", type=int, default=25, help="of each run (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of all runs (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    args = parser.parse_args()
+    quiet_fairseq()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size in VOCABULARIES:
+            data = folder / str(size)
+            pair = prepare(args.data, data, size)
+            rows += measure(data, folder, args.updates, args.rounds)
+        target = pair.split("-")[1]
+        lengths = indexed_dataset.make_dataset(str(data / f"train.{pair}.{target}"), "mmap").sizes
+        whole_experiment(rows, epochs=10, updates_an_epoch=float(lengths.sum()) / TOKENS)
+
+    def value(method: str, key: str, size: int, workers: int, model: str = "transformer") -> float:
+        return next(
+            float(row[key])
+            for row in rows
+            if row["part"] == "training"
+            and (row["model"], row["vocabulary"], row["workers"], row["method"])
+            == (model, size, workers, method)
+        )
+
+    targets = []
+    for size in VOCABULARIES:
+        for workers in (0, 2):
+            where = f"V={size}, {workers} workers"
+            speeds = {m: value(m, "updates_a_second", size, workers) for m in METHODS}
+            memory = {m: value(m, "peak_gib", size, workers) for m in METHODS}
+            targets += [
+                Target(
+                    f"cached SE-KD: speed / stock criterion, {where}",
+                    *(speeds["SE-KD, cached"] / speeds[STOCK], 0.93),
+                    at_least=True,
+                ),
+                Target(
+                    f"cached SE-KD: peak memory / stock criterion, {where}",
+                    *(memory["SE-KD, cached"] / memory[STOCK], 1.05),
+                ),
+                Target(
+                    f"cached SE-KD: speed / online KD, teacher three times as large, {where}",
+                    *(speeds["SE-KD, cached"] / speeds["word KD, online"], 1.5),
+                    at_least=True,
+                ),
+            ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_results("bench_training", rows, targets, device, args.output)
+    draw(rows, args.output / "bench_training.png")
+
+
+if __name__ == "__main__":
+    main()

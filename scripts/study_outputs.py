@@ -1,0 +1,159 @@
+"""Keep what a study gave, without its checkpoints and without other people's text.
+
+    python scripts/study_outputs.py save scripts/configs/NAME.yaml results/STUDY
+    python scripts/study_outputs.py restore scripts/configs/NAME.yaml results/STUDY
+
+``save`` copies, of every finished run below ``runs/NAME``, its record, scores, translations and
+token records (rounded to 10 bits, without the pieces of the references) to ``results/STUDY/runs``,
+the report's tables and figures, the configuration, and the time that each step took. Run it as
+often as you like; what is there already stays.
+
+``restore`` puts kept runs back where snakemake looks for them, on a machine that has the corpus but
+no checkpoints: a direction all of whose runs were kept is then not trained again, and the report
+covers it. Prepare the data first: ``snakemake ... --until prepare``.
+"""
+
+import argparse
+import base64
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import yaml
+
+MARKS = ("train.done", "test.out", "score.done")
+TEXT = ("_piece",)
+
+
+def reduced(table: pa.Table) -> pa.Table:
+    """Token records that say the same to the analysis: numbers of 10 bits, and of each piece only
+    whether it begins a word."""
+    columns = []
+    for item in table.schema:
+        column = table.column(item.name)
+        if pa.types.is_float32(item.type) and item.name != "kl":
+            column = pa.array(rounded(column.to_numpy()))
+        elif item.name == "piece" or item.name.endswith(TEXT):
+            words = column.combine_chunks().cast(pa.string()).to_pylist()
+            marks = ["▁" if text.startswith("▁") else "" for text in words]
+            column = pa.array(marks if item.name == "piece" else [""] * len(marks))
+            column = column.dictionary_encode()
+        columns.append(column)
+    found = pa.Table.from_arrays(columns, names=table.schema.names)
+    # The two parts of the divergence still add up to it.
+    total = pa.compute.add(found["kl_target"], found["kl_nontarget"])
+    found = found.set_column(found.schema.get_field_index("kl"), "kl", total)
+    return found.replace_schema_metadata(table.schema.metadata)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """float32 with 10 significant bits, which compress well; 1 and 0 stay what they are."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(mantissa * 2**10) / 2**10, exponent).astype(np.float32)
+
+
+def seconds_of_steps(name: str) -> list[dict[str, Any]]:
+    """How long each step took, from snakemake's own records."""
+    rows = []
+    for path in Path(".snakemake/metadata").rglob("*"):
+        if not path.is_file():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            output = base64.b64decode(path.name).decode()
+        except ValueError:
+            continue
+        start, end = record.get("starttime"), record.get("endtime")
+        if f"/{name}/" in output and start and end:
+            step = {"rule": record["rule"], "output": output, "seconds": round(end - start)}
+            rows.append(step)
+    return sorted(rows, key=lambda row: row["output"])
+
+
+def save(name: str, config: Path, output: Path) -> None:
+    """Copy what is finished."""
+    kept = 0
+    for record in sorted(Path("runs", name).glob("*/*/run.json")):
+        run = record.parent
+        if not all((run / mark).exists() for mark in MARKS) or not (run / "scores.json").exists():
+            continue
+        target = output / "runs" / run.relative_to(Path("runs", name))
+        target.mkdir(parents=True, exist_ok=True)
+        for file in ("run.json", "scores.json"):
+            shutil.copyfile(run / file, target / file)
+        (target / "hyps").mkdir(exist_ok=True)
+        shutil.copyfile(run / "hyps" / "test.txt", target / "hyps" / "test.txt")
+        for path in sorted((run / "tokens").rglob("*.parquet")):
+            place = target / path.relative_to(run)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            table = reduced(pq.read_table(path))
+            pq.write_table(table, place, compression="zstd", compression_level=19)
+        kept += 1
+    if not kept:
+        sys.exit(f"error: runs/{name}: expected finished runs, found none")
+    report = Path("runs", name, "report")
+    for part in ("tables", "figures"):
+        if (report / part).is_dir():
+            shutil.copytree(report / part, output / part, dirs_exist_ok=True)
+    if (report / "report.md").exists():
+        shutil.copyfile(report / "report.md", output / "report.md")
+    shutil.copyfile(config, output / "config.yaml")
+    steps = output / "steps.csv"
+    rows = seconds_of_steps(name)
+    before = pd.read_csv(steps).to_dict("records") if steps.exists() else []
+    known = {row["output"] for row in rows}
+    rows += [row for row in before if row["output"] not in known]
+    pd.DataFrame(sorted(rows, key=lambda row: row["output"])).to_csv(steps, index=False)
+    print(f"{output}: {kept} runs")
+
+
+def restore(name: str, output: Path) -> None:
+    """Put kept runs back, directions whole."""
+    for direction in sorted(path for path in (output / "runs").iterdir() if path.is_dir()):
+        source, target = direction.name.split("-")
+        data = Path("data", name, direction.name)
+        if not (data / "data.json").exists():
+            sys.exit(
+                f"error: {data}: expected prepared data, found none; run snakemake with --until "
+                "prepare first"
+            )
+        for run in sorted(direction.iterdir()):
+            place = Path("runs", name, direction.name, run.name)
+            shutil.copytree(run, place, dirs_exist_ok=True)
+            for suffix, language in ((".src", source), (".ref", target)):
+                shutil.copyfile(data / f"test.{language}", place / "hyps" / f"test{suffix}.txt")
+        # Newer than what they are made of, each in turn, so that snakemake takes them as done.
+        runs = [Path("runs", name, direction.name, run.name) for run in direction.iterdir()]
+        for run in runs:
+            (run / "train.done").touch()
+        (data / "cache.done").touch()
+        for file in ("test.out", "scores.json", "hyps/test.txt", "score.done"):
+            for run in runs:
+                (run / file).touch()
+        print(f"{direction.name}: {len(runs)} runs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("save", "restore"))
+    parser.add_argument("config", type=Path, help="configuration of the study")
+    parser.add_argument("output", type=Path, help="where its outputs are kept")
+    args = parser.parse_args()
+    name = yaml.safe_load(args.config.read_text(encoding="utf-8"))["name"]
+    if args.action == "save":
+        save(name, args.config, args.output)
+    else:
+        restore(name, args.output)
+
+
+if __name__ == "__main__":
+    main()

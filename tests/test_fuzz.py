@@ -1,0 +1,231 @@
+"""Whatever a file holds, the answer is an error that names it or a right result."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from analysis.errors import AnalysisError
+from analysis.records import read_columns, read_token_set
+from analysis.runs import read_run
+from analysis.study import read_texts
+from sekd_fairseq.errors import CacheError, UserError
+from sekd_fairseq.llm.prompts import Template
+from sekd_fairseq.llm.vocabulary import symbol_of, token_of
+from sekd_fairseq.teacher_cache import SentenceRows, TeacherCache, write_shard
+from sekd_fairseq.teacher_cache.finish import finish_cache
+from sekd_fairseq.teacher_cache.format import MANIFEST, payload_dtypes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from parallel_text import DataError, read_aligned, read_pairs
+from simulated_runs import write_run_directory
+
+SENTENCES = 7
+quick = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+#: Text with everything that breaks readers: line and paragraph separators, directions, NUL, marks.
+ODD = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.sampled_from("\0\r\ufeff\u2028\u2029\x85\x1c\u202e\u200b{}%\\"),
+    ),
+    max_size=30,
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small cache of two shards."""
+    folder = tmp_path_factory.mktemp("fuzz") / "train"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    rows = []
+    for _ in range(SENTENCES):
+        tokens, support = int(rng.integers(1, 6)), 3
+        p = rng.dirichlet(np.ones(support + 1), tokens)
+        rows.append(
+            SentenceRows(
+                {
+                    "support_size": np.full(tokens, support),
+                    "gold_logprob": np.log(p[:, 0]),
+                    "outside_mass": p[:, support],
+                    "entropy": np.ones(tokens),
+                    "token_id": np.tile([4, 5, 6], tokens),
+                    "logprob": np.log(p[:, :support]).ravel(),
+                }
+            )
+        )
+    hashes = np.arange(SENTENCES, dtype=np.uint64)
+    dtypes = payload_dtypes(20, 16, counts=False)
+    for index in range(2):
+        part = slice(index * 4, (index + 1) * 4)
+        write_shard(folder, index, rows[part], hashes[part], dtypes)
+    wanted = {
+        "split": "train", "vocab_size": 20, "dictionary_hash": "d", "dataset_hash": "h",
+        "sentences": SENTENCES, "shard_sentences": 4, "temperature": 1.0,
+        "truncation": {"rule": "top_k", "k": 3}, "teacher": {"files": ["t"], "arch": "x"},
+    }  # fmt: skip
+    finish_cache(folder, wanted, dtypes, {}, allow_implausible=True)
+    return folder
+
+
+def content(cache: TeacherCache) -> list[list[bytes]]:
+    return [[np.asarray(v).tobytes() for v in row] for row in cache]
+
+
+@given(data=st.data())
+@quick
+def test_damaged_cache_files(cache: Path, tmp_path: Path, data: st.DataObject) -> None:
+    whole = content(TeacherCache.open(cache))
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(cache, copy)
+    name = data.draw(st.sampled_from(sorted(path.name for path in cache.iterdir())))
+    raw = bytearray((copy / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw)))]
+    (copy / name).write_bytes(raw)
+    try:
+        opened = TeacherCache.open(copy)
+        read = content(opened)
+    except CacheError as error:
+        assert str(copy) in str(error) and "\n" not in str(error)
+    else:
+        assert read == whole
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@given(data=st.data())
+@quick
+def test_manifests_that_somebody_wrote(cache: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Wrong content under a right checksum: no traceback, and no file outside of the directory."""
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(cache, copy)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest.pop("checksum")
+    key = data.draw(st.sampled_from(sorted(manifest)))
+    if key == "shards" and data.draw(st.booleans()):
+        inner = data.draw(st.sampled_from(sorted(manifest["shards"][0])))
+        manifest["shards"][0][inner] = data.draw(
+            st.sampled_from(["../train/shard-00000.arrow", "/etc/passwd", "."]) | json_values
+        )
+    else:
+        manifest[key] = data.draw(json_values)
+    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (copy / MANIFEST).write_text(json.dumps({**manifest, "checksum": checksum}))
+    try:
+        opened = TeacherCache.open(copy)
+        content(opened)
+    except CacheError as error:
+        assert str(copy) in str(error)
+    else:
+        assert all(Path(shard.file).name == shard.file for shard in opened.manifest.shards)
+
+
+@given(value=json_values | st.dictionaries(
+    st.sampled_from(["format_version", "method", "seed", "direction", "updates", "hyperparameters",
+                     "parameters"]), json_values | st.sampled_from(["en-de", 1])))  # fmt: skip
+@quick
+def test_run_records(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(value))
+    try:
+        run = read_run(tmp_path, "x")
+    except AnalysisError as error:
+        assert "run.json" in str(error)
+    else:
+        assert "-" in run.direction and isinstance(run.seed, int)
+
+
+@given(data=st.data())
+@settings(quick, max_examples=60)
+def test_damaged_token_records(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "run" / "tokens" / "test" / "100.parquet"
+    if not (tmp_path / "whole").exists():
+        write_run_directory(tmp_path, "run", "word_kd", sentences=6)
+        shutil.copyfile(path, tmp_path / "whole")
+    raw = bytearray((tmp_path / "whole").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw)))]
+    path.write_bytes(raw)
+    try:
+        read_token_set(path)
+        columns = read_columns(path, ["kl", "kl_target", "kl_nontarget", "p_gold", "q_gold"])
+    except AnalysisError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:  # damage that no check can see leaves numbers that can be
+        assert all(np.isfinite(values).all() for values in columns.values())
+
+
+@given(text=ODD, source=ODD)
+@quick
+def test_prompt_templates(text: str, source: str) -> None:
+    for template in (text, f"{text}{{src}}", f"{{src}}{text}"):
+        try:
+            prompt = Template(template, "de", "en").prompt(source)
+        except UserError as error:
+            assert str(error).startswith("prompt template")
+        else:
+            assert source in prompt
+
+
+@given(token=st.integers(0, 10**6), piece=ODD)
+@quick
+def test_symbols_of_tokens(token: int, piece: str) -> None:
+    symbol = symbol_of(token, piece)
+    assert token_of(symbol) == token
+    assert symbol.split() == [symbol] and symbol.isprintable()
+
+
+@given(
+    lines=st.lists(ODD.map(lambda text: text.replace("\n", "")), max_size=6),
+    other=st.lists(st.binary(max_size=12), max_size=6),
+)
+@quick
+def test_odd_parallel_text(tmp_path: Path, lines: list[str], other: list[bytes]) -> None:
+    source, target = tmp_path / "a.de", tmp_path / "a.en"
+    source.write_bytes("".join(f"{line}\n" for line in lines).encode())
+    target.write_bytes(b"\n".join(other))
+    try:
+        left, right = read_aligned(source, target)
+        pairs, dropped = read_pairs(source, target)
+    except DataError as error:
+        assert str(source) in str(error) or str(target) in str(error)
+    else:
+        assert left == lines and len(right) == len(lines) == len(pairs) + dropped
+        assert all(side == " ".join(side.split()) and side for pair in pairs for side in pair)
+
+
+@given(hypotheses=st.binary(max_size=40), references=st.binary(max_size=40))
+@quick
+def test_odd_translations(tmp_path: Path, hypotheses: bytes, references: bytes) -> None:
+    if not (tmp_path / "run").exists():
+        write_run_directory(tmp_path, "run", "word_kd", sentences=3)
+    run = read_run(tmp_path / "run", "run")
+    (run.path / "hyps" / "test.txt").write_bytes(hypotheses)
+    (run.path / "hyps" / "test.ref.txt").write_bytes(references)
+    (run.path / "hyps" / "test.src.txt").unlink(missing_ok=True)
+    try:
+        texts = read_texts(run, "test")
+    except AnalysisError as error:
+        assert str(run.path) in str(error)
+    else:
+        assert texts is not None and len(texts.hypotheses) == len(texts.references)
