@@ -26,8 +26,8 @@ setup(
     package_data={"analysis": ["templates/*.html"]},
     # The fairseq of the extra has wheels for these; README.md tells what to do on others.
     python_requires=">=3.11,<3.13",
+    # What the analysis needs: it judges runs on machines that have no torch.
     install_requires=[
-        "torch>=2.6",  # trains; the first that loads checkpoints with weights_only by default
         "numpy>=2",
         "pyarrow>=17",  # teacher caches and token records
         "pandas>=2.2",  # analysis
@@ -36,13 +36,16 @@ setup(
         "sacrebleu>=2.4",  # BLEU, chrF, significance
         "jinja2>=3.1",  # HTML pages, everything escaped, and LaTeX tables through pandas
         "markdown-it-py>=3",  # report.md as HTML, raw HTML switched off
-        "sentencepiece>=0.2",  # vocabularies
         "tqdm>=4.60",  # progress bars
     ],
     extras_require={
-        # An extra and not a requirement: every distribution of fairseq installs the same folder,
-        # so requiring one would overwrite a fairseq that the user has built.
-        "fairseq": ["ve-fairseq==0.12.3"],
+        # What trains. fairseq is an extra and not a requirement because every distribution of it
+        # installs the same folder: requiring one would overwrite a fairseq that the user has built.
+        "fairseq": [
+            "ve-fairseq==0.12.3",
+            "torch>=2.6",  # the first that loads checkpoints with weights_only by default
+            "sentencepiece>=0.2",  # vocabularies
+        ],
         "llm": [
             # Hugging Face causal models as teachers and students. transformers 5 renames the
             # key-value cache's argument and needs a torchaudio that loads.

@@ -1,0 +1,95 @@
+"""What a study keeps tells the analysis the same, and holds no text of others."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import study_outputs
+from simulated_runs import write_study
+
+from analysis import report, transfer
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished study in the layout of the pipeline; the working directory is its root."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "draw_all", lambda _: [])
+    write_study(tmp_path / "runs" / "tiny", seeds=2, sentences=40)
+    for run in (tmp_path / "runs" / "tiny" / "en-de").iterdir():
+        for mark in study_outputs.MARKS:
+            (run / mark).touch()
+        (run / "scores.json").write_text("{}")
+    data = tmp_path / "data" / "tiny" / "en-de"
+    data.mkdir(parents=True)
+    (data / "data.json").touch()
+    first = next((tmp_path / "runs" / "tiny" / "en-de").iterdir())
+    for suffix, language in ((".src", "en"), (".ref", "de")):
+        shutil.copyfile(first / "hyps" / f"test{suffix}.txt", data / f"test.{language}")
+    (tmp_path / "tiny.yaml").write_text("name: tiny\n")
+    return tmp_path
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["study_outputs.py", *words])
+    study_outputs.main()
+
+
+def test_saved_and_restored_the_report_is_the_same(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer.main(["runs/tiny", "--resamples", "100"])
+    before = pd.read_csv("runs/tiny/report/tables/claims.csv")
+    command(monkeypatch, "save", "tiny.yaml", "results/study")
+    kept = study / "results" / "study"
+    assert not list(kept.rglob("*.ref.txt")) + list(kept.rglob("*.src.txt"))
+    table = pq.read_table(next(kept.rglob("*.parquet")))
+    assert set(table["piece"].to_pylist()) <= {"▁", ""}
+    assert set(table["p_top1_piece"].to_pylist()) == {""}
+    assert (kept / "config.yaml").exists() and (kept / "tables" / "claims.csv").exists()
+    shutil.rmtree("runs/tiny")
+    command(monkeypatch, "restore", "tiny.yaml", "results/study")
+    transfer.main(["runs/tiny", "--resamples", "100"])
+    after = pd.read_csv("runs/tiny/report/tables/claims.csv")
+    assert after["verdict"].tolist() == before["verdict"].tolist()
+    np.testing.assert_allclose(after["effect"], before["effect"], rtol=5e-3, atol=1e-3)
+    # Done in the order that snakemake looks at.
+    run = next(Path("runs/tiny/en-de").iterdir())
+    times = [(run / mark).stat().st_mtime_ns for mark in study_outputs.MARKS]
+    assert times == sorted(times)
+
+
+def test_unfinished_runs_are_not_kept(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = sorted(Path("runs/tiny/en-de").iterdir())
+    (runs[0] / "score.done").unlink()
+    command(monkeypatch, "save", "tiny.yaml", "results/study")
+    assert "5 runs" in capsys.readouterr().out
+    assert not (study / "results/study/runs/en-de" / runs[0].name).exists()
+    shutil.rmtree("data")
+    with pytest.raises(SystemExit, match="expected prepared data"):
+        command(monkeypatch, "restore", "tiny.yaml", "results/study")
+    shutil.rmtree("runs")
+    with pytest.raises(SystemExit, match="expected finished runs"):
+        command(monkeypatch, "save", "tiny.yaml", "results/study")
+
+
+def test_steps_are_timed(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = study / ".snakemake" / "metadata"
+    folder.mkdir(parents=True)
+    import base64
+
+    for output in ("data/tiny/en-de/cache.done", "data/other/en-de/cache.done"):
+        name = base64.b64encode(output.encode()).decode()
+        record = {"rule": "cache", "starttime": 5.0, "endtime": 9.4}
+        (folder / name).write_text(json.dumps(record))
+    for _ in range(2):  # a second call adds nothing twice
+        command(monkeypatch, "save", "tiny.yaml", "results/study")
+        steps = pd.read_csv("results/study/steps.csv").to_dict("records")
+        assert steps == [{"rule": "cache", "output": "data/tiny/en-de/cache.done", "seconds": 4}]

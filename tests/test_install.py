@@ -1,0 +1,56 @@
+"""Installed from another directory, on each Python: the analysis without torch, then the plugin.
+
+Needs a package index; run with ``--slow``.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words: str | Path, cwd: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_USER")}
+    done = subprocess.run(
+        [*map(str, words)], cwd=cwd, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.11", "3.12"])
+def test_installed_package(version: str, tmp_path: Path) -> None:
+    interpreter = shutil.which(f"python{version}")
+    if interpreter is None:
+        pytest.skip(f"no python{version} in PATH")
+    source = tmp_path / "source"  # pip builds beside the files, which must not be these
+    ignored = shutil.ignore_patterns(".*", "runs", "data", "*.egg-info", "build", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    run(interpreter, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = (python, "-m", "pip", "install", "-q", "-c", source / "constraints.txt")
+    run(*pip, source, cwd=tmp_path)
+    code = "import importlib.util as u, analysis; print(analysis.__file__, u.find_spec('torch'))"
+    place, torch = run(python, "-c", code, cwd=tmp_path).split()
+    assert "site-packages" in place and torch == "None"
+    make = (
+        "from pathlib import Path; import simulated_runs as s; s.write_study(Path('runs'), 1, 20)"
+    )
+    write = f"import sys; sys.path.insert(0, {str(source / 'scripts')!r}); {make}"
+    run(python, "-c", write, cwd=tmp_path)
+    out = run(python, "-m", "analysis.transfer", "runs", cwd=tmp_path)
+    assert "claim 1 (se_kd_student): inconclusive" in out
+    assert (tmp_path / "runs" / "report" / "report.html").exists()
+    run(*pip, f"{source}[fairseq,llm]", "pytest", "hypothesis", cwd=tmp_path)
+    out = run(python, "-m", "sekd_fairseq.build_cache", "--help", cwd=tmp_path)
+    assert "--engine" in out
+    run(
+        python, "-m", "pytest", "-q", "tests/sekd_fairseq/test_same_numbers.py", "tests/losses",
+        cwd=source,
+    )  # fmt: skip
