@@ -58,6 +58,7 @@ setup(
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
+            "coverage>=7.10",  # follows forks and os._exit
             "ruff>=0.9",
             "mypy>=1.14",
             "pandas-stubs",
