@@ -17,11 +17,18 @@ class RecordError(AnalysisError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with the message alone, and status 1, on an :class:`AnalysisError`."""
+    """End the program with the message alone, and status 1, on an :class:`AnalysisError`, or where
+    the system refuses a file (a full disk, a directory that must not be written to)."""
     try:
         yield
     except AnalysisError as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"error: {one_line(error)}") from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(
+            f"error: {where}{error.strerror or one_line(error)}; free space or choose another "
+            "directory, and run the command again"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from analysis.judge import Options
 from analysis.runs import Run
-from analysis.stats import Floats, Resamples, hierarchical
+from analysis.stats import Floats, Resamples, hierarchical, holm
 from analysis.study import Direction, Texts, base_method, partner
 
 #: sacreBLEU's tokenizer for target languages that 13a does not fit, unless scores.json names one.
@@ -176,75 +176,91 @@ def _paired(
 
 
 def methods_table(qualities: Sequence[Quality], options: Options) -> pd.DataFrame:
-    """One row a direction, method, metric: mean over seeds, and gains with hierarchical intervals.
+    """One row a direction, method, metric: mean over seeds, and gains with hierarchical intervals;
+    where there are several directions, also their mean (direction ``all``).
 
     The interval holds the error from sentences and, with several seeds, from training (see
-    :func:`analysis.stats.hierarchical`); with one seed the latter is missing.
+    :func:`analysis.stats.hierarchical`); with one seed the latter is missing. ``*_p_holm`` is
+    corrected for the methods that stand beside each other in a direction.
     """
+    compared = [_Compared(quality, options) for quality in qualities]
     rows: list[dict[str, Any]] = []
-    for quality in qualities:
-        count = len(quality.references[0])
-        rng = np.random.default_rng([options.seed, count])
-        resamples = Resamples(count, options.resamples, rng)
-        drawn: dict[tuple[str, str], Floats] = {}
-        for method in sorted({run.method for run in quality.runs()}):
-            runs = [run for run in quality.runs() if run.method == method]
-            for metric in quality.metrics:
-                scores = np.array([_observed(quality, run, metric) for run in runs])
-                row: dict[str, Any] = {
-                    "direction": quality.direction.name,
-                    "method": method,
-                    "metric": metric,
-                    "seeds": len(runs),
-                    "sentences": count,
-                    "mean": scores.mean(),
-                    "sd_over_seeds": scores.std(ddof=1) if len(runs) > 1 else np.nan,
-                }
-                for baseline in BASELINES:
-                    row.update(_method_gain(quality, runs, metric, baseline, resamples, drawn))
-                rows.append(row)
-    return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
+    groups = [[item] for item in compared]
+    if len(groups) > 1:
+        groups.append(compared)
+    for group in groups:
+        methods = [{run.method for run in item.quality.runs()} for item in group]
+        for method in sorted(set.intersection(*methods)):
+            for metric in group[0].quality.metrics:
+                rows.append(_method_row(group, method, metric))
+    table = pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
+    for baseline in BASELINES if rows else ():
+        column = f"gain_over_{baseline}_p"
+        corrected = table.groupby(["direction", "metric"])[column].transform(
+            lambda values: holm(values.tolist())
+        )
+        table.insert(table.columns.tolist().index(column) + 1, f"{column}_holm", corrected)
+    return table
 
 
-def _observed(quality: Quality, run: Run, metric: str) -> float:
-    return quality.score(metric, quality.statistics(run, metric).sum(axis=0))
+class _Compared:
+    """One direction's scores, observed and in resamples of its sentences, computed once."""
+
+    def __init__(self, quality: Quality, options: Options) -> None:
+        self.quality = quality
+        self.sentences = len(quality.references[0])
+        rng = np.random.default_rng([options.seed, self.sentences])
+        self._resamples = Resamples(self.sentences, options.resamples, rng)
+        self._drawn: dict[tuple[str, str], Floats] = {}
+
+    def runs(self, method: str) -> list[Run]:
+        """The runs of a method."""
+        return [run for run in self.quality.runs() if run.method == method]
+
+    def observed(self, run: Run, metric: str) -> float:
+        """The corpus score."""
+        return self.quality.score(metric, self.quality.statistics(run, metric).sum(axis=0))
+
+    def drawn(self, run: Run, metric: str) -> Floats:
+        """Corpus scores of every resample, (B,)."""
+        key = (run.label, metric)
+        if key not in self._drawn:
+            sums = self._resamples.sums(self.quality.statistics(run, metric))
+            self._drawn[key] = np.array([self.quality.score(metric, row) for row in sums])
+        return self._drawn[key]
+
+    def pairs(self, method: str, baseline: str) -> list[tuple[Run, Run]]:
+        """The method's runs, each with the baseline's that it is compared with."""
+        couples = [(run, partner(run, self.quality.runs(), baseline)) for run in self.runs(method)]
+        return [(run, other) for run, other in couples if other is not None]
 
 
-def _drawn(
-    quality: Quality,
-    run: Run,
-    metric: str,
-    resamples: Resamples,
-    store: dict[tuple[str, str], Floats],
-) -> Floats:
-    """Corpus scores of every resample, (B,)."""
-    key = (run.label, metric)
-    if key not in store:
-        sums = resamples.sums(quality.statistics(run, metric))
-        store[key] = np.array([quality.score(metric, row) for row in sums])
-    return store[key]
-
-
-def _method_gain(
-    quality: Quality,
-    runs: Sequence[Run],
-    metric: str,
-    baseline: str,
-    resamples: Resamples,
-    store: dict[tuple[str, str], Floats],
-) -> dict[str, float]:
-    prefix = f"gain_over_{baseline}"
-    row = {f"{prefix}{suffix}": np.nan for suffix in ("", "_low", "_high", "_p")}
-    couples = [(run, partner(run, quality.runs(), baseline)) for run in runs]
-    found = [(run, other) for run, other in couples if other is not None]
-    if not found or base_method(runs[0].method) in ("teacher", baseline):
-        return row
-    observed = [_observed(quality, a, metric) - _observed(quality, b, metric) for a, b in found]
-    drawn = [
-        _drawn(quality, a, metric, resamples, store) - _drawn(quality, b, metric, resamples, store)
-        for a, b in found
-    ]
-    estimate = hierarchical([np.array(observed)], [np.stack(drawn)], [resamples.sentences])
-    row[prefix], row[f"{prefix}_p"] = estimate.effect, estimate.p
-    row[f"{prefix}_low"], row[f"{prefix}_high"] = estimate.low, estimate.high
+def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]:
+    scores = [[item.observed(run, metric) for run in item.runs(method)] for item in group]
+    one = len(group) == 1
+    row: dict[str, Any] = {
+        "direction": group[0].quality.direction.name if one else "all",
+        "method": method,
+        "metric": metric,
+        "seeds": min(len(values) for values in scores),
+        "sentences": sum(item.sentences for item in group),
+        "mean": float(np.mean([np.mean(values) for values in scores])),
+        "sd_over_seeds": np.std(scores[0], ddof=1) if one and len(scores[0]) > 1 else np.nan,
+    }
+    for baseline in BASELINES:
+        prefix = f"gain_over_{baseline}"
+        row |= {f"{prefix}{suffix}": np.nan for suffix in ("", "_low", "_high", "_p")}
+        found = [item.pairs(method, baseline) for item in group]
+        if not all(found) or base_method(method) in ("teacher", baseline):
+            continue
+        observed, drawn = [], []
+        for item, couples in zip(group, found, strict=True):
+            gains = [item.observed(a, metric) - item.observed(b, metric) for a, b in couples]
+            observed.append(np.array(gains))
+            drawn.append(
+                np.stack([item.drawn(a, metric) - item.drawn(b, metric) for a, b in couples])
+            )
+        estimate = hierarchical(observed, drawn, [item.sentences for item in group])
+        row[prefix], row[f"{prefix}_p"] = estimate.effect, estimate.p
+        row[f"{prefix}_low"], row[f"{prefix}_high"] = estimate.low, estimate.high
     return row

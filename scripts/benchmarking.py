@@ -137,6 +137,14 @@ def write_results(
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    write_targets(name, targets, device, folder)
+    print(f"{folder / name}.csv, .json")
+
+
+def write_targets(
+    name: str, targets: Sequence[Target], device: torch.device, folder: Path = RESULTS
+) -> None:
+    """Write ``NAME.json``, and print which targets were met."""
     command = shlex.join(["python", *sys.argv])
     entries = [
         {
@@ -156,4 +164,3 @@ def write_results(
         bound = "at least" if target.at_least else "at most"
         word = "met" if target.met() else "MISSED"
         print(f"{word:6} {target.name}: {value} ({bound} {target.limit})")
-    print(f"{folder / name}.csv, .json")

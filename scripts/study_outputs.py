@@ -26,7 +26,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+import torch
 import yaml
+from benchmarking import Target, write_targets
 
 MARKS = ("train.done", "test.out", "score.done")
 TEXT = ("_piece",)
@@ -111,7 +113,50 @@ def save(name: str, config: Path, output: Path) -> None:
     known = {row["output"] for row in rows}
     rows += [row for row in before if row["output"] not in known]
     pd.DataFrame(sorted(rows, key=lambda row: row["output"])).to_csv(steps, index=False)
+    summarise(name, output)
     print(f"{output}: {kept} runs")
+
+
+def summarise(name: str, output: Path) -> None:
+    """``STUDY.csv``, a line a run, and ``STUDY.json``, the gains of SE-KD over word-level KD."""
+    steps = pd.read_csv(output / "steps.csv") if (output / "steps.csv").exists() else None
+    rows = []
+    for path in sorted((output / "runs").glob("*/*/scores.json")):
+        run, scores = path.parent, json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        label = run.relative_to(output / "runs").as_posix()
+        row = {key: record[key] for key in ("direction", "method", "seed", "updates", "parameters")}
+        row["run"] = label
+        for subset, found in scores.items():
+            row |= {
+                f"{subset}_{metric}": round(found[metric]["score"], 4)
+                for metric in ("bleu", "chrf")
+            }
+        if steps is not None:
+            for step in ("train", "score"):
+                wanted = steps["output"] == f"runs/{name}/{label}/{step}.done"
+                row[f"{step}_seconds"] = steps.loc[wanted, "seconds"].max()
+            wanted = steps["output"] == f"data/{name}/{record['direction']}/cache.done"
+            if record["method"] == "teacher":
+                row["cache_seconds"] = steps.loc[wanted, "seconds"].max()
+        cache = Path("data", name, record["direction"], "cache")
+        if record["method"] == "teacher" and cache.is_dir():
+            row["cache_bytes"] = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file())
+        rows.append(row)
+    pd.DataFrame(rows).to_csv(output.with_suffix(".csv"), index=False)
+    methods = output / "tables" / "methods.csv"
+    targets = []
+    if methods.exists():
+        table = pd.read_csv(methods)
+        table = table[table["metric"] == "BLEU"]
+        scope = "all" if "all" in set(table["direction"]) else table["direction"].iloc[0]
+        table = table[table["direction"] == scope]
+        for row in table[table["method"].str.startswith("se_kd")].to_dict("records"):
+            who = f"{row['method']}, {scope}, {row['seeds']} seeds"
+            gain, p = row["gain_over_word_kd"], row["gain_over_word_kd_p_holm"]
+            targets.append(Target(f"BLEU gain over word KD: {who}", gain, 1.4, at_least=True))
+            targets.append(Target(f"its p-value, corrected: {who}", p, 0.05))
+    write_targets(output.name, targets, torch.device("cpu"), output.parent)
 
 
 def restore(name: str, output: Path) -> None:

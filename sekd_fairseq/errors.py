@@ -17,7 +17,8 @@ class CacheError(UserError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with the message alone, and status 1, on a :class:`UserError`.
+    """End the program with the message alone, and status 1, on a :class:`UserError`, or where the
+    system refuses a file (a full disk, a directory that must not be written to).
 
     For the outermost frame of a command, and for the places where fairseq calls the plugin, which
     would print a traceback.
@@ -26,3 +27,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(
+            f"error: {where}{error.strerror or error}; free space or choose another directory, and "
+            "run the command again"
+        ) from error

@@ -15,6 +15,7 @@ from sacrebleu.significance import PairedTest
 from simulated_runs import write_study
 
 from analysis import figures, report, transfer
+from analysis.stats import holm
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,8 +123,13 @@ def test_several_directions_and_seeds(tmp_path: Path, no_figures: None) -> None:
     root = write_study(tmp_path / "runs", seeds=2, sentences=40, directions=("cs-en", "en-zh"))
     transfer.main([str(root), "--resamples", "100"])
     methods = pd.read_csv(root / "report/tables/methods.csv")
-    assert set(methods["direction"]) == {"cs-en", "en-zh"}
+    assert set(methods["direction"]) == {"cs-en", "en-zh", "all"}
     assert (methods["seeds"] == 2).all()
+    bleu = methods[methods["metric"] == "BLEU"].set_index(["direction", "method"])
+    gains = bleu["gain_over_word_kd"].unstack("method")["se_kd_student"]
+    assert gains["all"] == pytest.approx((gains["cs-en"] + gains["en-zh"]) / 2)
+    p = bleu.loc[("all", ["finetune", "se_kd_student"]), :]
+    assert p["gain_over_word_kd_p_holm"].tolist() == pytest.approx(holm(p["gain_over_word_kd_p"]))
     results = pd.read_csv(root / "report/tables/results.csv")
     chinese = results["direction"] == "en-zh"
     assert results.loc[chinese, "BLEU_signature"].str.contains("tok:zh").all()

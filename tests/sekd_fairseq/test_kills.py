@@ -5,10 +5,12 @@ Building caches is in test_build_cache.py. One kill of each here, seven with ``-
 
 import os
 import random
+import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,44 @@ def test_analysis(tmp_path: Path, kills: int) -> None:
 
     kill_at_random_instants(words, tmp_path / "whole", tmp_path / "killed", kills)
     assert files(tmp_path / "whole") == files(tmp_path / "killed")
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes, here and in forks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_and_directories_that_cannot_be_made(
+    data: Path, cache: Path, teacher: Path, tmp_path: Path
+) -> None:
+    runs = write_study(tmp_path / "runs", seeds=1, sentences=20)
+    blocked = tmp_path / "file"
+    blocked.write_text("no directory")
+
+    def commands(output: Path) -> list[list[object]]:
+        build = ["sekd_fairseq.build_cache", data, "--path", teacher, "--cpu", "--output"]
+        score = ["sekd_fairseq.score", data, "--path", teacher, "--teacher-cache", cache, "--cpu"]
+        return [
+            [*build, output / "cache", "--subset", "train"],
+            [*score, "--subset", "train", "--method", "finetune", "--run", output / "run"],
+            ["analysis.transfer", runs, "--resamples", 100, "--output", output / "report"],
+        ]
+
+    for words in commands(tmp_path / "full"):
+        with full_disk(8000):
+            line = error_line(command(*words, check=False))
+        assert "File too large" in line, line
+    for words in commands(blocked):
+        assert "file" in error_line(command(*words, check=False))
+    # With room they go on from what is there.
+    for words in commands(tmp_path / "full"):
+        command(*words)
 
 
 def test_a_damaged_checkpoint_is_named(data: Path, tmp_path: Path) -> None:
