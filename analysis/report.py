@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis import claims, page
 from analysis.figures import FIGURES, draw_all
+from analysis.markup import interval, latex_table, markdown_table, number, p_value, percent
 from analysis.style import method_key, method_name
 
 if TYPE_CHECKING:
@@ -150,10 +151,10 @@ def _claim_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
         {
             "claim": f"{row['claim']}. {row['statement']}",
             "measure": row["measure"] if row["decides"] else f"({row['measure']})",
-            "effect": _interval(row["effect"], row["low"], row["high"]),
-            "relative": _percent(row["relative_effect"]) if row["claim"] != 4 else "",
-            "p": _p_value(row["p"]),
-            "p (Holm)": _p_value(row["p_holm"]),
+            "effect": interval(row["effect"], row["low"], row["high"]),
+            "relative": percent(row["relative_effect"]) if row["claim"] != 4 else "",
+            "p": p_value(row["p"]),
+            "p (Holm)": p_value(row["p_holm"]),
             "seeds": row["seeds"],
             "sentences": row["sentences"],
             "tokens": row["tokens"],
@@ -175,10 +176,10 @@ def _quality_rows(results: "Results") -> list[dict[str, Any]]:
             "direction": row["direction"],
             "method": method_name(str(row["method"])),
             "seed": row["seed"],
-            "BLEU": _interval(row["BLEU"], row["BLEU_low"], row["BLEU_high"], 2),
-            "chrF": _interval(row["chrF"], row["chrF_low"], row["chrF_high"], 2),
+            "BLEU": interval(row["BLEU"], row["BLEU_low"], row["BLEU_high"], 2),
+            "chrF": interval(row["chrF"], row["chrF_low"], row["chrF_high"], 2),
             **(
-                {"COMET": _interval(row["COMET"], row["COMET_low"], row["COMET_high"], 2)}
+                {"COMET": interval(row["COMET"], row["COMET_low"], row["COMET_high"], 2)}
                 if "COMET" in row
                 else {}
             ),
@@ -239,8 +240,8 @@ def _over(row: dict[Any, Any], baseline: str) -> str:
     prefix = f"gain_over_{baseline}"
     if np.isnan(row[prefix]):
         return ""
-    shown = _interval(row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"], 2)
-    return f"{shown}, p {_p_value(row[f'{prefix}_p'], equals='= ')}"
+    shown = interval(row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"], 2)
+    return f"{shown}, p {p_value(row[f'{prefix}_p'], equals='= ')}"
 
 
 def _transfer(results: "Results") -> list[str]:
@@ -256,12 +257,12 @@ def _transfer(results: "Results") -> list[str]:
                 "bucket": row["bucket"],
                 "tokens": row["tokens"],
                 "KL": _spread(row, "kl"),
-                "target": _number(row["kl_target"], 3),
-                "non-target": _number(row["kl_nontarget"], 3),
-                "agreement": _percent(row["agreement"]),
-                "student right": _percent(row["student_right"]),
-                "teacher right": _percent(row["teacher_right"]),
-                "overlap top 5": _percent(row["overlap_top5"]),
+                "target": number(row["kl_target"], 3),
+                "non-target": number(row["kl_nontarget"], 3),
+                "agreement": percent(row["agreement"]),
+                "student right": percent(row["student_right"]),
+                "teacher right": percent(row["teacher_right"]),
+                "overlap top 5": percent(row["overlap_top5"]),
             }
             for row in own.to_dict("records")
         ]
@@ -279,8 +280,8 @@ def _transfer(results: "Results") -> list[str]:
                 "bucket": row["bucket"],
                 "tokens": row["tokens"],
                 "gain (nats)": _spread(row, "gain"),
-                "relative": _percent(row["relative_gain"]),
-                "lead closed": _percent(row["lead_closed"]),
+                "relative": percent(row["relative_gain"]),
+                "lead closed": percent(row["lead_closed"]),
             }
             for row in gains.to_dict("records")
         ]
@@ -311,7 +312,7 @@ def _over_seeds(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 def _spread(row: dict[Any, Any], name: str) -> str:
     """A value with its interval (one seed), or with its standard deviation over seeds."""
     if row["seeds"] == 1:
-        return _interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+        return interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
     return "no tokens" if pd.isna(row[name]) else f"{row[name]:.3f} ± {row[f'{name}_sd']:.3f}"
 
 
@@ -361,44 +362,3 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
     place = table["method"].map(keys)
     by = [name for name in ("direction", "_place", "seed") if name in (*table.columns, "_place")]
     return table.assign(_place=place).sort_values(by, kind="stable")
-
-
-def markdown_table(table: pd.DataFrame) -> str:
-    """A table in Markdown; bars in cells are escaped."""
-    rows = [[str(value).replace("|", "\\|") for value in row] for row in table.to_numpy().tolist()]
-    names = [str(name) for name in table.columns]
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def latex_table(table: pd.DataFrame, caption: str, label: str) -> str:
-    """A table for a paper (needs the package booktabs); text in cells is escaped."""
-    if table.empty:
-        return "% no rows\n"
-    columns = "l" * len(table.columns)
-    return (
-        table.style.hide(axis="index")
-        .format(escape="latex")
-        .format_index(escape="latex", axis="columns")
-        .to_latex(hrules=True, caption=caption, label=label, column_format=columns, position="t")
-    )
-
-
-def _number(value: Any, digits: int) -> str:
-    return "" if pd.isna(value) else f"{value:.{digits}f}"
-
-
-def _p_value(value: Any, equals: str = "") -> str:
-    if pd.isna(value):
-        return ""
-    return "< 0.0001" if value < 0.0001 else f"{equals}{value:.4f}"
-
-
-def _percent(value: Any) -> str:
-    return "" if pd.isna(value) else f"{100 * value:.1f} %"
-
-
-def _interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
-    if pd.isna(value):
-        return "no tokens" if digits == 3 else ""
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -18,9 +18,10 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import load_models, quiet_fairseq
+from sekd_fairseq.llm.loading import pretrained
 from sekd_fairseq.llm.tokenizer import HFTokenizer, load_tokenizer
 from sekd_fairseq.llm.vocabulary import Vocabulary, restore_rows
-from sekd_fairseq.models.hf_causal_lm import HFCausalLM, pretrained
+from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 
 #: Text on which tokenizers differ that differ at all.
 PROBE = "Straße,  zwei\tTage\nNaïve 你好 🙂"

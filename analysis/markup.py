@@ -1,0 +1,50 @@
+"""Tables and their cells as Markdown and LaTeX."""
+
+from typing import Any
+
+import pandas as pd
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table in Markdown; bars in cells are escaped."""
+    rows = [[str(value).replace("|", "\\|") for value in row] for row in table.to_numpy().tolist()]
+    names = [str(name) for name in table.columns]
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex_table(table: pd.DataFrame, caption: str, label: str) -> str:
+    """A table for a paper (needs the package booktabs); text in cells is escaped."""
+    if table.empty:
+        return "% no rows\n"
+    columns = "l" * len(table.columns)
+    return (
+        table.style.hide(axis="index")
+        .format(escape="latex")
+        .format_index(escape="latex", axis="columns")
+        .to_latex(hrules=True, caption=caption, label=label, column_format=columns, position="t")
+    )
+
+
+def number(value: Any, digits: int) -> str:
+    """A number; nothing where there is none."""
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def p_value(value: Any, equals: str = "") -> str:
+    """A p-value to four places."""
+    if pd.isna(value):
+        return ""
+    return "< 0.0001" if value < 0.0001 else f"{equals}{value:.4f}"
+
+
+def percent(value: Any) -> str:
+    """A share in per cent."""
+    return "" if pd.isna(value) else f"{100 * value:.1f} %"
+
+
+def interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
+    """A value with its interval."""
+    if pd.isna(value):
+        return "no tokens" if digits == 3 else ""
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
