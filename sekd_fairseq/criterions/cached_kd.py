@@ -82,6 +82,7 @@ class CachedKDCriterion(CachedTeacherCriterion):
 
     @staticmethod
     def whole_batch(cfg: CachedKDConfig) -> str:
+        """The option that needs a whole batch at once, if any."""
         return "--select batch" if str(cfg.select) == "batch" else ""
 
     def distill(

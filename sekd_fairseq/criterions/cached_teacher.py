@@ -250,6 +250,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
+        """Everything logged is a sum over tokens."""
         return True
 
 

@@ -128,6 +128,7 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
 
     @staticmethod
     def whole_batch(cfg: SelfEvolutionKDConfig) -> str:
+        """The option that needs a whole batch at once, if any."""
         return "--gamma-type quantile" if str(cfg.gamma_type) == "quantile" else ""
 
     def distill(

@@ -52,14 +52,17 @@ class SentencePieceTokenizer:
         self.specials = (bos, pad, eos, unk)
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
         tokens: list[int] = self._model.encode(text)
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids."""
         text: str = self._model.decode(list(tokens))
         return text
 
     def single_bytes(self) -> set[int]:
+        """Tokens that stand for one byte."""
         return {i for i in range(len(self.pieces)) if self._model.is_byte(i)}
 
 
@@ -89,16 +92,19 @@ class HFTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
         tokens: list[int] = self.model.encode(text, add_special_tokens=False)
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids."""
         text: str = self.model.decode(
             list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
 
     def single_bytes(self) -> set[int]:
+        """Tokens that stand for one byte."""
         spelled = {i for i, p in enumerate(self.pieces) if p.startswith("<0x") and len(p) == 6}
         # Byte-level BPE has no such pieces; its bytes are characters of their own.
         return spelled or {i for i, piece in enumerate(self.pieces) if len(piece) == 1}

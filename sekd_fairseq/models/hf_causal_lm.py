@@ -110,6 +110,7 @@ class PromptEncoder(FairseqEncoder):  # type: ignore[misc]
         }
 
     def max_positions(self) -> int:
+        """Tokens that the language model has positions for."""
         return self.positions
 
 
@@ -275,6 +276,7 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
             cache["cache"].reorder_cache(new_order)
 
     def max_positions(self) -> int:
+        """Tokens that the language model has positions for."""
         return self.positions
 
 

@@ -210,10 +210,12 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             self.criterion.load_running_state(state)
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
+        """Before the loader workers of an epoch are forked."""
         collect_before_fork()
         super().begin_epoch(epoch, model)
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
+        """Before the loader workers of a validation are forked."""
         collect_before_fork()
         super().begin_valid_epoch(epoch, model)
 
