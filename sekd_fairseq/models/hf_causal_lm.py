@@ -200,7 +200,8 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
     def _body(self, **options: Any) -> Any:
         """The model without its output projection, and without the shell of adapters."""
         lm = getattr(self.model, "get_base_model", lambda: self.model)()
-        return lm.model(**options)
+        # Gemma 3 has "model" too, and names another as its base (transformers 4.57).
+        return getattr(lm, "model", lm.base_model)(**options)
 
     def _shared_prefix(self, prompt: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
         """What all prompts (B, P) begin with, and its keys and values; None if that is little."""

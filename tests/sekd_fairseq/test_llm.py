@@ -44,6 +44,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **COMMON, "model_type": "gemma3_text", "head_dim": 8, "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    # Learned positions, and another name for what is below the output projection.
+    "gpt2": {
+        "model_type": "gpt2", "n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4,
+        "n_positions": 256,
+    },
 }  # fmt: skip
 
 
