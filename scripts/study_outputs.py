@@ -5,7 +5,8 @@
 
 ``save`` copies, of every finished run below ``runs/NAME``, its record, scores, translations and
 token records (rounded to 10 bits, without the pieces of the references) to ``results/STUDY/runs``,
-the report's tables and figures, the configuration, and the time that each step took. Run it as
+the report's tables and figures, the configuration, what training logged, and the time that each step
+took. Run it as
 often as you like; what is there already stays.
 
 ``restore`` puts kept runs back where snakemake looks for them, on a machine that has the corpus but
@@ -113,8 +114,39 @@ def save(name: str, config: Path, output: Path) -> None:
     known = {row["output"] for row in rows}
     rows += [row for row in before if row["output"] not in known]
     pd.DataFrame(sorted(rows, key=lambda row: row["output"])).to_csv(steps, index=False)
+    training_log(name, output)
     summarise(name, output)
     print(f"{output}: {kept} runs")
+
+
+#: What fairseq logged of a training, beside its losses.
+LOGGED = (
+    *("loss", "difficulty", "gamma", "hard_share", "hard_lambda", "kl_easy", "kl_hard"),
+    *("easy_gradient", "hard_gradient", "agreement"),
+)
+
+
+def training_log(name: str, output: Path, every: int = 50) -> None:
+    """``training.csv``: the figures of every fiftieth update of each run."""
+    path = output / "training.csv"
+    rows = []
+    for log in sorted(Path("runs", name).glob("*/*/train.jsonl")):
+        label = log.parent.relative_to(Path("runs", name)).as_posix()
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line[line.index("{") :])
+                update = int(record["num_updates"])
+            except (ValueError, KeyError):
+                continue
+            if update % every == 0:
+                found = {key: float(record[key]) for key in LOGGED if key in record}
+                rows.append({"run": label, "update": update} | found)
+    before = pd.read_csv(path).to_dict("records") if path.exists() else []
+    known = {row["run"] for row in rows}
+    rows += [row for row in before if row["run"] not in known]
+    if rows:
+        table = pd.DataFrame(rows).drop_duplicates(["run", "update"], keep="last")
+        table.sort_values(["run", "update"]).to_csv(path, index=False)
 
 
 def summarise(name: str, output: Path) -> None:

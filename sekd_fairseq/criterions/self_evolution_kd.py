@@ -107,8 +107,9 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
 
     Logged, beside what every criterion logs, in nats or as shares: ``difficulty`` (mean),
     ``hard_share``, ``hard_lambda`` (mean ratio on hard tokens), ``kl_easy`` and ``kl_hard`` (mean
-    KL(p || q)), ``hard_gradient`` and ``easy_gradient`` (mean L1 norm of the gradient of ``D`` to
-    the logits, on the events of the loss; zero in validation), ``gamma`` (the threshold in use).
+    KL(p || q)), ``gamma`` (the threshold in use); in training also ``hard_gradient`` and
+    ``easy_gradient`` (mean L1 norm of the gradient of ``D`` to the logits, on the events of the
+    loss).
     """
 
     def __init__(self, cfg: SelfEvolutionKDConfig, task: Any) -> None:
@@ -162,6 +163,16 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
         hard = output.hard.to(output.difficulty)
         log_q = events.log_q.detach()
         kl = relative_entropy(events.log_p, log_q, events.log_multiplicity)
+        sums = {
+            "gamma": output.gamma * kl.numel(),
+            "hard": hard.sum(),
+            "difficulty": output.difficulty.sum(),
+            "hard_lambda": (output.ratio * hard).sum(),
+            "kl_easy": (kl * (1.0 - hard)).sum(),
+            "kl_hard": (kl * hard).sum(),
+        }
+        if not torch.is_grad_enabled():  # validation has no gradient to speak of
+            return sums
         gradient = torch.zeros_like(kl)
         if output.divergence.requires_grad and output.divergence.numel():
             (on_log_q,) = torch.autograd.grad(
@@ -170,12 +181,7 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
             q = log_q.exp()
             gradient = (on_log_q - q * on_log_q.sum(dim=1, keepdim=True)).abs().sum(dim=1)
         return {
-            "gamma": output.gamma * kl.numel(),
-            "hard": hard.sum(),
-            "difficulty": output.difficulty.sum(),
-            "hard_lambda": (output.ratio * hard).sum(),
-            "kl_easy": (kl * (1.0 - hard)).sum(),
-            "kl_hard": (kl * hard).sum(),
+            **sums,
             "easy_gradient": (gradient * (1.0 - hard)).sum(),
             "hard_gradient": (gradient * hard).sum(),
         }
@@ -199,5 +205,6 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
             ("easy_gradient", tokens - hard),
             ("hard_gradient", hard),
         ):
-            mean = total(key) / count if count > 0 else float("nan")
-            metrics.log_scalar(key, mean, count, round=4)
+            if key in logging_outputs[0]:
+                mean = total(key) / count if count > 0 else float("nan")
+                metrics.log_scalar(key, mean, count, round=4)

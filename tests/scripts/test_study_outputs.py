@@ -80,6 +80,19 @@ def test_unfinished_runs_are_not_kept(
         command(monkeypatch, "save", "tiny.yaml", "results/study")
 
 
+def test_training_logs_are_thinned(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = sorted(Path("runs/tiny/en-de").iterdir())[0]
+    lines = [
+        f'2026 | INFO | train_inner | {{"num_updates": "{n}", "loss": "2.{n}", "kl_hard": "0.5"}}'
+        for n in (10, 50, 100, 50)
+    ]
+    (run / "train.jsonl").write_text("\n".join(["begin", *lines, "{half"]))
+    command(monkeypatch, "save", "tiny.yaml", "results/study")
+    table = pd.read_csv("results/study/training.csv")
+    assert table["update"].tolist() == [50, 100] and table["loss"].tolist() == [2.5, 2.1]
+    assert table["run"].unique().tolist() == [f"en-de/{run.name}"]
+
+
 def test_steps_are_timed(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = study / ".snakemake" / "metadata"
     folder.mkdir(parents=True)
