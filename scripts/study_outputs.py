@@ -113,7 +113,8 @@ def save(name: str, config: Path, output: Path) -> None:
     before = pd.read_csv(steps).to_dict("records") if steps.exists() else []
     known = {row["output"] for row in rows}
     rows += [row for row in before if row["output"] not in known]
-    pd.DataFrame(sorted(rows, key=lambda row: row["output"])).to_csv(steps, index=False)
+    if rows:
+        pd.DataFrame(sorted(rows, key=lambda row: row["output"])).to_csv(steps, index=False)
     training_log(name, output)
     summarise(name, output)
     print(f"{output}: {kept} runs")
