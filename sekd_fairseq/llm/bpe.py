@@ -40,6 +40,10 @@ class HFTokenizerBPE:
         return " ".join(symbol_of(token, self.tokenizer.pieces[token]) for token in tokens)
 
     def decode(self, symbols: str) -> str:
-        """Symbols to text; special ones say nothing, and line ends become spaces."""
+        """Symbols to text, special ones left out.
+
+        A translation is one line: what a base model goes on to write after a few-shot prompt's
+        translation (the next example) does not belong to it.
+        """
         tokens = [token for token in map(token_of, symbols.split()) if token >= 0]
-        return self.tokenizer.decode(tokens).replace("\n", " ")
+        return self.tokenizer.decode(tokens).lstrip("\n").split("\n", 1)[0]

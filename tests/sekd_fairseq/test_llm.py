@@ -689,6 +689,16 @@ def test_vocabulary_by_hand() -> None:
     assert symbol_of(7, "12:x") == "7:12:x" and token_of("7:12:x") == 7
 
 
+def test_a_translation_is_one_line(bpe_folder: Path) -> None:
+    from sekd_fairseq.llm.bpe import HFTokenizerBPE, HFTokenizerConfig
+
+    bpe = HFTokenizerBPE(HFTokenizerConfig(hf_tokenizer=str(bpe_folder)))
+    text = "Straße  \u2028 zwei"
+    assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.decode(bpe.encode(f"{text}\n\nTranslate from")) == text
+    assert bpe.decode(f"<s> {bpe.encode(chr(10) + text)} </s>") == text
+
+
 def test_templates() -> None:
     template = Template("{src_lang}: {src}\n{tgt_lang}: ", "de", "xx")
     assert template.prompt("Ja {x}") == "German: Ja {x}\nxx: "
