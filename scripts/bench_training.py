@@ -11,6 +11,7 @@ results/bench_training.csv, .json and .png.
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -28,7 +29,6 @@ from benchmarking import RESULTS, Target, write_results
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 from tqdm import tqdm
 
-from sekd_fairseq.inference import quiet_fairseq
 from sekd_fairseq.llm.vocabulary import Vocabulary
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all runs (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
-    quiet_fairseq()
+    logging.disable(logging.INFO)  # fairseq has everything that is imported report
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
