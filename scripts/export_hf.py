@@ -8,8 +8,10 @@ started from, or else zeros. ``AutoModelForCausalLM.from_pretrained(FOLDER)`` th
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,39 +51,39 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
 
 
 def export_tokenizer(vocabulary: Vocabulary, config: type, output: Path) -> None:
-    """Write the data's tokenizer as the model's family has it, if it has one of that kind."""
+    """Write the data's tokenizer as the model's family has it, if that gives the same tokens."""
     tokenizer = load_tokenizer(vocabulary.tokenizer, vocabulary.gguf_file)
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.model.save_pretrained(output)
         return
     family, _ = TOKENIZER_MAPPING.get(config, (None, None))
-    if not getattr(family, "vocab_files_names", {}).get("vocab_file", "").endswith(".model"):
-        print(
-            f"{output}: no tokenizer written; models of this family have none that reads "
-            f"SentencePiece models, as {vocabulary.tokenizer} is",
-            file=sys.stderr,
-        )
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.model"
-        path.write_bytes(tokenizer.proto)
-        specials = {
-            f"{role}_token": None if token is None else tokenizer.pieces[token]
-            for role, token in zip(("bos", "pad", "eos", "unk"), tokenizer.specials, strict=True)
-        }
-        proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
-        family(
-            vocab_file=str(path),
-            legacy=False,
-            add_prefix_space=proto.normalizer_spec.add_dummy_prefix,
-            **specials,
-        ).save_pretrained(output)
-    if load_tokenizer(str(output)).encode(PROBE) != tokenizer.encode(PROBE):
-        print(
-            f"{output}: the tokenizer written splits some text otherwise than "
-            f"{vocabulary.tokenizer}; use that one",
-            file=sys.stderr,
-        )
+    reads_models = getattr(family, "vocab_files_names", {}).get("vocab_file", "").endswith(".model")
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    specials = {
+        f"{role}_token": None if token is None else tokenizer.pieces[token]
+        for role, token in zip(("bos", "pad", "eos", "unk"), tokenizer.specials, strict=True)
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "written"
+        (Path(name) / "tokenizer.model").write_bytes(tokenizer.proto)
+        same = False
+        if reads_models:
+            with suppress(Exception):  # transformers' converters fail anyhow on others' models
+                family(
+                    vocab_file=str(Path(name) / "tokenizer.model"),
+                    legacy=False,
+                    add_prefix_space=proto.normalizer_spec.add_dummy_prefix,
+                    **specials,
+                ).save_pretrained(folder)
+                same = load_tokenizer(str(folder)).encode(PROBE) == tokenizer.encode(PROBE)
+        if same:
+            shutil.copytree(folder, output, dirs_exist_ok=True)
+        else:
+            print(
+                f"{output}: no tokenizer written; this family's tokenizers do not read "
+                f"{vocabulary.tokenizer} as it is, use that one",
+                file=sys.stderr,
+            )
 
 
 def main() -> None:
