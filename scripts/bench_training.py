@@ -244,8 +244,10 @@ def main() -> None:
             pair = prepare(args.data, data, size)
             rows += measure(data, folder, args.updates, args.rounds)
         target = pair.split("-")[1]
-        lengths = indexed_dataset.make_dataset(str(data / f"train.{pair}.{target}"), "mmap").sizes
-        whole_experiment(rows, epochs=10, updates_an_epoch=float(lengths.sum()) / TOKENS)
+        # Sizes are a view into the dataset, which has to stay while they are read.
+        targets_of = indexed_dataset.make_dataset(str(data / f"train.{pair}.{target}"), "mmap")
+        tokens = float(targets_of.sizes.sum())
+        whole_experiment(rows, epochs=10, updates_an_epoch=tokens / TOKENS)
 
     def value(method: str, key: str, size: int, workers: int, model: str = "transformer") -> float:
         return next(
