@@ -85,6 +85,10 @@ class Quality:
         """A corpus score from summed statistics, (C,)."""
         return float(self.metrics[metric]._compute_score_from_stats(sums.tolist()).score)
 
+    def corpus_score(self, run: Run, metric: str) -> float:
+        """A run's score."""
+        return self.score(metric, self.statistics(run, metric).sum(axis=0))
+
     def sentence_scores(self, run: Run, metric: str) -> Floats:
         """The score of each sentence alone, (S,)."""
         return np.array([self.score(metric, row) for row in self.statistics(run, metric)])
@@ -204,7 +208,7 @@ def methods_table(qualities: Sequence[Quality], options: Options) -> pd.DataFram
 
 
 class _Compared:
-    """One direction's scores, observed and in resamples of its sentences, computed once."""
+    """One direction's scores in resamples of its sentences, computed once."""
 
     def __init__(self, quality: Quality, options: Options) -> None:
         self.quality = quality
@@ -216,10 +220,6 @@ class _Compared:
     def runs(self, method: str) -> list[Run]:
         """The runs of a method."""
         return [run for run in self.quality.runs() if run.method == method]
-
-    def observed(self, run: Run, metric: str) -> float:
-        """The corpus score."""
-        return self.quality.score(metric, self.quality.statistics(run, metric).sum(axis=0))
 
     def drawn(self, run: Run, metric: str) -> Floats:
         """Corpus scores of every resample, (B,)."""
@@ -236,7 +236,9 @@ class _Compared:
 
 
 def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]:
-    scores = [[item.observed(run, metric) for run in item.runs(method)] for item in group]
+    scores = [
+        [item.quality.corpus_score(run, metric) for run in item.runs(method)] for item in group
+    ]
     one = len(group) == 1
     row: dict[str, Any] = {
         "direction": group[0].quality.direction.name if one else "all",
@@ -255,7 +257,8 @@ def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[st
             continue
         observed, drawn = [], []
         for item, couples in zip(group, found, strict=True):
-            gains = [item.observed(a, metric) - item.observed(b, metric) for a, b in couples]
+            score = item.quality.corpus_score
+            gains = [score(a, metric) - score(b, metric) for a, b in couples]
             observed.append(np.array(gains))
             drawn.append(
                 np.stack([item.drawn(a, metric) - item.drawn(b, metric) for a, b in couples])

@@ -55,13 +55,11 @@ def markdown(results: "Results", drawn: Sequence[str]) -> str:
     parts += _figure("quality", drawn, "BLEU of every run, 95 % bootstrap interval over sentences.")
     caption = "BLEU over the baseline, hierarchical 95 % intervals; BLEU itself on the right."
     parts += _figure("methods", drawn, caption)
-    if "sensitivity" in drawn:
-        parts += ["## Sensitivity"]
-        caption = (
-            "BLEU by one hyper-parameter at a time, the others as in most runs; the broken line is "
-            "the baseline."
-        )
-        parts += _figure("sensitivity", drawn, caption)
+    caption = (
+        "BLEU by one hyper-parameter at a time, the others as in most runs; the broken line is the "
+        "baseline."
+    )
+    parts += _figure("sensitivity", drawn, caption, "## Sensitivity")
     parts += ["## Transfer by bucket", *_transfer(results)]
     caption = "KL to the teacher by bucket, mean over directions and seeds."
     parts += _figure("transfer", drawn, caption)
@@ -69,19 +67,15 @@ def markdown(results: "Results", drawn: Sequence[str]) -> str:
     parts += _figure(
         "difficulty", drawn, "How hard the tokens are for each method; Γ cuts easy and hard."
     )
-    if "training" in drawn:
-        parts += ["## Over training"]
-        parts += _figure("training", drawn, "KL to the teacher on easy and hard tokens.")
-    if "transitions" in drawn:
-        caption = "Tokens that move between easy and hard from one scored checkpoint to the next."
-        parts += _figure("transitions", drawn, caption)
-    if "sentences" in drawn:
-        parts += ["## Quality against transfer"]
-        caption = (
-            "Sentence chrF gained over the baseline by transfer gained; tenths of the sentences, 95 % "
-            "intervals."
-        )
-        parts += _figure("sentences", drawn, caption)
+    caption = "KL to the teacher on easy and hard tokens."
+    parts += _figure("training", drawn, caption, "## Over training")
+    caption = "Tokens that move between easy and hard from one scored checkpoint to the next."
+    parts += _figure("transitions", drawn, caption)
+    caption = (
+        "Sentence chrF gained over the baseline by transfer gained; tenths of the sentences, 95 % "
+        "intervals."
+    )
+    parts += _figure("sentences", drawn, caption, "## Quality against transfer")
     parts += ["## How this was computed", *_method(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -346,10 +340,12 @@ def _method(results: "Results") -> list[str]:
     ]
 
 
-def _figure(name: str, drawn: Sequence[str], caption: str) -> list[str]:
+def _figure(name: str, drawn: Sequence[str], caption: str, *heading: str) -> list[str]:
+    """A figure with its caption, below a heading of its own if one is given; nothing where it was
+    not drawn."""
     if name not in drawn or name not in FIGURES:
         return []
-    return [f"![{caption}](figures/{name}.svg)", f"*{caption}* (`figures/{name}.csv`)"]
+    return [*heading, f"![{caption}](figures/{name}.svg)", f"*{caption}* (`figures/{name}.csv`)"]
 
 
 def _sorted(table: pd.DataFrame) -> pd.DataFrame:

@@ -58,7 +58,7 @@ def _row(run: Run, method: str, judge: Judge | None, quality: Quality | None) ->
         "run": run.label,
     }
     if quality is not None and run.label in quality.direction.texts:
-        row["BLEU"] = quality.score("BLEU", quality.statistics(run, "BLEU").sum(axis=0))
+        row["BLEU"] = quality.corpus_score(run, "BLEU")
     if judge is not None and run.label in judge.direction.scored:
         partition = judge.partition(run)
         easy_hard = partition.columns("difficulty")

@@ -42,9 +42,15 @@ def transfer_table(judges: Sequence[Judge]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for judge in judges:
-        ranks = {run.label: _teacher_ranks(judge, judge.partition(run)) for run in judge.runs}
+        ranks: dict[str, dict[tuple[str, str], _TeacherRanks]] = {}
+        for run in judge.runs:  # once for each partition, the teacher being the same
+            partition = judge.partition(run)
+            if partition.selector not in ranks:
+                ranks[partition.selector] = _teacher_ranks(judge, partition)
         q_gold = [judge.sums(run, judge.partition(run)).q_gold for run in judge.runs]
-        items = zip(q_gold, (ranks[run.label] for run in judge.runs), strict=True)
+        items = zip(
+            q_gold, (ranks[judge.partition(run).selector] for run in judge.runs), strict=True
+        )
         found = ordered_map(lambda item: _rank_correlations(*item), items)
         for run, correlations in zip(judge.runs, found, strict=True):
             partition = judge.partition(run)
@@ -82,20 +88,16 @@ class _TeacherRanks:
 
 
 def _teacher_ranks(judge: Judge, partition: Partition) -> dict[tuple[str, str], _TeacherRanks]:
-    """For all, easy and hard tokens; once for each partition, the teacher being the same."""
-    store: dict[str, Any] = judge.__dict__.setdefault("_teacher_ranks", {})
-    if partition.selector not in store:
-        hard = partition.codes("difficulty")
-        store[partition.selector] = {
-            key: _TeacherRanks(mask, _centred_ranks(judge.p_gold, judge.teacher_order, mask))
-            for key, mask in (
-                (("all", "all"), None),
-                (("difficulty", "easy"), hard == EASY),
-                (("difficulty", "hard"), hard == HARD),
-            )
-        }
-    found: dict[tuple[str, str], _TeacherRanks] = store[partition.selector]
-    return found
+    """For all, easy and hard tokens."""
+    hard = partition.codes("difficulty")
+    return {
+        key: _TeacherRanks(mask, _centred_ranks(judge.p_gold, judge.teacher_order, mask))
+        for key, mask in (
+            (("all", "all"), None),
+            (("difficulty", "easy"), hard == EASY),
+            (("difficulty", "hard"), hard == HARD),
+        )
+    }
 
 
 def _centred_ranks(

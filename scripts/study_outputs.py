@@ -77,7 +77,14 @@ def seconds_of_steps(name: str) -> list[dict[str, Any]]:
         if f"/{name}/" in output and start and end:
             step = {"rule": record["rule"], "output": output, "seconds": round(end - start)}
             rows.append(step)
-    return sorted(rows, key=lambda row: row["output"])
+    return rows
+
+
+def add_kept(path: Path, rows: list[dict[str, Any]], key: str) -> pd.DataFrame:
+    """New rows, and of those kept in ``path`` before what has another ``key``."""
+    before = pd.read_csv(path).to_dict("records") if path.exists() else []
+    known = {row[key] for row in rows}
+    return pd.DataFrame(rows + [row for row in before if row[key] not in known])
 
 
 def save(name: str, config: Path, output: Path) -> None:
@@ -108,13 +115,9 @@ def save(name: str, config: Path, output: Path) -> None:
     if (report / "report.md").exists():
         shutil.copyfile(report / "report.md", output / "report.md")
     shutil.copyfile(config, output / "config.yaml")
-    steps = output / "steps.csv"
-    rows = seconds_of_steps(name)
-    before = pd.read_csv(steps).to_dict("records") if steps.exists() else []
-    known = {row["output"] for row in rows}
-    rows += [row for row in before if row["output"] not in known]
-    if rows:
-        pd.DataFrame(sorted(rows, key=lambda row: row["output"])).to_csv(steps, index=False)
+    steps = add_kept(output / "steps.csv", seconds_of_steps(name), "output")
+    if not steps.empty:
+        steps.sort_values("output").to_csv(output / "steps.csv", index=False)
     training_log(name, output)
     summarise(name, output)
     print(f"{output}: {kept} runs")
@@ -142,11 +145,9 @@ def training_log(name: str, output: Path, every: int = 50) -> None:
             if update % every == 0:
                 found = {key: float(record[key]) for key in LOGGED if key in record}
                 rows.append({"run": label, "update": update} | found)
-    before = pd.read_csv(path).to_dict("records") if path.exists() else []
-    known = {row["run"] for row in rows}
-    rows += [row for row in before if row["run"] not in known]
-    if rows:
-        table = pd.DataFrame(rows).drop_duplicates(["run", "update"], keep="last")
+    table = add_kept(path, rows, "run")
+    if not table.empty:
+        table = table.drop_duplicates(["run", "update"], keep="last")
         table.sort_values(["run", "update"]).to_csv(path, index=False)
 
 
