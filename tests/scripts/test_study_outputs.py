@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,3 +107,15 @@ def test_steps_are_timed(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         command(monkeypatch, "save", "tiny.yaml", "results/study")
         steps = pd.read_csv("results/study/steps.csv").to_dict("records")
         assert steps == [{"rule": "cache", "output": "data/tiny/en-de/cache.done", "seconds": 4}]
+
+
+def test_what_is_kept_can_be_committed() -> None:
+    """An ignore rule for ``runs/`` anywhere once left the kept runs out of every commit."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    run = "results/replication/runs/de-en/word_kd.1"
+    kept = [f"{run}/run.json", f"{run}/hyps/test.txt", f"{run}/tokens/test/1200.parquet"]
+    for paths, status in ((kept, 1), (["runs/demo/x", "data/demo/x"], 0)):
+        check = ["git", "check-ignore", "--no-index", *paths]
+        assert subprocess.run(check, cwd=root, check=False).returncode == status
