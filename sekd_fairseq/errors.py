@@ -1,5 +1,8 @@
 """Errors that a user can mend, and how commands show them."""
 
+import multiprocessing
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,10 +29,24 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        stop_workers()
         raise SystemExit(f"error: {error}") from error
     except OSError as error:
+        stop_workers()
         where = f"{error.filename}: " if error.filename else ""
         raise SystemExit(
             f"error: {where}{error.strerror or error}; free space or choose another directory, and "
             "run the command again"
         ) from error
+
+
+def stop_workers() -> None:
+    """Kill the loader workers of this process: one that hands over a batch while its program ends
+    prints a traceback after the message."""
+    workers = multiprocessing.active_children()
+    if workers and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker dies
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()

@@ -1,5 +1,10 @@
 """Options of the whole suite."""
 
+import os
+
+# Before torch is there: the tests fork, and a fork of a process with OpenMP threads hangs in them.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
