@@ -1,6 +1,6 @@
 """The criterion ``self_evolution_kd``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,14 @@ class SelfEvolutionKDConfig(CachedTeacherConfig):
         metadata={
             "help": "largest ratio of prior knowledge mixed in at a hard token, 0 or more and "
             "below 1; 0 is plain word-level distillation"
+        },
+    )
+    lambda_warmup_updates: int = field(
+        default=0,
+        metadata={
+            "help": "let lambda_max grow from 0 in a straight line over this many updates: "
+            "word-level distillation first, prior knowledge once the student knows something. "
+            "This project's own addition, not the paper's; 0 is off"
         },
     )
     gamma: float = field(
@@ -121,6 +129,13 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
                     "--stored-difficulty holds KL(teacher || student); expected --difficulty "
                     "teacher with it, found prior"
                 )
+            if cfg.lambda_warmup_updates < 0:
+                raise UserError(
+                    "--lambda-warmup-updates: expected 0 or more, found "
+                    f"{cfg.lambda_warmup_updates}"
+                )
+        self.lambda_warmup_updates = int(cfg.lambda_warmup_updates)
+        self.updates = 0
         self.running_quantile = (
             RunningQuantile(self.settings.gamma)
             if self.settings.gamma_type == "running_quantile"
@@ -137,11 +152,19 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """SE-KD of each token; difficulty is taken now, or from a stored pass where there is one."""
         gamma = self.running_quantile.value if self.running_quantile is not None else None
-        output = self_evolution_kd(events, self.settings, gamma, teacher.get("difficulty"))
+        output = self_evolution_kd(events, self.settings_now(), gamma, teacher.get("difficulty"))
         return output.divergence, self._difficulty_sums(events, output)
 
+    def settings_now(self) -> SelfEvolution:
+        """The settings with the ``lambda_max`` of this update."""
+        if self.updates >= self.lambda_warmup_updates:
+            return self.settings
+        share = self.updates / self.lambda_warmup_updates
+        return replace(self.settings, lambda_max=share * self.settings.lambda_max)
+
     def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
-        """Move the running threshold of difficulty."""
+        """Count the update and move the running threshold of difficulty."""
+        self.updates += 1
         if self.running_quantile is not None:
             hard, tokens = (
                 float(sum(log[key] for log in logging_outputs)) for key in ("hard", "ntokens")
@@ -149,13 +172,17 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
             self.running_quantile.update(hard, tokens)
 
     def running_state(self) -> dict[str, Any]:
-        """The running threshold."""
-        if self.running_quantile is None:
-            return {}
-        return {"running_gamma": self.running_quantile.value}
+        """The count of updates, where it matters, and the running threshold."""
+        state: dict[str, Any] = {}
+        if self.lambda_warmup_updates:
+            state["updates"] = self.updates
+        if self.running_quantile is not None:
+            state["running_gamma"] = self.running_quantile.value
+        return state
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        """Restore the running threshold."""
+        """Restore :meth:`running_state`."""
+        self.updates = state.get("updates", 0)
         if self.running_quantile is not None and "running_gamma" in state:
             self.running_quantile.value = state["running_gamma"]
 
