@@ -3,7 +3,7 @@
     python scripts/study_outputs.py save scripts/configs/NAME.yaml results/STUDY
     python scripts/study_outputs.py restore scripts/configs/NAME.yaml results/STUDY
 
-``save`` copies, of every finished run below ``runs/NAME``, its record, scores, translations and
+Several configurations are merged as snakemake merges them. ``save`` copies, of every finished run, its record, scores, translations and
 token records (rounded to 10 bits, without the pieces of the references) to ``results/STUDY/runs``,
 the report's tables and figures, the configuration, what training logged, and the time that each step
 took. Run it as
@@ -19,6 +19,8 @@ import base64
 import json
 import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,35 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 from benchmarking import Target, write_targets
+from snakemake.utils import update_config
 
-MARKS = ("train.done", "test.out", "score.done")
 TEXT = ("_piece",)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where the pipeline keeps a study: the key that data and main runs share, the folder of its
+    runs, the split it is judged on."""
+
+    name: str
+    runs: Path
+    subset: str
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, configs: Sequence[Path]) -> "Study":
+        """The study of configurations given together."""
+        merged: dict[str, Any] = {}
+        for path in configs:
+            update_config(merged, yaml.safe_load(path.read_text(encoding="utf-8")))
+        name = merged["name"]
+        runs = Path("runs", merged.get("runs", name))
+        return cls(name, runs, merged.get("subset", "test"), merged)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What a finished run has, in the order in which it is made."""
+        return ("train.done", f"{self.subset}.out", "score.done")
 
 
 def reduced(table: pa.Table) -> pa.Table:
@@ -62,7 +90,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
     return np.ldexp(np.round(mantissa * 2**10) / 2**10, exponent).astype(np.float32)
 
 
-def seconds_of_steps(name: str) -> list[dict[str, Any]]:
+def seconds_of_steps(study: Study) -> list[dict[str, Any]]:
     """How long each step took, from snakemake's own records."""
     rows = []
     for path in Path(".snakemake/metadata").rglob("*"):
@@ -74,7 +102,8 @@ def seconds_of_steps(name: str) -> list[dict[str, Any]]:
         except ValueError:
             continue
         start, end = record.get("starttime"), record.get("endtime")
-        if f"/{name}/" in output and start and end:
+        folders = (f"{study.runs}/", f"data/{study.name}/")
+        if output.startswith(folders) and start and end:
             step = {"rule": record["rule"], "output": output, "seconds": round(end - start)}
             rows.append(step)
     return rows
@@ -87,19 +116,20 @@ def add_kept(path: Path, rows: list[dict[str, Any]], key: str) -> pd.DataFrame:
     return pd.DataFrame(rows + [row for row in before if row[key] not in known])
 
 
-def save(name: str, config: Path, output: Path) -> None:
+def save(study: Study, output: Path) -> None:
     """Copy what is finished."""
     kept = 0
-    for record in sorted(Path("runs", name).glob("*/*/run.json")):
+    for record in sorted(study.runs.glob("*/*/run.json")):
         run = record.parent
-        if not all((run / mark).exists() for mark in MARKS) or not (run / "scores.json").exists():
+        if not all((run / mark).exists() for mark in (*study.marks, "scores.json")):
             continue
-        target = output / "runs" / run.relative_to(Path("runs", name))
+        target = output / "runs" / run.relative_to(study.runs)
         target.mkdir(parents=True, exist_ok=True)
         for file in ("run.json", "scores.json"):
             shutil.copyfile(run / file, target / file)
         (target / "hyps").mkdir(exist_ok=True)
-        shutil.copyfile(run / "hyps" / "test.txt", target / "hyps" / "test.txt")
+        text = Path("hyps", f"{study.subset}.txt")
+        shutil.copyfile(run / text, target / text)
         for path in sorted((run / "tokens").rglob("*.parquet")):
             place = target / path.relative_to(run)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -107,19 +137,20 @@ def save(name: str, config: Path, output: Path) -> None:
             pq.write_table(table, place, compression="zstd", compression_level=19)
         kept += 1
     if not kept:
-        sys.exit(f"error: runs/{name}: expected finished runs, found none")
-    report = Path("runs", name, "report")
+        sys.exit(f"error: {study.runs}: expected finished runs, found none")
+    report = study.runs / "report"
     for part in ("tables", "figures"):
         if (report / part).is_dir():
             shutil.copytree(report / part, output / part, dirs_exist_ok=True)
     if (report / "report.md").exists():
         shutil.copyfile(report / "report.md", output / "report.md")
-    shutil.copyfile(config, output / "config.yaml")
-    steps = add_kept(output / "steps.csv", seconds_of_steps(name), "output")
+    settings = yaml.safe_dump(study.config, sort_keys=False, allow_unicode=True)
+    (output / "config.yaml").write_text(settings, encoding="utf-8")
+    steps = add_kept(output / "steps.csv", seconds_of_steps(study), "output")
     if not steps.empty:
         steps.sort_values("output").to_csv(output / "steps.csv", index=False)
-    training_log(name, output)
-    summarise(name, output)
+    training_log(study, output)
+    summarise(study, output)
     print(f"{output}: {kept} runs")
 
 
@@ -130,12 +161,12 @@ LOGGED = (
 )
 
 
-def training_log(name: str, output: Path, every: int = 50) -> None:
+def training_log(study: Study, output: Path, every: int = 50) -> None:
     """``training.csv``: the figures of every fiftieth update of each run."""
     path = output / "training.csv"
     rows = []
-    for log in sorted(Path("runs", name).glob("*/*/train.jsonl")):
-        label = log.parent.relative_to(Path("runs", name)).as_posix()
+    for log in sorted(study.runs.glob("*/*/train.jsonl")):
+        label = log.parent.relative_to(study.runs).as_posix()
         for line in log.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line[line.index("{") :])
@@ -151,7 +182,7 @@ def training_log(name: str, output: Path, every: int = 50) -> None:
         table.sort_values(["run", "update"]).to_csv(path, index=False)
 
 
-def summarise(name: str, output: Path) -> None:
+def summarise(study: Study, output: Path) -> None:
     """``STUDY.csv``, a line a run, and ``STUDY.json``, the gains of SE-KD over word-level KD."""
     steps = pd.read_csv(output / "steps.csv") if (output / "steps.csv").exists() else None
     rows = []
@@ -168,12 +199,12 @@ def summarise(name: str, output: Path) -> None:
             }
         if steps is not None:
             for step in ("train", "score"):
-                wanted = steps["output"] == f"runs/{name}/{label}/{step}.done"
+                wanted = steps["output"] == f"{study.runs}/{label}/{step}.done"
                 row[f"{step}_seconds"] = steps.loc[wanted, "seconds"].max()
-            wanted = steps["output"] == f"data/{name}/{record['direction']}/cache.done"
+            wanted = steps["output"] == f"data/{study.name}/{record['direction']}/cache.done"
             if record["method"] == "teacher":
                 row["cache_seconds"] = steps.loc[wanted, "seconds"].max()
-        cache = Path("data", name, record["direction"], "cache")
+        cache = Path("data", study.name, record["direction"], "cache")
         if record["method"] == "teacher" and cache.is_dir():
             row["cache_bytes"] = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file())
         rows.append(row)
@@ -194,27 +225,28 @@ def summarise(name: str, output: Path) -> None:
     write_targets(output.name, targets, torch.device("cpu"), output.parent)
 
 
-def restore(name: str, output: Path) -> None:
+def restore(study: Study, output: Path) -> None:
     """Put kept runs back, directions whole."""
     for direction in sorted(path for path in (output / "runs").iterdir() if path.is_dir()):
         source, target = direction.name.split("-")
-        data = Path("data", name, direction.name)
+        data = Path("data", study.name, direction.name)
         if not (data / "data.json").exists():
             sys.exit(
                 f"error: {data}: expected prepared data, found none; run snakemake with --until "
                 "prepare first"
             )
-        for run in sorted(direction.iterdir()):
-            place = Path("runs", name, direction.name, run.name)
-            shutil.copytree(run, place, dirs_exist_ok=True)
+        subset = study.subset
+        runs = [study.runs / direction.name / run.name for run in sorted(direction.iterdir())]
+        for place in runs:
+            shutil.copytree(direction / place.name, place, dirs_exist_ok=True)
             for suffix, language in ((".src", source), (".ref", target)):
-                shutil.copyfile(data / f"test.{language}", place / "hyps" / f"test{suffix}.txt")
+                text = data / f"{subset}.{language}"
+                shutil.copyfile(text, place / "hyps" / f"{subset}{suffix}.txt")
         # Newer than what they are made of, each in turn, so that snakemake takes them as done.
-        runs = [Path("runs", name, direction.name, run.name) for run in direction.iterdir()]
         for run in runs:
             (run / "train.done").touch()
         (data / "cache.done").touch()
-        for file in ("test.out", "scores.json", "hyps/test.txt", "score.done"):
+        for file in (f"{subset}.out", "scores.json", f"hyps/{subset}.txt", "score.done"):
             for run in runs:
                 (run / file).touch()
         print(f"{direction.name}: {len(runs)} runs")
@@ -225,14 +257,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=("save", "restore"))
-    parser.add_argument("config", type=Path, help="configuration of the study")
+    parser.add_argument("config", type=Path, nargs="+", help="configuration, or several, merged")
     parser.add_argument("output", type=Path, help="where its outputs are kept")
     args = parser.parse_args()
-    name = yaml.safe_load(args.config.read_text(encoding="utf-8"))["name"]
+    study = Study.of(args.config)
     if args.action == "save":
-        save(name, args.config, args.output)
+        save(study, args.output)
     else:
-        restore(name, args.output)
+        restore(study, args.output)
 
 
 if __name__ == "__main__":

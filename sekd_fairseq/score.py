@@ -301,6 +301,7 @@ def run_record(
             "max_update": optimisation["max_update"],
             "update_freq": optimisation["update_freq"],
             "max_tokens": config.dataset.max_tokens,
+            **({"warm_start": True} if config.checkpoint.finetune_from_model else {}),
         },
         "data": {"fingerprint": hash_symbols(task.target_dictionary.symbols)[:16]},
         "teacher_cache": None,

@@ -70,6 +70,28 @@ def test_plans_of_the_large_studies(tmp_path: Path) -> None:
     assert "fairseq_cli.train data/gemma/de-en/bin" in out
 
 
+def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
+    """They take the main study's data, teacher, cache and, for a warm start, students."""
+    configs = ROOT / "scripts" / "configs"
+    out = plan(
+        "multi30k.yaml", tmp_path, options=(configs / "multi30k-hyperparameters.yaml", "-c2", "-p")
+    )
+    jobs = jobs_of(out)
+    assert jobs["teacher"] == jobs["cache"] == jobs["distill"] == jobs["prepare"] == "1"
+    assert jobs["student"] == jobs["evaluate"] == jobs["score"] == "36"
+    assert "--gen-subset valid" in out and "--gen-subset test" not in out
+    assert "--save-dir runs/multi30k-hyperparameters/de-en/student_beta_0.1/checkpoints" in out
+    assert "analysis.transfer runs/multi30k-hyperparameters --subset valid" in out
+    main = tmp_path / "runs" / "multi30k" / "de-en"
+    for seed in (1, 2, 3):
+        (main / f"finetune.{seed}").mkdir(parents=True)
+        (main / f"finetune.{seed}" / "train.done").touch()
+    out = plan("multi30k.yaml", tmp_path, options=(configs / "multi30k-warm.yaml", "-c2", "-p"))
+    assert jobs_of(out)["student"] == "12" and "--max-update 600" in out
+    start = "--finetune-from-model runs/multi30k/de-en/finetune.2/checkpoints/checkpoint_best.pt"
+    assert out.count(start) == 4
+
+
 def test_plan_for_gpus_and_a_cluster(tmp_path: Path) -> None:
     out = plan("wmt22.yaml", tmp_path, options=("-c2", "-p"))
     assert jobs_of(out)["total"] == "217"

@@ -15,6 +15,8 @@ from simulated_runs import write_study
 
 from analysis import report, transfer
 
+MARKS = ("train.done", "test.out", "score.done")
+
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -23,7 +25,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report, "draw_all", lambda _: [])
     write_study(tmp_path / "runs" / "tiny", seeds=2, sentences=40)
     for run in (tmp_path / "runs" / "tiny" / "en-de").iterdir():
-        for mark in study_outputs.MARKS:
+        for mark in MARKS:
             (run / mark).touch()
         (run / "scores.json").write_text("{}")
     data = tmp_path / "data" / "tiny" / "en-de"
@@ -61,7 +63,7 @@ def test_saved_and_restored_the_report_is_the_same(
     np.testing.assert_allclose(after["effect"], before["effect"], rtol=5e-3, atol=1e-3)
     # Done in the order that snakemake looks at.
     run = next(Path("runs/tiny/en-de").iterdir())
-    times = [(run / mark).stat().st_mtime_ns for mark in study_outputs.MARKS]
+    times = [(run / mark).stat().st_mtime_ns for mark in MARKS]
     assert times == sorted(times)
 
 
@@ -107,6 +109,29 @@ def test_steps_are_timed(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         command(monkeypatch, "save", "tiny.yaml", "results/study")
         steps = pd.read_csv("results/study/steps.csv").to_dict("records")
         assert steps == [{"rule": "cache", "output": "data/tiny/en-de/cache.done", "seconds": 4}]
+
+
+def test_a_study_beside_the_main_one(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another folder of runs and another split; the data's name stays."""
+    Path("runs/tiny").rename("runs/tiny-valid")
+    for run in Path("runs/tiny-valid/en-de").iterdir():
+        (run / "test.out").rename(run / "valid.out")
+        (run / "tokens" / "test").rename(run / "tokens" / "valid")
+        for path in (run / "tokens" / "valid").iterdir():
+            table = pq.read_table(path)
+            named = {**table.schema.metadata, b"sekd.subset": b"valid"}
+            pq.write_table(table.replace_schema_metadata(named), path)
+        for text in (run / "hyps").iterdir():
+            text.rename(text.with_name(text.name.replace("test", "valid")))
+    for text in Path("data/tiny/en-de").glob("test.*"):
+        text.rename(text.with_name(text.name.replace("test", "valid")))
+    Path("second.yaml").write_text("runs: tiny-valid\nsubset: valid\n")
+    command(monkeypatch, "save", "tiny.yaml", "second.yaml", "results/valid")
+    assert len(list(Path("results/valid/runs/en-de").glob("*/tokens/valid/*.parquet"))) >= 6
+    shutil.rmtree("runs")
+    command(monkeypatch, "restore", "tiny.yaml", "second.yaml", "results/valid")
+    transfer.main(["runs/tiny-valid", "--subset", "valid", "--resamples", "100"])
+    assert not pd.read_csv("runs/tiny-valid/report/tables/claims.csv").empty
 
 
 def test_what_is_kept_can_be_committed() -> None:
