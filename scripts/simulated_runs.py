@@ -2,6 +2,7 @@
 every column, so that the records keep their identities."""
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
-def student(corpus: Corpus, noise: float, own: float, seed: int) -> np.ndarray:
-    """A student's log-probabilities: the teacher's, off by a shared error and one of its own."""
+def student(
+    corpus: Corpus, noise: float, own: float, seed: int, habit: float = 0.0, method: str = ""
+) -> np.ndarray:
+    """A student's log-probabilities: the teacher's, off by an error that all students share, one that
+    the students of a method share (``habit``), and one of its own."""
     rng = np.random.default_rng([11, seed])
     error = noise * corpus.common + own * rng.normal(0, 1, corpus.log_p.shape)
+    if habit:
+        ours = np.random.default_rng([13, zlib.crc32(method.encode()), *corpus.token[:8].tolist()])
+        error += habit * ours.normal(0, 1, corpus.log_p.shape)
     return log_softmax(corpus.log_p + error)
 
 
@@ -201,6 +208,7 @@ def write_run_directory(
     sentences: int = 60,
     noise: dict[int, float] | float = 1.0,
     own: float = 0.1,
+    habit: float = 0.0,
     wrong: float | None = 0.2,
     subset: str = "test",
     cache: str = "cache-1",
@@ -211,12 +219,12 @@ def write_run_directory(
     share of wrong words in its translations (None: no translations)."""
     path = root / name
     steps = noise if isinstance(noise, dict) else {100: noise}
-    run_seed = int.from_bytes(f"{name}{seed}".encode(), "big") % 2**32
+    run_seed = zlib.crc32(f"{name}{seed}".encode())  # another one for every run
     write_run_record(path, method, seed, direction, max(steps), cache, **content)
     if method != "teacher":
         corpus = make_corpus(sentences, corpus_seed)
         for step, size in steps.items():
-            columns = record_columns(corpus, student(corpus, size, own, run_seed))
+            columns = record_columns(corpus, student(corpus, size, own, run_seed, habit, method))
             write_records(path / "tokens" / subset / f"{step}.parquet", columns, cache)
     if wrong is not None:
         (path / "hyps").mkdir()

@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import WriteRun
-from simulated_runs import make_corpus, record_columns, student, write_records
+from simulated_runs import (
+    make_corpus,
+    record_columns,
+    student,
+    write_records,
+    write_run_directory,
+)
 
 from analysis.errors import AnalysisError, RecordError
 from analysis.records import iterate_columns, read_columns, read_pieces, read_token_set
@@ -172,3 +178,14 @@ def test_empty_root_and_root_without_records(tmp_path: Path, write_run: WriteRun
         load_study(tmp_path, "test")
     with pytest.raises(AnalysisError, match="expected a directory of runs"):
         load_study(tmp_path / "nowhere", "test")
+
+
+def test_simulated_runs_of_two_methods_are_two_runs(tmp_path: Path) -> None:
+    """One seed for all once made every simulated null true to the last digit, and its test idle."""
+    columns = []
+    for method in ("word_kd", "se_kd_student"):
+        run = write_run_directory(tmp_path, f"{method}1-0", method, noise=0.8, own=0.3)
+        path = run / "tokens" / "test" / "100.parquet"
+        columns.append(read_columns(path, ["kl", "q_gold"]))
+    assert (columns[0]["kl"] != columns[1]["kl"]).mean() > 0.99
+    assert (columns[0]["q_gold"] != columns[1]["q_gold"]).mean() > 0.99

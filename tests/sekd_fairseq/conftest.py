@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "PYTHONWARNINGS": "ignore",
 }
+# Under a limit of file size, coverage cannot write what it measured either.
+needs_whole_disk = pytest.mark.skipif("COVERAGE_RUN" in os.environ, reason="not under coverage")
 
 
 def command(*arguments: object, check: bool = True, cwd: Path = ROOT, fresh: bool = False) -> str:

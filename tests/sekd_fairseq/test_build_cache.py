@@ -15,7 +15,16 @@ import torch
 
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import ENVIRONMENT, binarise, command, error_line, start_command, train, write_text
+from .conftest import (
+    ENVIRONMENT,
+    binarise,
+    command,
+    error_line,
+    needs_whole_disk,
+    start_command,
+    train,
+    write_text,
+)
 
 
 def build(data: object, teacher: object, output: Path, *options: object, **keywords: bool) -> str:
@@ -284,6 +293,7 @@ def test_sentences_too_long_for_the_teacher(data: Path, tmp_path: Path) -> None:
         assert (row.support_size == 1).all() and (row.gold_logprob == 0).all()
 
 
+@needs_whole_disk
 def test_a_full_disk_is_one_clear_error(data: Path, teacher: Path, tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
     ignore = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

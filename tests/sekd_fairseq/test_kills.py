@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, command, error_line, parameters, start_command, train, train_arguments
+from .conftest import (
+    ROOT,
+    command,
+    error_line,
+    needs_whole_disk,
+    parameters,
+    start_command,
+    train,
+    train_arguments,
+)
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from simulated_runs import write_study
@@ -96,6 +105,7 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@needs_whole_disk
 def test_a_full_disk_and_directories_that_cannot_be_made(
     data: Path, cache: Path, teacher: Path, tmp_path: Path
 ) -> None:
