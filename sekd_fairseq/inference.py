@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,9 @@ def language_model_config(data: str, *options_of_model: str) -> Any:
 
     words = [data, "--task", "self_evolution_kd", "--arch", "hf_causal_lm", *options_of_model]
     args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
-    return convert_namespace_to_omegaconf(args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fairseq calls hydra in ways that hydra has left behind
+        return convert_namespace_to_omegaconf(args)
 
 
 def load_split(task: Any, split: str, data: str) -> FairseqDataset:
@@ -168,7 +171,8 @@ def quiet_fairseq() -> None:
 
     For a command's ``main``, which prints what matters itself.
     """
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    for name in ("fairseq", "hydra"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def default_device(cpu: bool) -> torch.device:
