@@ -9,6 +9,7 @@ writes ``runs/NAME/tokens/<subset>/<updates>.parquet``, one row a reference toke
 import argparse
 import json
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         "directory, for python -m analysis.transfer.",
     )
     out.add_argument("data", metavar="DATA", help="fairseq data directory")
-    out.add_argument("--path", required=True, metavar="STUDENT", help="student checkpoint")
+    out.add_argument(
+        "--path", required=True, type=Path, metavar="STUDENT", help="student checkpoint"
+    )
     out.add_argument(
         "--teacher-cache",
         type=Path,
@@ -84,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
         "criterion and options)",
     )
     out.add_argument(
+        "--earlier",
+        action="store_true",
+        help="first write records of the checkpoints that lie beside STUDENT from earlier updates "
+        "too (fairseq-train --save-interval-updates N), which show what turned easy when",
+    )
+    out.add_argument(
         "--max-tokens", type=int, default=4096, help="padded tokens a batch (default: %(default)s)"
     )
     out.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -91,29 +100,51 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score one checkpoint on one split."""
+    """Score the checkpoints of one run on one split."""
     args = parser().parse_args(argv)
     quiet_fairseq()
     with one_line_errors():
         device = default_device(args.cpu)
-        models, config, task = load_models([args.path], args.data, device)
-        checkpoint = torch.load(args.path, map_location="cpu")
-        step = int(checkpoint["optimizer_history"][-1]["num_updates"])
-        record = run_record(config, models[0], args, step, task)
-        if args.teacher_cache:
-            cache = TeacherCache.open(args.teacher_cache / args.subset)
-            record["teacher_cache"] = cache_record(cache)
-            path = args.run / "tokens" / args.subset / f"{step}.parquet"
-            score_cache(models[0], task, cache, path, args)
+        paths = [*(earlier_checkpoints(args.path) if args.earlier else []), args.path]
+        for path in paths:
+            record = score_checkpoint(path, args, device)
         args.run.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.run / "run.json") as stream:
             stream.write((json.dumps(record, indent=1) + "\n").encode())
 
 
+def earlier_checkpoints(path: Path) -> list[Path]:
+    """What ``--save-interval-updates`` kept beside a checkpoint, ascending by updates."""
+    found = {}
+    for other in path.parent.glob("checkpoint_*_*.pt"):
+        if match := re.fullmatch(r"checkpoint_\d+_(\d+)\.pt", other.name):
+            found[int(match[1])] = other
+    return [found[step] for step in sorted(found)]
+
+
+def score_checkpoint(path: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Write the token records of one checkpoint; returns the content of ``run.json``."""
+    models, config, task = load_models([str(path)], args.data, device)
+    checkpoint = torch.load(path, map_location="cpu")
+    step = int(checkpoint["optimizer_history"][-1]["num_updates"])
+    record = run_record(config, models[0], args, step, task)
+    if args.teacher_cache:
+        cache = TeacherCache.open(args.teacher_cache / args.subset)
+        record["teacher_cache"] = cache_record(cache)
+        output = args.run / "tokens" / args.subset / f"{step}.parquet"
+        score_cache(models[0], task, cache, path, output, args)
+    return record
+
+
 def score_cache(
-    model: Any, task: Any, cache: TeacherCache, path: Path, args: argparse.Namespace
+    model: Any,
+    task: Any,
+    cache: TeacherCache,
+    checkpoint: Path,
+    output: Path,
+    args: argparse.Namespace,
 ) -> None:
-    """Compare ``model`` with a cached teacher and write the records to ``path``."""
+    """Compare ``model``, of ``checkpoint``, with a cached teacher and write the records."""
     symbols = task.target_dictionary.symbols
     cache.check_dictionary(symbols)
     dataset = TeacherDataset(
@@ -126,13 +157,13 @@ def score_cache(
     metadata = {
         "sekd.format_version": "1",
         "sekd.subset": args.subset,
-        "sekd.step": path.stem,
+        "sekd.step": output.stem,
         "sekd.cache_fingerprint": cache.manifest.fingerprint,
-        "sekd.checkpoint": hash_file(Path(args.path)),
+        "sekd.checkpoint": hash_file(checkpoint),
     }
-    write_records(path, columns, symbols, metadata)
+    write_records(output, columns, symbols, metadata)
     tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
-    print(f"{path}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
+    print(f"{output}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
 
 
 def score_split(

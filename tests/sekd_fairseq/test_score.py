@@ -87,3 +87,25 @@ def test_records_equal_the_models(data: Path, teacher: Path, tmp_path: Path) -> 
         "--method", "teacher",
     )  # fmt: skip
     assert json.loads((tmp_path / "runs" / "t" / "run.json").read_text())["method"] == "teacher"
+
+
+def test_earlier_checkpoints_and_a_warm_start(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    train(
+        data, tmp_path / "save", "--criterion", "cross_entropy", "--save-interval-updates", "4",
+        "--max-update", "10", "--finetune-from-model", teacher,
+    )  # fmt: skip
+    run = tmp_path / "runs" / "warm"
+    command(
+        "sekd_fairseq.score", data, "--path", tmp_path / "save" / "checkpoint_last.pt", "--cpu",
+        "--run", run, "--teacher-cache", cache, "--subset", "valid", "--earlier",
+    )  # fmt: skip
+    steps = {int(path.stem): path for path in (run / "tokens" / "valid").iterdir()}
+    assert sorted(steps) == [4, 8, 10]
+    kl = {step: pd.read_parquet(path)["kl"].mean() for step, path in steps.items()}
+    assert len(set(kl.values())) == 3
+    for step, path in steps.items():
+        assert pq.read_metadata(path).metadata[b"sekd.step"] == str(step).encode()
+    record = json.loads((run / "run.json").read_text())
+    assert record["updates"] == 10 and record["hyperparameters"]["warm_start"] is True
