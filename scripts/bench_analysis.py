@@ -123,7 +123,7 @@ def main() -> None:
     for case, better, studies, seeds, sentences in cases:
         bar = tqdm(range(studies), desc=f"{case}, {seeds} seeds, {sentences} sentences")
         verdicts = np.array([judge_claim(better, i, seeds, sentences) for i in bar])
-        share, single = verdicts.mean(axis=0)
+        share, single = verdicts.mean(axis=0).tolist()
         rows.append(
             {
                 "part": "errors",

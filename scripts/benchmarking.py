@@ -120,7 +120,8 @@ class Target(NamedTuple):
         """Whether it was kept; a figure that could not be had keeps nothing."""
         if self.value is None:
             return False
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
+        kept = self.value >= self.limit if self.at_least else self.value <= self.limit
+        return bool(kept)  # a NumPy figure gives NumPy's bool, which JSON does not know
 
 
 def write_results(
