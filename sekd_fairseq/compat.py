@@ -1,13 +1,15 @@
 """What fairseq 0.12 needs to work with current Python, torch and NumPy; each with its reason.
 
-This registers types with torch, gives the task what it calls, and puts two functions of fairseq's in
-place of unsafe ones: checkpoints are copied whole or not at all, and a damaged one is named.
+This registers types with torch, gives the task what it calls, and puts functions in place of fairseq's:
+checkpoints are copied whole or not at all, a damaged one is named, and a training that has ended is not
+trained on when it is started again.
 """
 
 import argparse
 import collections
 import functools
 import gc
+import logging
 import os
 import shutil
 import zipfile
@@ -22,6 +24,8 @@ from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
 from sekd_fairseq.errors import UserError, one_line_errors
+
+logger = logging.getLogger(__name__)
 
 #: torch >= 2.6 loads checkpoints with ``weights_only=True`` and refuses unknown types. These are
 #: plain containers that fairseq puts into a checkpoint; the check itself stays on.
@@ -79,6 +83,29 @@ def keep_checkpoints_whole() -> None:
 
     load_or_name.names_damage = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint_to_cpu = load_or_name
+
+
+def end_what_has_ended() -> None:
+    """Let a training that is started again after its last update end at once.
+
+    fairseq looks at ``--max-update`` only after an update, so that each new start of a finished
+    training would make one more.
+    """
+    load = checkpoint_utils.load_checkpoint
+    if getattr(load, "ends", False):
+        return
+
+    @functools.wraps(load)
+    def load_or_end(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+        loaded = load(cfg, trainer, **kwargs)
+        updates, last = trainer.get_num_updates(), trainer.cfg.optimization.max_update
+        if 0 < last <= updates:
+            logger.info("done training before: %d updates of --max-update %d", updates, last)
+            raise SystemExit(0)
+        return loaded
+
+    load_or_end.ends = True  # type: ignore[attr-defined]
+    checkpoint_utils.load_checkpoint = load_or_end
 
 
 def _copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:

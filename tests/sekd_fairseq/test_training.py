@@ -360,6 +360,10 @@ def test_resumed_training_ends_as_one_that_was_never_stopped(
         parameters(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "resumed")
     )
     torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
+    # Started once more, it ends where it ended; fairseq would make another update each time.
+    log = train(data, tmp_path / "resumed", *base, "--max-update", "14")
+    assert "done training before: 14 updates" in log and '"num_updates": "15"' not in log
+    assert parameters(tmp_path / "resumed" / "checkpoint_last.pt").equal(whole)
 
 
 def test_prior_knowledge_can_come_in_slowly(data: Path, cache: Path, tmp_path: Path) -> None:
