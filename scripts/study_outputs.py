@@ -3,11 +3,11 @@
     python scripts/study_outputs.py save scripts/configs/NAME.yaml results/STUDY
     python scripts/study_outputs.py restore scripts/configs/NAME.yaml results/STUDY
 
-Several configurations are merged as snakemake merges them. ``save`` copies, of every finished run, its record, scores, translations and
-token records (rounded to 10 bits, without the pieces of the references) to ``results/STUDY/runs``,
-the report's tables and figures, the configuration, what training logged, and the time that each step
-took. Run it as
-often as you like; what is there already stays.
+Several configurations are merged as snakemake merges them. ``save`` copies, of every finished run, its
+record, scores, translations and token records to ``results/STUDY/runs`` (rounded, without the pieces of
+the references; of updates before the last only the KL to the teacher; what is the same in all runs of a
+direction once); further the report's tables and figures, the configuration, what training logged, and
+the time that each step took. Run it as often as you like; what is there already stays.
 
 ``restore`` puts kept runs back where snakemake looks for them, on a machine that has the corpus but
 no checkpoints: a direction all of whose runs were kept is then not trained again, and the report
@@ -34,7 +34,15 @@ import yaml
 from benchmarking import Target, write_targets
 from snakemake.utils import update_config
 
-TEXT = ("_piece",)
+from analysis.records import COLUMNS
+
+#: Columns of token records that are the teacher's or the test set's, so the same in all runs of a
+#: direction: kept once, in SHARED_FILE.
+SHARED = (
+    *("sentence", "position", "token", "piece", "frequency"),
+    *("p_gold", "p_entropy", "p_max", "p_top1", "p_top1_piece"),
+)
+SHARED_FILE = "teacher.parquet"
 
 
 @dataclass(frozen=True)
@@ -63,31 +71,64 @@ class Study:
         return ("train.done", f"{self.subset}.out", "score.done")
 
 
-def reduced(table: pa.Table) -> pa.Table:
-    """Token records that say the same to the analysis: numbers of 10 bits, and of each piece only
-    whether it begins a word."""
-    columns = []
+def keep_records(path: Path, place: Path, shared_file: Path, earlier: bool) -> None:
+    """Token records that say the same to the analysis, in a tenth of the space: rounded numbers, and of
+    each piece only whether it begins a word; of an ``earlier`` update only the KL to the teacher."""
+    table = pq.read_table(path)
+    columns: dict[str, pa.Array] = {}
     for item in table.schema:
         column = table.column(item.name)
-        if pa.types.is_float32(item.type) and item.name != "kl":
-            column = pa.array(rounded(column.to_numpy()))
-        elif item.name == "piece" or item.name.endswith(TEXT):
+        if item.name == "piece":
             words = column.combine_chunks().cast(pa.string()).to_pylist()
-            marks = ["▁" if text.startswith("▁") else "" for text in words]
-            column = pa.array(marks if item.name == "piece" else [""] * len(marks))
-            column = column.dictionary_encode()
-        columns.append(column)
-    found = pa.Table.from_arrays(columns, names=table.schema.names)
-    # The two parts of the divergence still add up to it.
-    total = pa.compute.add(found["kl_target"], found["kl_nontarget"])
-    found = found.set_column(found.schema.get_field_index("kl"), "kl", total)
-    return found.replace_schema_metadata(table.schema.metadata)
+            column = pa.array(["▁" if word.startswith("▁") else "" for word in words])
+        elif item.name.endswith("_piece"):
+            column = pa.array([""] * len(table))
+        elif pa.types.is_float32(item.type):
+            column = pa.array(rounded(column.to_numpy()))
+        columns[item.name] = column
+    shared = pa.table({name: columns.pop(name) for name in SHARED})
+    if not shared_file.exists():
+        write_compressed(shared, shared_file)
+    elif not pq.read_table(shared_file).equals(shared):
+        sys.exit(
+            f"error: {path}: expected the tokens and the teacher of {shared_file}, found others; "
+            "score the run again, or delete what is kept of another study"
+        )
+    if earlier:
+        columns = {"kl": columns["kl"]}
+    else:
+        del columns["kl"]  # the sum of its two parts
+    kept = pa.table(columns).replace_schema_metadata(table.schema.metadata)
+    write_compressed(kept, place)
+
+
+def restore_records(place: Path, shared: pa.Table) -> None:
+    """Turn kept token records into whole ones, in place; what was not kept is NaN, -1 or empty."""
+    kept = pq.read_table(place)
+    columns = {name: kept.column(name) for name in kept.column_names}
+    if "kl" not in columns:
+        columns["kl"] = pa.compute.add(columns["kl_target"], columns["kl_nontarget"])
+    else:
+        empty = {"float": np.nan, "int": -1, "text": ""}
+        for name, kind in COLUMNS.items():
+            if name not in columns and name not in shared.column_names:
+                dtype = {"float": np.float32, "int": np.int32, "text": object}[kind]
+                columns[name] = pa.array(np.full(len(kept), empty[kind], dtype))
+    columns |= {name: shared.column(name) for name in shared.column_names}
+    table = pa.table({name: columns[name] for name in COLUMNS})
+    write_compressed(table.replace_schema_metadata(kept.schema.metadata), place)
+
+
+def write_compressed(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file as small as zstd makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, compression="zstd", compression_level=19)
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """float32 with 10 significant bits, which compress well; 1 and 0 stay what they are."""
+    """float32 with 7 significant bits, which compress well; 1 and 0 stay what they are."""
     mantissa, exponent = np.frexp(values)
-    return np.ldexp(np.round(mantissa * 2**10) / 2**10, exponent).astype(np.float32)
+    return np.ldexp(np.round(mantissa * 2**7) / 2**7, exponent).astype(np.float32)
 
 
 def seconds_of_steps(study: Study) -> list[dict[str, Any]]:
@@ -130,11 +171,10 @@ def save(study: Study, output: Path) -> None:
         (target / "hyps").mkdir(exist_ok=True)
         text = Path("hyps", f"{study.subset}.txt")
         shutil.copyfile(run / text, target / text)
+        last = json.loads(record.read_text(encoding="utf-8"))["updates"]
         for path in sorted((run / "tokens").rglob("*.parquet")):
-            place = target / path.relative_to(run)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            table = reduced(pq.read_table(path))
-            pq.write_table(table, place, compression="zstd", compression_level=19)
+            place, shared = target / path.relative_to(run), target.parent / SHARED_FILE
+            keep_records(path, place, shared, earlier=path.stem != str(last))
         kept += 1
     if not kept:
         sys.exit(f"error: {study.runs}: expected finished runs, found none")
@@ -236,9 +276,13 @@ def restore(study: Study, output: Path) -> None:
                 "prepare first"
             )
         subset = study.subset
-        runs = [study.runs / direction.name / run.name for run in sorted(direction.iterdir())]
+        kept = sorted(path for path in direction.iterdir() if path.is_dir())
+        runs = [study.runs / direction.name / run.name for run in kept]
+        shared = pq.read_table(direction / SHARED_FILE)
         for place in runs:
             shutil.copytree(direction / place.name, place, dirs_exist_ok=True)
+            for records in (place / "tokens").rglob("*.parquet"):
+                restore_records(records, shared)
             for suffix, language in ((".src", source), (".ref", target)):
                 text = data / f"{subset}.{language}"
                 shutil.copyfile(text, place / "hyps" / f"{subset}{suffix}.txt")
