@@ -292,6 +292,10 @@ def test_teacher_cache_student_generation_and_export(
     assert len(lines) == 9
     # Detokenised text, and the given first token of each reference.
     assert not any("▁" in line.split("\t")[2] for line in lines)
+    pieces = {line.split("\t")[0]: line.split("\t")[-1].split() for line in generated.splitlines()}
+    for number in range(9):
+        reference = task.dataset("test")[number]["target"]
+        assert pieces[f"H-{number}"][0] == task.target_dictionary[int(reference[0])]
     command(
         "sekd_fairseq.score", llm_data, "--path", student, "--teacher-cache", cache, "--run",
         tmp_path / "run", "--cpu",
