@@ -97,6 +97,8 @@ def test_damaged_cache_files(cache: Path, tmp_path: Path, data: st.DataObject) -
     (copy / name).write_bytes(raw)
     try:
         opened = TeacherCache.open(copy)
+        # As every use does: the hashes of the sentences are held against the data's.
+        opened.check_targets(np.arange(SENTENCES, dtype=np.uint64), "data")
         read = content(opened)
     except CacheError as error:
         assert str(copy) in str(error) and "\n" not in str(error)
