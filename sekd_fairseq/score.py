@@ -89,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--earlier",
         action="store_true",
-        help="first write records of the checkpoints that lie beside STUDENT from earlier updates "
-        "too (fairseq-train --save-interval-updates N), which show what turned easy when",
+        help="write records of the checkpoints that lie beside STUDENT from other updates too "
+        "(fairseq-train --save-interval-updates N), which show what turned easy when",
     )
     out.add_argument(
         "--max-tokens", type=int, default=4096, help="padded tokens a batch (default: %(default)s)"
@@ -105,21 +105,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_fairseq()
     with one_line_errors():
         device = default_device(args.cpu)
-        paths = [*(earlier_checkpoints(args.path) if args.earlier else []), args.path]
-        for path in paths:
-            record = score_checkpoint(path, args, device)
+        record = score_checkpoint(args.path, args, device)
+        for step, path in earlier_checkpoints(args.path).items() if args.earlier else ():
+            if step != record["updates"]:
+                score_checkpoint(path, args, device)
         args.run.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.run / "run.json") as stream:
             stream.write((json.dumps(record, indent=1) + "\n").encode())
 
 
-def earlier_checkpoints(path: Path) -> list[Path]:
-    """What ``--save-interval-updates`` kept beside a checkpoint, ascending by updates."""
+def earlier_checkpoints(path: Path) -> dict[int, Path]:
+    """What ``--save-interval-updates`` kept beside a checkpoint, by updates, ascending."""
     found = {}
     for other in path.parent.glob("checkpoint_*_*.pt"):
         if match := re.fullmatch(r"checkpoint_\d+_(\d+)\.pt", other.name):
             found[int(match[1])] = other
-    return [found[step] for step in sorted(found)]
+    return dict(sorted(found.items()))
 
 
 def score_checkpoint(path: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
