@@ -80,3 +80,34 @@ def test_one_golden_trace(eight: tuple[Path, Path], tmp_path: Path) -> None:
     torch.testing.assert_close(ends["two workers"], ends["batch of 8"], rtol=0, atol=0)
     for name in ("two batches of 4", "two processes"):
         torch.testing.assert_close(ends[name], ends["batch of 8"], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("precision", "cpu"),
+    [
+        pytest.param(
+            "--memory-efficient-fp16", True
+        ),  # the only one that fairseq has without a GPU
+        pytest.param("--fp16", False, marks=pytest.mark.gpu),
+        pytest.param("--bf16", False, marks=pytest.mark.gpu),
+    ],
+)
+def test_half_precision_and_overflow(
+    eight: tuple[Path, Path], tmp_path: Path, precision: str, cpu: bool
+) -> None:
+    """Half precision follows single precision; updates that overflow are no updates: they do not
+    move the running threshold."""
+    data, cache = eight
+    logs = []
+    scale = 4 if cpu else 2**20
+    for place, chosen in (("single", ()), ("half", (precision, "--fp16-init-scale", scale))):
+        words = train_arguments(data, tmp_path / place, *options(cache), "--batch-size", 8, *chosen)
+        words += ["--optimizer", "adam", "--lr", "1e-3"]  # memory-efficient fp16 has no SGD
+        logs.append(command(*(word for word in words if cpu or word != "--cpu")))
+    assert ("gradient overflow detected" in logs[1]) == (precision == "--fp16")
+    single, half = map(trace, logs)
+    assert len(single) == len(half) == UPDATES
+    for found, expected in zip(half, single, strict=True):
+        for name in ("loss", "nll_loss", "difficulty"):
+            assert found[name] == pytest.approx(expected[name], rel=0.02), (name, found, expected)
+        assert abs(found["hard_share"] - expected["hard_share"]) <= 0.1
