@@ -80,6 +80,7 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     assert jobs["teacher"] == jobs["cache"] == jobs["distill"] == jobs["prepare"] == "1"
     assert jobs["student"] == jobs["evaluate"] == jobs["score"] == "36"
     assert "--gen-subset valid" in out and "--gen-subset test" not in out
+    assert out.count("--subset valid") == 2 * 36 + 1  # evaluated, scored, reported
     assert "--save-dir runs/multi30k-hyperparameters/de-en/student_beta_0.1/checkpoints" in out
     assert "analysis.transfer runs/multi30k-hyperparameters --subset valid" in out
     main = tmp_path / "runs" / "multi30k" / "de-en"
