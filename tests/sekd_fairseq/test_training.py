@@ -25,6 +25,11 @@ LOGGED = {
 }  # fmt: skip
 
 
+def logged(prefix: str) -> set[str]:
+    """What is logged in training ("", "train_") or in validation ("valid_")."""
+    return LOGGED - GRADIENTS if prefix == "valid_" else LOGGED
+
+
 def records(output: str, prefix: str) -> list[dict[str, str]]:
     """The JSON log records that have ``{prefix}num_updates``."""
     found = []
@@ -45,9 +50,8 @@ def student(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_log_has_every_figure_in_training_and_validation(student: tuple[Path, str]) -> None:
     for prefix in ("", "valid_", "train_"):
         record = records(student[1], prefix)[-1]
-        logged = LOGGED if prefix != "valid_" else LOGGED - GRADIENTS
-        assert {key for key in LOGGED if f"{prefix}{key}" in record} == logged
-        for key in logged:
+        assert {key for key in LOGGED if f"{prefix}{key}" in record} == logged(prefix)
+        for key in logged(prefix):
             assert math.isfinite(float(record[f"{prefix}{key}"])), (prefix, key)
         assert 0 <= float(record[f"{prefix}hard_share"]) <= 1
         hard, easy = float(record[f"{prefix}kl_hard"]), float(record[f"{prefix}kl_easy"])
@@ -137,7 +141,7 @@ def test_chunked_training_equals_plain_training(data: Path, cache: Path, tmp_pat
     chunked = train(data, tmp_path / "b", *base, "--sekd-chunk-tokens", "7")
     for prefix in ("", "valid_"):
         for one, other in zip(records(plain, prefix), records(chunked, prefix), strict=True):
-            for key in LOGGED if prefix == "" else LOGGED - GRADIENTS:
+            for key in logged(prefix):
                 a, b = float(one[prefix + key]), float(other[prefix + key])
                 assert a == pytest.approx(b, rel=2e-3, abs=2e-4), (prefix, key, one, other)
     a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
@@ -214,7 +218,7 @@ def test_whole_vocabulary_cache_equals_the_online_teacher(
     online = train(data, tmp_path / "b", *sgd, "--teacher-path", teacher)
     for prefix in ("", "valid_"):
         for one, other in zip(records(cached, prefix), records(online, prefix), strict=True):
-            for key in LOGGED if prefix == "" else LOGGED - GRADIENTS:
+            for key in logged(prefix):
                 a, b = float(one[prefix + key]), float(other[prefix + key])
                 # Float16 in the cache moves single tokens across the threshold.
                 limit = 0.08 if "hard" in key else 5e-3
