@@ -46,9 +46,10 @@ def load_models(
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
+    training_only = dict.fromkeys(("teacher_cache", "teacher_path", "stored_difficulty"))
     try:
         models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-            list(paths), arg_overrides={"data": data, "teacher_cache": None, "teacher_path": None}
+            list(paths), arg_overrides={"data": data, **training_only}
         )
     except FileNotFoundError as error:
         raise UserError(

@@ -129,6 +129,9 @@ def score_checkpoint(path: Path, args: argparse.Namespace, device: torch.device)
     checkpoint = torch.load(path, map_location="cpu")
     step = int(checkpoint["optimizer_history"][-1]["num_updates"])
     record = run_record(config, models[0], args, step, task)
+    # Of what it was trained with; the loaded configuration forgets the caches and their like.
+    if (checkpoint.get("cfg") or {}).get("task", {}).get("stored_difficulty"):
+        record["hyperparameters"]["criterion"]["difficulty"] = "stored"
     if args.teacher_cache:
         cache = TeacherCache.open(args.teacher_cache / args.subset)
         record["teacher_cache"] = cache_record(cache)

@@ -190,6 +190,12 @@ def test_stored_difficulty_decides_in_training(
         assert float(record["train_difficulty"]) == pytest.approx(kl.mean(), abs=1e-4)
         assert float(record["train_hard_share"]) == pytest.approx(0.3, abs=0.01)
     assert float(records(log, "valid_")[0]["valid_difficulty"]) > 2 * kl.mean()  # as it is now
+    command(
+        "sekd_fairseq.score", data, "--path", tmp_path / "save" / "checkpoint_last.pt", "--cpu",
+        "--teacher-cache", cache, "--run", tmp_path / "own", "--subset", "valid",
+    )  # fmt: skip
+    settings = json.loads((tmp_path / "own" / "run.json").read_text())["hyperparameters"]
+    assert settings["criterion"]["difficulty"] == "stored"  # neither teacher nor prior, for reports
 
     def refused(*options: object) -> str:
         return error_line(train(data, tmp_path / "no", *base, *options, check=False))
