@@ -11,6 +11,7 @@ import json
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_fairseq()
     with one_line_errors():
         device = default_device(args.cpu)
-        record = score_checkpoint(args.path, args, device)
+        record, scored = score_checkpoint(args.path, args, device)
         for step, path in earlier_checkpoints(args.path).items() if args.earlier else ():
             if step != record["updates"]:
-                score_checkpoint(path, args, device)
+                score_checkpoint(path, args, device, scored)
         args.run.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.run / "run.json") as stream:
             stream.write((json.dumps(record, indent=1) + "\n").encode())
@@ -123,8 +124,32 @@ def earlier_checkpoints(path: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def score_checkpoint(path: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Write the token records of one checkpoint; returns the content of ``run.json``."""
+@dataclass(frozen=True)
+class ScoredSplit:
+    """What every checkpoint of a run is scored on, read once: the sentences with their teacher rows,
+    and how often each token occurs in the training targets, (V,)."""
+
+    cache: TeacherCache
+    dataset: TeacherDataset
+    symbols: list[str]
+    frequencies: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, task: Any, args: argparse.Namespace) -> "ScoredSplit":
+        """Of the task of a run's checkpoint."""
+        cache = TeacherCache.open(args.teacher_cache / args.subset)
+        symbols = task.target_dictionary.symbols
+        cache.check_dictionary(symbols)
+        sentences = load_split(task, args.subset, args.data)
+        dataset = TeacherDataset(sentences, [cache], f"{args.subset} ({args.data})")
+        return cls(cache, dataset, symbols, train_frequencies(task, args.data))
+
+
+def score_checkpoint(
+    path: Path, args: argparse.Namespace, device: torch.device, scored: ScoredSplit | None = None
+) -> tuple[dict[str, Any], ScoredSplit | None]:
+    """Write the token records of one checkpoint; returns the content of ``run.json`` and, for the
+    run's other checkpoints, what it was scored on (None without ``--teacher-cache``)."""
     models, config, task = load_models([str(path)], args.data, device)
     checkpoint = torch.load(path, map_location="cpu")
     step = int(checkpoint["optimizer_history"][-1]["num_updates"])
@@ -133,41 +158,23 @@ def score_checkpoint(path: Path, args: argparse.Namespace, device: torch.device)
     if (checkpoint.get("cfg") or {}).get("task", {}).get("stored_difficulty"):
         record["hyperparameters"]["criterion"]["difficulty"] = "stored"
     if args.teacher_cache:
-        cache = TeacherCache.open(args.teacher_cache / args.subset)
-        record["teacher_cache"] = cache_record(cache)
+        scored = scored or ScoredSplit.open(task, args)
+        record["teacher_cache"] = cache_record(scored.cache)
+        too_long(scored.dataset, position_limits(models), args.subset)
+        columns = score_split(models[0], scored.dataset, device, args.max_tokens, args.subset)
+        columns["frequency"] = scored.frequencies[columns["token"]]
+        metadata = {
+            "sekd.format_version": "1",
+            "sekd.subset": args.subset,
+            "sekd.step": str(step),
+            "sekd.cache_fingerprint": scored.cache.manifest.fingerprint,
+            "sekd.checkpoint": hash_file(path),
+        }
         output = args.run / "tokens" / args.subset / f"{step}.parquet"
-        score_cache(models[0], task, cache, path, output, args)
-    return record
-
-
-def score_cache(
-    model: Any,
-    task: Any,
-    cache: TeacherCache,
-    checkpoint: Path,
-    output: Path,
-    args: argparse.Namespace,
-) -> None:
-    """Compare ``model``, of ``checkpoint``, with a cached teacher and write the records."""
-    symbols = task.target_dictionary.symbols
-    cache.check_dictionary(symbols)
-    dataset = TeacherDataset(
-        load_split(task, args.subset, args.data), [cache], f"{args.subset} ({args.data})"
-    )
-    too_long(dataset, position_limits([model]), args.subset)
-    device = next(model.parameters()).device
-    columns = score_split(model, dataset, device, args.max_tokens, args.subset)
-    columns["frequency"] = train_frequencies(task, args.data)[columns["token"]]
-    metadata = {
-        "sekd.format_version": "1",
-        "sekd.subset": args.subset,
-        "sekd.step": output.stem,
-        "sekd.cache_fingerprint": cache.manifest.fingerprint,
-        "sekd.checkpoint": hash_file(checkpoint),
-    }
-    write_records(output, columns, symbols, metadata)
-    tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
-    print(f"{output}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
+        write_records(output, columns, scored.symbols, metadata)
+        tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
+        print(f"{output}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
+    return record, scored
 
 
 def score_split(
