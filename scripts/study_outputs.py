@@ -68,7 +68,7 @@ class Study:
     @property
     def marks(self) -> tuple[str, ...]:
         """What a finished run has, in the order in which it is made."""
-        return ("train.done", f"{self.subset}.out", "score.done")
+        return ("train.done", f"{self.subset}.out", f"score.{self.subset}.done")
 
 
 def keep_records(path: Path, place: Path, shared_file: Path, earlier: bool) -> None:
@@ -172,13 +172,13 @@ def save(study: Study, output: Path) -> None:
         text = Path("hyps", f"{study.subset}.txt")
         shutil.copyfile(run / text, target / text)
         last = json.loads(record.read_text(encoding="utf-8"))["updates"]
-        for path in sorted((run / "tokens").rglob("*.parquet")):
+        for path in sorted((run / "tokens" / study.subset).glob("*.parquet")):
             place, shared = target / path.relative_to(run), target.parent / SHARED_FILE
             keep_records(path, place, shared, earlier=path.stem != str(last))
         kept += 1
     if not kept:
         sys.exit(f"error: {study.runs}: expected finished runs, found none")
-    report = study.runs / "report"
+    report = study.runs / ("report" if study.subset == "test" else f"report-{study.subset}")
     for part in ("tables", "figures"):
         if (report / part).is_dir():
             shutil.copytree(report / part, output / part, dirs_exist_ok=True)
@@ -238,8 +238,8 @@ def summarise(study: Study, output: Path) -> None:
                 for metric in ("bleu", "chrf")
             }
         if steps is not None:
-            for step in ("train", "score"):
-                wanted = steps["output"] == f"{study.runs}/{label}/{step}.done"
+            for step, mark in zip(("train", "score"), study.marks[::2], strict=True):
+                wanted = steps["output"] == f"{study.runs}/{label}/{mark}"
                 row[f"{step}_seconds"] = steps.loc[wanted, "seconds"].max()
             wanted = steps["output"] == f"data/{study.name}/{record['direction']}/cache.done"
             if record["method"] == "teacher":
@@ -290,7 +290,7 @@ def restore(study: Study, output: Path) -> None:
         for run in runs:
             (run / "train.done").touch()
         (data / "cache.done").touch()
-        for file in (f"{subset}.out", "scores.json", f"hyps/{subset}.txt", "score.done"):
+        for file in (f"{subset}.out", "scores.json", f"hyps/{subset}.txt", f"score.{subset}.done"):
             for run in runs:
                 (run / file).touch()
         print(f"{direction.name}: {len(runs)} runs")

@@ -78,11 +78,14 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     )
     jobs = jobs_of(out)
     assert jobs["teacher"] == jobs["cache"] == jobs["distill"] == jobs["prepare"] == "1"
-    assert jobs["student"] == jobs["evaluate"] == jobs["score"] == "39"
+    assert jobs["student"] == jobs["evaluate"] == jobs["score"] == "38"
     assert "--gen-subset valid" in out and "--gen-subset test" not in out
-    assert out.count("--subset valid") == 2 * 39 + 1  # evaluated, scored, reported
+    assert out.count("--subset valid") == 2 * 38 + 1  # evaluated, scored, reported
     assert "--save-dir runs/multi30k-hyperparameters/de-en/student_beta_0.1/checkpoints" in out
-    assert "analysis.transfer runs/multi30k-hyperparameters --subset valid" in out
+    assert (
+        "analysis.transfer runs/multi30k-hyperparameters --subset valid"
+        " --output runs/multi30k-hyperparameters/report-valid"
+    ) in out
     assert jobs["difficulty"] == "1"  # of the fine-tuned student, for two variants
     kept = "runs/multi30k-hyperparameters/de-en/finetune.1/difficulty.parquet"
     assert out.count(f"--stored-difficulty {kept}") == 2

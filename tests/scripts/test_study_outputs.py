@@ -16,7 +16,7 @@ from simulated_runs import write_study
 
 from analysis import report, transfer
 
-MARKS = ("train.done", "test.out", "score.done")
+MARKS = ("train.done", "test.out", "score.test.done")
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_unfinished_runs_are_not_kept(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = sorted(Path("runs/tiny/en-de").iterdir())
-    (runs[0] / "score.done").unlink()
+    (runs[0] / "score.test.done").unlink()
     command(monkeypatch, "save", "tiny.yaml", "results/study")
     assert "5 runs" in capsys.readouterr().out
     assert not (study / "results/study/runs/en-de" / runs[0].name).exists()
