@@ -130,7 +130,10 @@ def _estimate(measure: Measure, group: Sequence[Sample], options: Options) -> di
     seeds = min(len(sample.effect) for sample in group)
     smallest = -margin * base if measure.non_inferior else margin * base
     reason = ""
-    if seeds < MIN_SEEDS:
+    if any(sample.biased for sample in group):
+        # What a run finds hard is in part what it got wrong by chance; any other run is better there.
+        reason = "one of the compared runs decides itself which tokens are hard"
+    elif seeds < MIN_SEEDS:
         reason = f"{seeds} seed, {MIN_SEEDS} needed"
     elif min(sentences) < MIN_SENTENCES:
         reason = f"{min(sentences)} sentences, {MIN_SENTENCES} needed"
@@ -174,9 +177,10 @@ def _judge_rows(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def _verdict(deciding: Sequence[dict[str, Any]], corrected: float) -> str:
     if any(row["reason"] for row in deciding):
         return "inconclusive"
-    if corrected <= ALPHA and all(row["in_favour"] for row in deciding):
-        return "supported"
-    return "not supported" if any(row["against"] for row in deciding) else "inconclusive"
+    if any(row["against"] for row in deciding):
+        return "not supported"
+    certain = corrected <= ALPHA and all(row["in_favour"] for row in deciding)
+    return "supported" if certain else "inconclusive"
 
 
 def rule(options: Options) -> list[str]:
@@ -203,11 +207,13 @@ def rule(options: Options) -> list[str]:
         (
             "not supported: the interval of a deciding measure lies below the smallest effect that "
             f"matters ({options.margin:.1%} of the baseline's value; for claim 4 a correlation of "
-            f"{CORRELATION_MARGIN}; for claim 2 a loss of more than {options.margin:.1%})."
+            f"{CORRELATION_MARGIN}; for claim 2 a loss of more than {options.margin:.1%}), even where "
+            "the effect is certain."
         ),
         (
             f"inconclusive: everything else, and always with fewer than {MIN_SEEDS} seeds or "
-            f"{MIN_SENTENCES} sentences."
+            f"{MIN_SENTENCES} sentences, or where one of the compared runs decides itself which tokens "
+            "are hard (--reference)."
         ),
         "No claim is computed from the training set.",
     ]

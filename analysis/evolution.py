@@ -202,17 +202,11 @@ class EasyTimes:
     ----------
     tokens : (S,) tokens that are hard in both runs at the first common step
     own, baseline : (S,) their summed times, as a share of the observed span
-    turned_own, turned_baseline : (S,) how many of them turned easy within it
-    first, last : steps that bound the span
     """
 
     tokens: Floats
     own: Floats
     baseline: Floats
-    turned_own: Floats
-    turned_baseline: Floats
-    first: int
-    last: int
 
 
 def easy_times(
@@ -234,7 +228,6 @@ def easy_times(
     count = len(judge.tokens.sentences)
     sentence = judge.tokens.sentence[chosen]
     summed = []
-    turned = []
     for item in (run, other):
         times = np.ones(len(sentence))
         waiting = np.ones(len(sentence), dtype=np.bool_)
@@ -243,6 +236,5 @@ def easy_times(
             times[easy] = (step - steps[0]) / (steps[-1] - steps[0])
             waiting &= ~easy
         summed.append(np.bincount(sentence, times, count).astype(np.float64))
-        turned.append(np.bincount(sentence, ~waiting, count).astype(np.float64))
     tokens = np.bincount(sentence, minlength=count).astype(np.float64)
-    return EasyTimes(tokens, summed[0], summed[1], turned[0], turned[1], steps[0], steps[-1])
+    return EasyTimes(tokens, summed[0], summed[1])

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from analysis.errors import AnalysisError, one_line_errors
-from analysis.flows import draw_transitions
+from analysis.flows import aligned, draw_transitions
 from analysis.sensitivity import BASELINE, value_key
 from analysis.style import COLUMN, PAGE, figure, hide, looks, method_name, ordered, save
 
@@ -234,8 +234,9 @@ def draw_sensitivity(table: pd.DataFrame, path: Path) -> None:
                     label=method_name(method),
                 )
                 axis.plot(place, runs["BLEU"], ".", color=look.colour, markersize=2, alpha=0.6)
-            for value in table.loc[table["parameter"] == BASELINE, "BLEU"].dropna():
-                axis.axhline(value, color="0.5", linewidth=0.7, linestyle=(0, (4, 2)))
+            baseline = table.loc[table["parameter"] == BASELINE, "BLEU"].dropna()
+            if len(baseline):
+                axis.axhline(baseline.mean(), color="0.5", linewidth=0.7, linestyle=(0, (4, 2)))
             axis.set_xticks(range(len(values)), values)
             axis.margins(x=0.08)
             axis.set_xlabel(SYMBOLS.get(parameter, parameter.replace("_", " ")))
@@ -257,9 +258,13 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
                     own = part[(part["method"] == method) & (part["bucket"] == bucket)]
                     if own.empty:
                         continue
-                    mean = own.groupby("step")["kl"].mean()
+                    by_run = own.set_index(["run", "step"])["kl"]
+                    steps = aligned(
+                        {run: set(own["step"][own["run"] == run]) for run in set(own["run"])}
+                    )
                     axis.plot(
-                        *(mean.index, mean),
+                        [np.mean(list(step.values())) for step in steps],
+                        [np.mean([by_run[place] for place in step.items()]) for step in steps],
                         color=look.colour,
                         marker=look.marker,
                         linestyle=line,

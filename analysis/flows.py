@@ -1,7 +1,7 @@
 """The figure of how tokens move between easy and hard while a run trains."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,25 @@ def draw_transitions(table: pd.DataFrame, path: Path) -> None:
     with figure(COLUMN if columns == 1 else PAGE, 1.7 * rows, rows, columns) as (drawn, axes):
         for axis, method in zip(axes, methods, strict=False):
             own = table[table["method"] == method]
-            steps = sorted(set(own["from_step"]) | set(own["to_step"]))
+            steps = aligned(
+                {
+                    run: {*part["from_step"], *part["to_step"]}
+                    for run, part in own.groupby("run", sort=False)
+                }
+            )
             for place, (first, second) in enumerate(itertools.pairwise(steps)):
-                span = own[(own["from_step"] == first) & (own["to_step"] == second)]
+                span = own[
+                    (own["from_step"] == own["run"].map(first))
+                    & (own["to_step"] == own["run"].map(second))
+                ]
+                if span["run"].nunique() < len(first):  # never some of the runs
+                    continue
                 tokens = span.groupby(["from", "to"])["tokens"].sum()
                 total = tokens.sum()
                 if total:
                     share = {key: float(value) / total for key, value in tokens.items()}
                     _flow(axis, place, share)
-            axis.set_xticks(range(len(steps)), [f"{step:,}" for step in steps])
+            axis.set_xticks(range(len(steps)), [_label(step.values()) for step in steps])
             axis.set_xlim(-0.15, len(steps) - 0.85)
             axis.set_ylim(0, 1)
             axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
@@ -45,6 +55,25 @@ def draw_transitions(table: pd.DataFrame, path: Path) -> None:
         names = [f"{before} to {after}" for before, after in FLOWS]
         drawn.legend(marks, names, loc="outside lower center", ncols=4, handlelength=1.2)
         save(drawn, path)
+
+
+def aligned(steps: Mapping[str, Collection[int]]) -> list[dict[str, int]]:
+    """Which steps of several runs belong together, in order; of each the step of every run.
+
+    Equally many steps belong together one by one (the best checkpoint of each run lies at another
+    update); otherwise only those that all runs have. So no mean is over other runs than the next.
+    """
+    ordered_steps = {run: sorted(found) for run, found in steps.items()}
+    if len({len(found) for found in ordered_steps.values()}) == 1:
+        columns = zip(*ordered_steps.values(), strict=True)
+        return [dict(zip(ordered_steps, column, strict=True)) for column in columns]
+    common = sorted(set.intersection(*(set(found) for found in ordered_steps.values())))
+    return [dict.fromkeys(ordered_steps, step) for step in common]
+
+
+def _label(steps: Collection[int]) -> str:
+    low, high = min(steps), max(steps)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 #: Colour and hatch of each flow between states; what stays is pale.

@@ -15,7 +15,7 @@ from analysis.errors import AnalysisError, RecordError
 from analysis.records import TokenSet, read_columns
 from analysis.runs import LeftOut, Run
 from analysis.stats import Floats, Resamples, ratio
-from analysis.study import Direction, Study, base_method, partner
+from analysis.study import Direction, Study, base_method, couples, partner
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,6 @@ class Judge:
         self.sums(run, partition)
         return self._resample(run.label, partition)
 
-    def resampled_tokens(self, partition: Partition) -> Floats:
-        """Tokens of every bucket in every resample, (B, K)."""
-        return self._resample("", partition)
-
     def _resample(self, label: str, partition: Partition) -> Floats:
         """What :attr:`_resampled` has for a run ("": tokens) under a partition.
 
@@ -223,10 +219,6 @@ def _read_all(judge: Judge, study: Study, bar: Any) -> None:
 
 
 def pairs(judge: Judge, treatment: str, baseline: str) -> list[tuple[Run, Run]]:
-    """Runs of one method, each with the baseline run it is compared with, by seed."""
-    found = []
-    for run in sorted(judge.runs, key=lambda run: (run.seed, run.label)):
-        other = partner(run, judge.runs, baseline) if run.method == treatment else None
-        if other is not None and other.label != run.label:
-            found.append((run, other))
-    return found
+    """Runs of one method with token records, each with the baseline's, by seed
+    (:func:`analysis.study.couples`)."""
+    return couples([run for run in judge.runs if run.method == treatment], judge.runs, baseline)

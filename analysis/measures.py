@@ -28,6 +28,7 @@ class Sample:
     base : (S,) the baseline's own value, which margins are relative to
     base_drawn : (S, B)
     tokens, sentences : that the measure is made of
+    biased : the tokens were chosen by the difficulty of one of the compared runs
     """
 
     effect: Floats
@@ -36,6 +37,7 @@ class Sample:
     base_drawn: Floats
     tokens: int
     sentences: int
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ def _bucket(metric: str, bucket: int, sign: float = 1.0) -> Callable[..., Sample
         judge, column = evidence.judge, METRICS.index(metric)
         effect, drawn, base, base_drawn = [], [], [], []
         tokens, sentences = [], []
+        biased = False
         for run, other in couples:
             partition = judge.partition(run)
+            biased |= partition.selector in (run.label, other.label)
             counts = partition.by_sentence[:, partition.columns("difficulty")][:, [bucket]]
             own, reference = (
                 judge.sums(item, partition).difficulty[:, bucket, [column]] for item in (run, other)
@@ -89,7 +93,7 @@ def _bucket(metric: str, bucket: int, sign: float = 1.0) -> Callable[..., Sample
             sentences.append(int((counts > 0).sum()))
         return Sample(
             *(np.array(effect), np.stack(drawn), np.array(base), np.stack(base_drawn)),
-            *(min(tokens), min(sentences)),
+            *(min(tokens), min(sentences), biased),
         )
 
     return sample

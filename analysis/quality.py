@@ -17,7 +17,7 @@ from tqdm import tqdm
 from analysis.judge import Options
 from analysis.runs import Run
 from analysis.stats import Floats, Resamples, hierarchical, holm
-from analysis.study import Direction, Texts, base_method, partner
+from analysis.study import Direction, Texts, couples, partner
 
 #: sacreBLEU's tokenizer for target languages that 13a does not fit, unless scores.json names one.
 TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char"}
@@ -156,7 +156,7 @@ def _result(quality: Quality, run: Run) -> dict[str, Any]:
         row[f"{name}_signature"] = str(metric.get_signature())
     for baseline in BASELINES:
         other = partner(run, quality.runs(), baseline)
-        compared = other is not None and base_method(run.method) not in ("teacher", baseline)
+        compared = other is not None and run.method not in ("teacher", other.method)
         for name, metric in quality.metrics.items():
             gain, p_bootstrap, p_randomisation = np.nan, np.nan, np.nan
             if compared and other is not None:
@@ -185,7 +185,8 @@ def methods_table(qualities: Sequence[Quality], options: Options) -> pd.DataFram
 
     The interval holds the error from sentences and, with several seeds, from training (see
     :func:`analysis.stats.hierarchical`); with one seed the latter is missing. ``*_p_holm`` is
-    corrected for the methods that stand beside each other in a direction.
+    corrected for the methods that stand beside each other in a direction; ``gain_over_*_seeds`` counts
+    the couples of runs with a baseline's run of their own (:func:`analysis.study.couples`).
     """
     compared = [_Compared(quality, options) for quality in qualities]
     rows: list[dict[str, Any]] = []
@@ -231,8 +232,7 @@ class _Compared:
 
     def pairs(self, method: str, baseline: str) -> list[tuple[Run, Run]]:
         """The method's runs, each with the baseline's that it is compared with."""
-        couples = [(run, partner(run, self.quality.runs(), baseline)) for run in self.runs(method)]
-        return [(run, other) for run, other in couples if other is not None]
+        return couples(self.runs(method), self.quality.runs(), baseline)
 
 
 def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]:
@@ -253,16 +253,16 @@ def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[st
         prefix = f"gain_over_{baseline}"
         row |= {f"{prefix}{suffix}": np.nan for suffix in ("", "_low", "_high", "_p")}
         found = [item.pairs(method, baseline) for item in group]
-        if not all(found) or base_method(method) in ("teacher", baseline):
+        row[f"{prefix}_seeds"] = min(len(both) for both in found)
+        if not all(found) or method in ("teacher", baseline):
+            row[f"{prefix}_seeds"] = 0
             continue
         observed, drawn = [], []
-        for item, couples in zip(group, found, strict=True):
+        for item, both in zip(group, found, strict=True):
             score = item.quality.corpus_score
-            gains = [score(a, metric) - score(b, metric) for a, b in couples]
+            gains = [score(a, metric) - score(b, metric) for a, b in both]
             observed.append(np.array(gains))
-            drawn.append(
-                np.stack([item.drawn(a, metric) - item.drawn(b, metric) for a, b in couples])
-            )
+            drawn.append(np.stack([item.drawn(a, metric) - item.drawn(b, metric) for a, b in both]))
         estimate = hierarchical(observed, drawn, [item.sentences for item in group])
         row[prefix], row[f"{prefix}_p"] = estimate.effect, estimate.p
         row[f"{prefix}_low"], row[f"{prefix}_high"] = estimate.low, estimate.high

@@ -282,8 +282,8 @@ def _transfer(results: "Results") -> list[str]:
         parts += ["Gain in KL to the teacher:", markdown_table(pd.DataFrame(rows))]
         parts.append(
             "† The difficulty of one of the two cut the tokens: some of its hard tokens are hard by "
-            "chance, so any other run looks better there and worse on the easy ones. The claims use "
-            "no such rows as long as neither the treatment nor the baseline is the reference run."
+            "chance, so any other run looks better there and worse on the easy ones. No claim about "
+            "hard or easy tokens is decided by such a row."
         )
     parts.append("Other families and measures: `tables/transfer.csv`, `tables/gain.csv`.")
     return parts

@@ -43,10 +43,11 @@ def sensitivity_table(
         for direction in sorted({row["direction"] for row in rows}):
             judge, quality = judged.get(direction), qualities.get(direction)
             runs = judge.direction.runs if judge else quality.runs() if quality else []
-            for run in runs:
-                if base_method(run.method) == baseline:
-                    row = _row(run, baseline, judge, quality)
-                    rows.append(row | {"parameter": BASELINE, "value": ""})
+            # Its usual variant, where it has several: that keeps the name.
+            usual = [run for run in runs if run.method == baseline]
+            for run in usual or [run for run in runs if base_method(run.method) == baseline]:
+                row = _row(run, baseline, judge, quality)
+                rows.append(row | {"parameter": BASELINE, "value": ""})
     return pd.DataFrame(rows, columns=[*COLUMNS, "BLEU", "kl", "kl_hard"])
 
 

@@ -70,7 +70,7 @@ class Estimate:
     error : standard error
     freedom : Satterthwaite's degrees of freedom
     low, high : interval at :data:`LEVEL`
-    p : two-sided p-value of effect = null
+    p : two-sided p-value of effect = 0
     """
 
     effect: float
@@ -85,7 +85,6 @@ def hierarchical(
     observed: Sequence[Floats],
     resampled: Sequence[Floats],
     sentences: Sequence[int],
-    null: float = 0.0,
 ) -> Estimate:
     """Combine per-seed effects of one or several directions.
 
@@ -106,7 +105,6 @@ def hierarchical(
     observed : per direction the effect of each seed, (S,)
     resampled : per direction the same in every resample, (S, B); resamples are shared by all
     sentences : per direction, how many
-    null : effect under the null hypothesis
 
     References
     ----------
@@ -132,11 +130,11 @@ def hierarchical(
     terms = between_terms + rest**2 / max(1, min(sentences) - 1)
     error = float(np.sqrt(variance))
     if error == 0.0:
-        p = 1.0 if effect == null else 0.0
+        p = 1.0 if effect == 0 else 0.0
         return Estimate(effect, 0.0, float("inf"), effect, effect, p)
     freedom = variance**2 / terms
     half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, freedom)) * error
-    p = float(2 * scipy.stats.t.sf(abs(effect - null) / error, freedom))
+    p = float(2 * scipy.stats.t.sf(abs(effect) / error, freedom))
     return Estimate(effect, error, freedom, effect - half, effect + half, p)
 
 

@@ -193,10 +193,10 @@ def read_texts(run: Run, subset: str) -> Texts | None:
         if suffix == ".src" and not file.exists():
             continue
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_bytes().decode("utf-8")  # read_text would end lines at "\r" too
         except (OSError, UnicodeDecodeError) as error:
             raise AnalysisError(f"{file}: expected a UTF-8 text file, {error}") from error
-        lines[suffix] = text.removesuffix("\n").split("\n")
+        lines[suffix] = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
         if len(lines[suffix]) != len(lines[""]):
             raise AnalysisError(
                 f"{file}: expected {len(lines[''])} lines as in {path.name}, found "
@@ -208,8 +208,9 @@ def read_texts(run: Run, subset: str) -> Texts | None:
 def name_variants(runs: Sequence[Run]) -> list[Run]:
     """Tell apart runs of one method, direction and seed by the hyper-parameters that differ.
 
-    ``se_kd_student`` becomes ``se_kd_student (gamma=0.5)``; where nothing differs but the
-    directory, the later ones take their label. Runs that need no more keep their method's name.
+    ``se_kd_student`` becomes ``se_kd_student (gamma=0.9)``, unless its Γ is the usual one: the value
+    that most runs of all methods have. So the usual variant of a method keeps the method's name. Where
+    nothing differs but the directory, the later ones take their label.
     """
     groups: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in runs:
@@ -220,23 +221,38 @@ def name_variants(runs: Sequence[Run]) -> list[Run]:
         for key in {key for item in flat for key in item}:
             if len({repr(item.get(key)) for item in flat}) > 1:
                 differing[method].add(key)
+    usual = _usual_values(runs)
     named: list[Run] = []
     taken: set[tuple[str, str, int]] = set()
     for run in sorted(runs, key=lambda run: run.label):
         method = run.method
-        if differing[method]:
-            flat_run = flatten(run.hyperparameters)
-            shown = (
-                f"{key.rsplit('.', 1)[-1]}={flat_run[key]}"
-                for key in sorted(differing[method])
-                if key in flat_run
-            )
+        flat_run = flatten(run.hyperparameters)
+        shown = [
+            f"{key.rsplit('.', 1)[-1]}={flat_run[key]}"
+            for key in sorted(differing[method])
+            if key in flat_run and repr(flat_run[key]) != usual.get(key)
+        ]
+        if shown:
             method = f"{method} ({', '.join(shown)})"
         if (method, run.direction, run.seed) in taken:
             method = f"{method} [{run.label}]"
         taken.add((method, run.direction, run.seed))
         named.append(replace(run, method=method))
     return named
+
+
+def _usual_values(runs: Sequence[Run]) -> dict[str, str]:
+    """The most frequent value of each hyper-parameter, as its repr; none where two are as frequent."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in runs:
+        for key, value in flatten(run.hyperparameters).items():
+            counts[key][repr(value)] += 1
+    usual = {}
+    for key, found in counts.items():
+        (first, count), *others = found.most_common(2)
+        if not others or others[0][1] < count:
+            usual[key] = first
+    return usual
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -272,3 +288,21 @@ def partner(run: Run, candidates: Sequence[Run], method: str) -> Run | None:
     if len(same) == 1:
         return same[0]
     return next((other for other in same if other.seed == run.seed), None)
+
+
+def couples(runs: Sequence[Run], candidates: Sequence[Run], baseline: str) -> list[tuple[Run, Run]]:
+    """Runs of a method, each with the run of ``baseline`` that it is compared with, by seed.
+
+    A baseline's run stands in one couple only, with the run of its own seed if there is one: its error
+    from training would otherwise be in all of them, and three couples would count as three seeds.
+    """
+    found: dict[str, tuple[Run, Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.seed, run.label)):
+        other = partner(run, candidates, baseline)
+        if other is None or other.label == run.label:
+            continue
+        if other.label not in found or (
+            run.seed == other.seed != found[other.label][0].seed  # its own seed's comes first
+        ):
+            found[other.label] = (run, other)
+    return sorted(found.values(), key=lambda couple: (couple[0].seed, couple[0].label))

@@ -19,6 +19,8 @@ from analysis.stats import Floats, interval, ratio, sorted_ranks
 from analysis.study import base_method, partner
 
 HISTOGRAM_BINS = 45
+#: A teacher that gives the reference no more than this over the baseline has no lead to close.
+SMALLEST_LEAD = 0.01
 
 
 def run_columns(judge: Judge, run: Run) -> dict[str, Any]:
@@ -166,7 +168,8 @@ def _gains(judge: Judge, run: Run, other: Run, baseline: str) -> list[dict[str, 
         source[:, METRICS.index(name)]
         for source, name in ((own, "p_gold"), (own, "q_gold"), (base, "q_gold"))
     )
-    closed = ratio(q - q_base, p - q_base)
+    lead = p - q_base
+    closed = ratio(q - q_base, np.where(lead > SMALLEST_LEAD, lead, 0.0))
     rows = []
     for index, (family, bucket) in enumerate(partition.names):
         part = difference[index]

@@ -111,7 +111,8 @@ def parser() -> argparse.ArgumentParser:
         default="finetune",
         metavar="WHAT",
         help="whose difficulty defines easy and hard tokens: a method, a run's path below RUNS, "
-        "'initial' (the first records of the fine-tuned run) or 'self' (default: %(default)s)",
+        "'initial' (the first records of the fine-tuned run) or 'self' (default: %(default)s); with a "
+        "run that is itself compared, claims 1 to 3 stay inconclusive",
     )
     add(
         *("--gamma",),
@@ -120,8 +121,19 @@ def parser() -> argparse.ArgumentParser:
         help="tokens with a difficulty above Γ are hard; a quantile in [0, 1], or nats "
         "(default: %(default)s)",
     )
-    add("--gamma-type", choices=("quantile", "absolute"), default="quantile")
-    add("--baseline", default="word_kd", metavar="METHOD", help="claims compare with this method")
+    add(
+        *("--gamma-type",),
+        choices=("quantile", "absolute"),
+        default="quantile",
+        help="whether --gamma is a quantile of the reference's difficulty or nats (default: %(default)s)",
+    )
+    add(
+        *("--baseline",),
+        default="word_kd",
+        metavar="METHOD",
+        help="claims compare with this method (default: %(default)s); the tables of BLEU and of "
+        "gains always have finetune and word_kd",
+    )
     add(
         *("--margin",),
         type=float,

@@ -36,7 +36,7 @@ def read_lines(path: Path) -> list[str]:
 
     ``FILE.gz`` is read where there is no ``FILE``.
 
-    Only line feeds end a line: ``str.splitlines`` would also split at U+2028 and the like, and
+    Only line feeds end a line, with or without the carriage return of Windows: ``str.splitlines`` would also split at U+2028 and the like, and
     the two sides would then no longer be aligned.
 
     Raises
@@ -60,7 +60,7 @@ def read_lines(path: Path) -> list[str]:
     decoded = []
     for number, line in enumerate(lines, start=1):
         try:
-            decoded.append(line.decode("utf-8"))
+            decoded.append(line.removesuffix(b"\r").decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: expected UTF-8, found the byte "

@@ -79,8 +79,7 @@ def keep_records(path: Path, place: Path, shared_file: Path, earlier: bool) -> N
     for item in table.schema:
         column = table.column(item.name)
         if item.name == "piece":
-            words = column.combine_chunks().cast(pa.string()).to_pylist()
-            column = pa.array(["▁" if word.startswith("▁") else "" for word in words])
+            column = pa.array(markers(column.combine_chunks().cast(pa.string()).to_pylist()))
         elif item.name.endswith("_piece"):
             column = pa.array([""] * len(table))
         elif pa.types.is_float32(item.type):
@@ -100,6 +99,16 @@ def keep_records(path: Path, place: Path, shared_file: Path, earlier: bool) -> N
         del columns["kl"]  # the sum of its two parts
     kept = pa.table(columns).replace_schema_metadata(table.schema.metadata)
     write_compressed(kept, place)
+
+
+def markers(pieces: Sequence[str]) -> list[str]:
+    """Of each piece what says whether it, or the next, begins a word
+    (:func:`analysis.buckets.by_piece`), and nothing of the text."""
+    found = []
+    for piece in pieces:
+        end = "@@" if piece.endswith("@@") else ""
+        found.append(piece[0] if piece.startswith(("▁", "Ġ")) else end)
+    return found
 
 
 def restore_records(place: Path, shared: pa.Table) -> None:
@@ -286,14 +295,22 @@ def restore(study: Study, output: Path) -> None:
             for suffix, language in ((".src", source), (".ref", target)):
                 text = data / f"{subset}.{language}"
                 shutil.copyfile(text, place / "hyps" / f"{subset}{suffix}.txt")
-        # Newer than what they are made of, each in turn, so that snakemake takes them as done.
-        for run in runs:
-            (run / "train.done").touch()
-        (data / "cache.done").touch()
+        # Newer than what they are made of, each in turn, so that snakemake takes them as done: the
+        # cache than its teacher, the students than the cache.
+        teachers = [run for run in runs if run.name == "teacher"]
+        students = [run for run in runs if run.name != "teacher"]
+        marks = [run / "train.done" for run in (*teachers, *students)]
+        marks.insert(len(teachers), data / "cache.done")
+        for mark in marks:
+            mark.touch()
         for file in (f"{subset}.out", "scores.json", f"hyps/{subset}.txt", f"score.{subset}.done"):
             for run in runs:
                 (run / file).touch()
         print(f"{direction.name}: {len(runs)} runs")
+    print(
+        "The teachers and caches of these directions were not kept: to train more students there, delete "
+        f"their {study.runs}/DIRECTION/teacher/train.done and data/{study.name}/DIRECTION/cache.done"
+    )
 
 
 def main() -> None:

@@ -68,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """A text file's lines (ended by a newline alone, as translation data counts them)."""
+    """A text file's lines, ended by a newline (or both characters of Windows) and by nothing else."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        # Not read_text, for which a carriage return within a line would end it.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected a UTF-8 text file ({error})") from error
     return lines[:-1] if lines[-1] == "" else lines

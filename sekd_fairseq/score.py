@@ -90,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--earlier",
         action="store_true",
-        help="write records of the checkpoints that lie beside STUDENT from other updates too "
+        help="write records of the checkpoints that lie beside STUDENT from other updates too, as a rule "
+        "earlier ones "
         "(fairseq-train --save-interval-updates N), which show what turned easy when",
     )
     out.add_argument(
@@ -265,12 +266,17 @@ def probability_of(teacher: TeacherRows, token: Tensor, vocab_size: int) -> Tens
 
 
 def top_overlap(teacher: TeacherRows, log_q: Tensor, n: int) -> Tensor:
-    """How many of the teacher's ``n`` best tokens are among the student's, (N,)."""
+    """How many of the teacher's ``n`` best tokens are among the student's, (N,), int8.
+
+    Where the cache holds fewer, the same share of those that it holds, rounded to a whole of ``n``.
+    """
     log_p = teacher.log_p.masked_fill(~teacher.valid, -torch.inf)
     slots = log_p.topk(min(n, log_p.size(1)), dim=1)
     best_p = teacher.ids.gather(1, slots.indices).masked_fill(slots.values.isinf(), -1)
     best_q = log_q.topk(min(n, log_q.size(1)), dim=1).indices
-    return (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(dim=2).sum(dim=1)
+    found = (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(dim=2).sum(dim=1)
+    known = slots.values.isfinite().sum(dim=1)
+    return (found * n / known).round().to(torch.int8)
 
 
 def train_frequencies(task: Any, data: str) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from simulated_runs import (
 from analysis.errors import AnalysisError, RecordError
 from analysis.records import iterate_columns, read_columns, read_pieces, read_token_set
 from analysis.runs import discover
-from analysis.study import load_study
+from analysis.study import load_study, partner
 
 
 def columns() -> dict[str, np.ndarray]:
@@ -168,6 +168,33 @@ def test_nested_roots_and_variants(tmp_path: Path, write_run: WriteRun) -> None:
         "sweep/g0.5": "se_kd_student (gamma=0.5)",
         "sweep/g1.0": "se_kd_student (gamma=1.0)",
     }
+
+
+def test_the_usual_variant_keeps_the_name_and_is_the_baseline(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    """What most runs of all methods have is usual, also where a method has each value once."""
+    for alpha in (0.3, 0.7, 0.9):
+        write_run(tmp_path, f"word_kd_{alpha}", "word_kd", hyperparameters={"alpha": alpha})
+    for lam in (0.1, 0.5, 0.9):
+        write_run(
+            tmp_path, f"se_{lam}", "se_kd_student", hyperparameters={"alpha": 0.7, "lambda": lam}
+        )
+    write_run(tmp_path, "target", "se_kd_target", hyperparameters={"alpha": 0.7, "lambda": 0.5})
+    runs = load_study(tmp_path, "test").runs
+    names = {run.label: run.method for run in runs}
+    assert names == {
+        "word_kd_0.3": "word_kd (alpha=0.3)",
+        "word_kd_0.7": "word_kd",
+        "word_kd_0.9": "word_kd (alpha=0.9)",
+        "se_0.1": "se_kd_student (lambda=0.1)",
+        "se_0.5": "se_kd_student",
+        "se_0.9": "se_kd_student (lambda=0.9)",
+        "target": "se_kd_target",
+    }
+    for run in runs:
+        other = partner(run, runs, "word_kd")
+        assert other is not None and other.label == "word_kd_0.7"
 
 
 def test_empty_root_and_root_without_records(tmp_path: Path, write_run: WriteRun) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from parallel_text import DataError, normalise, read_pairs, split, without_leaks
+from parallel_text import DataError, normalise, read_lines, read_pairs, split, without_leaks
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -52,6 +52,7 @@ def test_held_out_sentences_leave_the_training_set() -> None:
 def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes("one\u2028still one\r\n\ufefftwo\n\n".encode())
     (tmp_path / "b").write_bytes(b"eins\nzwei\ndrei\n")
+    assert read_lines(tmp_path / "a")[0] == "one\u2028still one"  # Windows' carriage return is gone
     pairs, empty = read_pairs(tmp_path / "a", tmp_path / "b")
     assert pairs == [("one still one", "eins"), ("two", "zwei")] and empty == 1
     assert normalise("e\u0301  \u00ad x") == "é x"

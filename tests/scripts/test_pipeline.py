@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import same_settings
 from progress import describe, follow, parse_line
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     ) in out
     assert jobs["difficulty"] == "1"  # of the fine-tuned student, for two variants
     kept = "runs/multi30k-hyperparameters/de-en/finetune.1/difficulty.parquet"
-    assert out.count(f"--stored-difficulty {kept}") == 2
+    assert out.count(f"--stored-difficulty {kept}") == 2 * 2  # compared with before, and used
     main = tmp_path / "runs" / "multi30k" / "de-en"
     for seed in (1, 2, 3):
         (main / f"finetune.{seed}").mkdir(parents=True)
@@ -96,7 +97,15 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     out = plan("multi30k.yaml", tmp_path, options=(configs / "multi30k-warm.yaml", "-c2", "-p"))
     assert jobs_of(out)["student"] == "12" and "--max-update 600" in out
     start = "--finetune-from-model runs/multi30k/de-en/finetune.2/checkpoints/checkpoint_best.pt"
-    assert out.count(start) == 4
+    assert out.count(start) == 2 * 4
+
+
+def test_a_configuration_takes_out_an_option_of_another(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("training: {clip-norm: null, share-all-embeddings: false}\n")
+    out = plan("smoke.yaml", tmp_path, options=(own, "-c1", "-p"))
+    assert "fairseq_cli.train" in out and "--optimizer adam" in out
+    assert "--clip-norm" not in out and "--share-all-embeddings" not in out
 
 
 def test_plan_for_gpus_and_a_cluster(tmp_path: Path) -> None:
@@ -108,6 +117,32 @@ def test_plan_for_gpus_and_a_cluster(tmp_path: Path) -> None:
     out = plan("wmt22.yaml", tmp_path, options=("--profile", ROOT / "scripts" / "slurm"))
     assert jobs_of(out)["total"] == "217"
     assert "slurm_partition=gpu" in out and "gpu=1" in out and "gpu=0" in out
+
+
+def test_a_run_is_not_continued_under_other_settings(tmp_path: Path) -> None:
+    data, run = tmp_path / "data.json", tmp_path / "run"
+    data.write_text("{}")
+
+    def begin(*words: str) -> str:
+        try:
+            same_settings.main([str(run), str(data), "--", *words])
+        except SystemExit as error:
+            return str(error.code)
+        return ""
+
+    first = ("--lr", "0.1", "--beta", "1", "--flag")
+    assert begin("--lr", "0.2") == ""
+    assert begin(*first) == ""  # nothing was trained with the others
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "checkpoint_last.pt").touch()
+    assert begin(*first) == begin(*first, "--cpu") == ""
+    line = begin("--lr", "0.1", "--beta", "0.5")
+    assert line.startswith(f"error: {run}: begun with other settings (")
+    assert "--beta 1 --flag is now --beta 0.5" in line and "delete the folder" in line
+    assert "--flag is now left out" in begin("--lr", "0.1", "--beta", "1")
+    assert "without is now --new 3" in begin(*first, "--new", "3")
+    data.write_text('{"sentences": 1}')
+    assert "(other data)" in begin(*first)
 
 
 def jobs_of(plan: str) -> dict[str, str]:

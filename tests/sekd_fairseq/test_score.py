@@ -8,6 +8,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 
+from sekd_fairseq.evaluate import read_lines
+from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.score import top_overlap
+
 from .conftest import command, error_line, train
 
 
@@ -87,6 +91,26 @@ def test_records_equal_the_models(data: Path, teacher: Path, tmp_path: Path) -> 
         "--method", "teacher",
     )  # fmt: skip
     assert json.loads((tmp_path / "runs" / "t" / "run.json").read_text())["method"] == "teacher"
+
+
+def test_a_carriage_return_within_a_line_does_not_end_it(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"one\rstill one\r\ntwo\n\n")
+    assert read_lines(tmp_path / "a") == ["one\rstill one", "two", ""]
+
+
+def test_overlap_where_the_cache_holds_fewer_tokens() -> None:
+    """A teacher compared with itself overlaps wholly, however few tokens a confident one keeps."""
+    log_p = torch.tensor([[0.9, 0.06, 0.04], [0.5, 0.3, 0.2]]).log()
+    teacher = TeacherRows(
+        ids=torch.tensor([[3, 1, 7], [2, 5, 2]]),
+        valid=torch.tensor([[True, True, True], [True, True, False]]),
+        log_p=log_p,
+        log_outside=torch.full((2,), -10.0),
+    )
+    log_q = torch.log_softmax(torch.arange(10.0).repeat(2, 1), dim=1)  # best: 9, 8, 7, 6, 5
+    assert top_overlap(teacher, log_q, 5).tolist() == [2, 2]  # 1 of 3, 1 of 2, as of 5
+    log_q[0, [1, 3, 7]] += 20
+    assert top_overlap(teacher, log_q, 5).tolist() == [5, 2]
 
 
 def test_earlier_checkpoints_and_a_warm_start(

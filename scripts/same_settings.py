@@ -1,0 +1,61 @@
+"""Refuse to go on with a training under other settings than it was begun with.
+
+    python scripts/same_settings.py RUN DATA.JSON -- ARGUMENTS OF FAIRSEQ-TRAIN
+
+fairseq goes on from ``RUN/checkpoints/checkpoint_last.pt`` whatever the options are now. A run that has
+ended would then pass for one of the new settings, and one that was killed would be a mixture. The
+settings of a run's start are kept in ``RUN/settings.json``: its arguments, and a hash of what the data
+were made of and with. Without a checkpoint they are written anew.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; see ``--help``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("data", type=Path, metavar="DATA.JSON", help="what was made with the data")
+    parser.add_argument("arguments", nargs="*", help="after --: those of fairseq-train")
+    args = parser.parse_args(arguments)
+    data = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    # Where it runs is no setting: what a CPU began a GPU may end.
+    settings = {"data": data, "arguments": [word for word in args.arguments if word != "--cpu"]}
+    path = args.run / "settings.json"
+    if path.exists() and (args.run / "checkpoints" / "checkpoint_last.pt").exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != settings:
+            sys.exit(
+                f"error: {args.run}: begun with other settings ({difference(before, settings)}); "
+                "delete the folder to train it anew, or give the configuration another name"
+            )
+        return
+    args.run.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What is other now, in a few words."""
+    parts = [] if before["data"] == after["data"] else ["other data"]
+    words = [side["arguments"] for side in (before, after)]
+    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind != "equal":
+            # An option's name is the same where only its value differs.
+            start = 1 if a and words[0][a - 1].startswith("--") and kind == "replace" else 0
+            old, new = words[0][a - start : b], words[1][c - start : d]
+            parts.append(f"{' '.join(old) or 'without'} is now {' '.join(new) or 'left out'}")
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    main()
