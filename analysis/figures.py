@@ -19,7 +19,18 @@ from tqdm import tqdm
 from analysis.errors import AnalysisError, one_line_errors
 from analysis.flows import aligned, draw_transitions
 from analysis.sensitivity import BASELINE, value_key
-from analysis.style import COLUMN, PAGE, figure, hide, looks, method_name, ordered, save
+from analysis.study import base_method
+from analysis.style import (
+    COLOURS,
+    COLUMN,
+    PAGE,
+    figure,
+    hide,
+    looks,
+    method_name,
+    ordered,
+    save,
+)
 
 matplotlib.use("Agg")
 
@@ -131,7 +142,7 @@ def _short(bucket: str) -> str:
 def draw_quality(table: pd.DataFrame, path: Path) -> None:
     """BLEU of every run with its bootstrap interval, a panel a direction."""
     height = 0.5 + 0.17 * max(table.groupby("direction").size())
-    with _direction_panels(table, height, path) as panels:
+    with _direction_panels(table, height, path, _abreast(table)) as panels:
         for axis, part in panels:
             methods = ordered(part["method"])
             place = 0.0
@@ -175,7 +186,7 @@ def draw_methods(table: pd.DataFrame, path: Path) -> None:
     if table[gain].isna().all():
         return
     height = 0.55 + 0.2 * max(table.groupby("direction").size())
-    with _direction_panels(table, height, path) as panels:
+    with _direction_panels(table, height, path, _abreast(table)) as panels:
         for axis, part in panels:
             methods = ordered(part["method"])
             for place, method in enumerate(methods):
@@ -309,16 +320,21 @@ def draw_sentences(table: pd.DataFrame, path: Path) -> None:
         panels[0][0].legend(loc="best")
 
 
+def _abreast(table: pd.DataFrame) -> int:
+    """How many panels with methods as labels stand in a row: names of variants need the whole width."""
+    return 1 if max(len(method_name(method)) for method in table["method"]) > 20 else 2
+
+
 @contextmanager
 def _direction_panels(
-    table: pd.DataFrame, height: float, path: Path
+    table: pd.DataFrame, height: float, path: Path, abreast: int = 2
 ) -> Iterator[list[tuple[Axes, pd.DataFrame]]]:
-    """A figure with a panel of ``height`` inches for each direction, two abreast: every panel with
-    its rows of the table. It is saved when all are drawn."""
+    """A figure with a panel of ``height`` inches for each direction, ``abreast`` in a row: every panel
+    with its rows of the table. It is saved when all are drawn."""
     directions = sorted(table["direction"].unique())
-    rows = -(-len(directions) // 2)
-    width = COLUMN if len(directions) == 1 else PAGE
-    with figure(width, height * rows, rows, min(2, len(directions))) as (drawn, axes):
+    rows = -(-len(directions) // abreast)
+    width = COLUMN if len(directions) == 1 < abreast else PAGE
+    with figure(width, height * rows, rows, min(abreast, len(directions))) as (drawn, axes):
         for axis, direction in zip(axes, directions, strict=False):
             if len(directions) > 1:
                 axis.set_title(direction)
@@ -343,6 +359,19 @@ FIGURES: dict[str, Callable[[pd.DataFrame, Path], None]] = {
 }
 
 
+#: Figures in which methods are told apart by their look, so not more of them than there are looks.
+BY_LOOK = ("difficulty", "transfer", "training", "transitions", "sentences")
+
+
+def without_variants(table: pd.DataFrame) -> pd.DataFrame:
+    """The usual variant of each method where more methods would be drawn than have a look of their own;
+    the others are in the table, and in the figures of sensitivity and methods."""
+    if len(looks(table["method"])) <= len(COLOURS):
+        return table
+    usual = table[table["method"].map(base_method) == table["method"]]
+    return table if usual.empty else usual
+
+
 def draw_all(folder: Path) -> list[str]:
     """Draw every figure whose table is in ``folder``; a table without rows has no figure."""
     drawn = []
@@ -350,6 +379,8 @@ def draw_all(folder: Path) -> list[str]:
         path = folder / f"{name}.csv"
         if path.exists():
             table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+            if name in BY_LOOK:
+                table = without_variants(table)
             if not table.empty:
                 draw(table, path.with_suffix(""))
             if path.with_suffix(".svg").exists():

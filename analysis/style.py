@@ -22,7 +22,20 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "++", "**")
 
 #: The order of methods in legends and tables; others follow by name.
-ORDER = ("teacher", "finetune", "seq_kd", "word_kd", "reverse_kl", "selective_kd", "se_kd")
+ORDER = (
+    *(
+        "teacher",
+        "finetune",
+        "seq_kd",
+        "word_kd",
+        "reverse_kl",
+        "skew",
+        "adaptive_kl",
+        "jsd",
+        "tvd",
+    ),
+    *("selective_kd", "se_kd"),
+)
 NAMES = {
     "teacher": "teacher",
     "finetune": "fine-tuning",
@@ -32,6 +45,11 @@ NAMES = {
     "seq_kd": "sequence-level KD",
     "selective_kd": "selective KD",
     "reverse_kl": "reverse KL",
+    "skew_forward_kl": "skew KL",
+    "skew_reverse_kl": "skew reverse KL",
+    "adaptive_kl": "adaptive KL",
+    "jsd": "Jensen-Shannon",
+    "tvd": "total variation",
 }
 
 SETTINGS: dict[Any, Any] = {

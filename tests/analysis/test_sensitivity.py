@@ -8,6 +8,7 @@ import pytest
 from conftest import WriteRun
 
 from analysis import transfer
+from analysis.figures import without_variants
 from analysis.runs import Run
 from analysis.sensitivity import BASELINE, one_at_a_time, value_key
 
@@ -32,6 +33,15 @@ def test_one_at_a_time() -> None:
     ]  # fmt: skip
     assert one_at_a_time(runs[:2]) == []
     assert one_at_a_time(list(reversed(runs)))[-1][0].label == "a"
+
+
+def test_figures_by_look_show_as_many_methods_as_there_are_looks() -> None:
+    few = pd.DataFrame({"method": ["word_kd", "se_kd_student", "se_kd_student (gamma=1)"]})
+    assert without_variants(few).equals(few)
+    variants = [f"se_kd_student (gamma={value})" for value in range(9)]
+    many = pd.DataFrame({"method": ["teacher", "word_kd", "se_kd_student", *variants]})
+    assert without_variants(many)["method"].tolist() == ["teacher", "word_kd", "se_kd_student"]
+    assert without_variants(many[3:]).equals(many[3:])  # nothing else is left to draw
 
 
 def test_values_sort_as_numbers() -> None:
