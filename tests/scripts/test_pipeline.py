@@ -98,6 +98,16 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     assert jobs_of(out)["student"] == "12" and "--max-update 600" in out
     start = "--finetune-from-model runs/multi30k/de-en/finetune.2/checkpoints/checkpoint_best.pt"
     assert out.count(start) == 2 * 4
+    out = plan(
+        "multi30k.yaml", tmp_path, options=(configs / "multi30k-shortlist.yaml", "-c2", "-p")
+    )
+    assert jobs_of(out)["student"] == "27" and "score.valid.done" in out
+    assert "--output runs/multi30k-shortlist/report-valid" in out
+    out = plan(
+        *("multi30k.yaml", tmp_path, "subset=test"),
+        options=(configs / "multi30k-shortlist.yaml", "-c2", "-p"),
+    )
+    assert "score.test.done" in out and "--output runs/multi30k-shortlist/report\n" in out
 
 
 def test_a_configuration_takes_out_an_option_of_another(tmp_path: Path) -> None:
