@@ -21,10 +21,10 @@ def draw_transitions(table: pd.DataFrame, path: Path) -> None:
     rows = -(-len(methods) // columns)
     with figure(COLUMN if columns == 1 else PAGE, 1.7 * rows, rows, columns) as (drawn, axes):
         for axis, method in zip(axes, methods, strict=False):
-            own = table[table["method"] == method]
+            own = table[table["method"] == method].astype({"run": str})
             steps = aligned(
                 {
-                    run: {*part["from_step"], *part["to_step"]}
+                    str(run): {*part["from_step"], *part["to_step"]}
                     for run, part in own.groupby("run", sort=False)
                 }
             )
