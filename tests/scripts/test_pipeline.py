@@ -101,7 +101,7 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     out = plan(
         "multi30k.yaml", tmp_path, options=(configs / "multi30k-shortlist.yaml", "-c2", "-p")
     )
-    assert jobs_of(out)["student"] == "27" and "score.valid.done" in out
+    assert jobs_of(out)["student"] == "30" and "score.valid.done" in out
     assert "--output runs/multi30k-shortlist/report-valid" in out
     out = plan(
         *("multi30k.yaml", tmp_path, "subset=test"),
