@@ -179,8 +179,10 @@ def dense_step(
 
 
 def ours(vocabulary: int, chunk: int = 0) -> SelfEvolutionKDCriterion:
-    """SE-KD with its defaults."""
-    config = SelfEvolutionKDConfig(sekd_chunk_tokens=chunk, sentence_avg=False)
+    """SE-KD with its defaults, in ``student`` mode."""
+    config = SelfEvolutionKDConfig(
+        integration="student", sekd_chunk_tokens=chunk, sentence_avg=False
+    )
     config._name = "self_evolution_kd"
     return SelfEvolutionKDCriterion(config, task(vocabulary))
 

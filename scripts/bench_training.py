@@ -46,7 +46,7 @@ STOCK = "stock cross entropy"
 METHODS: dict[str, list[str]] = {
     STOCK: ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
     "word KD, cached": ["--criterion", "cached_kd"],
-    "SE-KD, cached": ["--criterion", "self_evolution_kd"],
+    "SE-KD, cached": ["--criterion", "self_evolution_kd", "--integration", "student"],
     "word KD, online": ["--criterion", "cached_kd"],
 }
 

@@ -79,7 +79,7 @@ class SelfEvolution:
     schedule: str = "linear"
     scale: float = 1.0
     beta: float | None = 0.5
-    integration: str = "student"
+    integration: str = "target"
     difficulty: str = "teacher"
     divergence: str = "forward_kl"
     divergence_weight: float = 0.5

@@ -49,7 +49,7 @@ def eight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 def options(cache: Path) -> list[object]:
     return [
         "--criterion", "self_evolution_kd", "--teacher-cache", cache, "--disable-validation",
-        "--gamma", "0.5", "--max-tokens", "100000", "--max-update", UPDATES, "--seed", "3",
+        "--gamma", "0.5", "--integration", "student", "--max-tokens", "100000", "--max-update", UPDATES, "--seed", "3",
         *SGD, "--lr", "0.03",
     ]  # fmt: skip
 

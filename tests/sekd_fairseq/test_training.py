@@ -463,7 +463,13 @@ def test_validation_sees_every_sentence(student: tuple[Path, str]) -> None:
         ),
         ((*SE_KD, "--teacher-cache", "CACHE", "--beta", "high"), "confidence"),
         ((*SE_KD, "--teacher-cache", "CACHE", "--alpha", "2"), "--alpha"),
-        ((*SE_KD, "--teacher-cache", "CACHE", "--missing-mass", "uniform"), "linear"),
+        (
+            (
+                *(*SE_KD, "--teacher-cache", "CACHE", "--missing-mass", "uniform"),
+                *("--integration", "student"),
+            ),
+            "linear",
+        ),
         ((*SE_KD, "--teacher-cache", "CACHE:CACHE"), "1 data"),
         ((*SE_KD, "--teacher-cache", "CACHE", "--sekd-chunk-tokens", "-1"), "0 or more"),
         (
