@@ -103,10 +103,8 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     )
     assert jobs_of(out)["student"] == "30" and "score.valid.done" in out
     assert "--output runs/multi30k-shortlist/report-valid" in out
-    out = plan(
-        *("multi30k.yaml", tmp_path, "subset=test"),
-        options=(configs / "multi30k-shortlist.yaml", "-c2", "-p"),
-    )
+    second = (configs / "multi30k-shortlist.yaml", configs / "on-test.yaml")
+    out = plan("multi30k.yaml", tmp_path, options=(*second, "-c2", "-p"))
     assert "score.test.done" in out and "--output runs/multi30k-shortlist/report\n" in out
 
 
