@@ -7,7 +7,8 @@ Several configurations are merged as snakemake merges them. ``save`` copies, of 
 record, scores, translations and token records to ``results/STUDY/runs`` (rounded, without the pieces of
 the references; of updates before the last only the KL to the teacher; what is the same in all runs of a
 direction once); further the report's tables and figures, the configuration, what training logged, and
-the time that each step took. Run it as often as you like; what is there already stays.
+the time that each step took. Run it as often as you like; what is there already stays. With
+``--no-records``, for a study that is finished, the token records are left out, which are most of it.
 
 ``restore`` puts kept runs back where snakemake looks for them, on a machine that has the corpus but
 no checkpoints: a direction all of whose runs were kept is then not trained again, and the report
@@ -166,7 +167,7 @@ def add_kept(path: Path, rows: list[dict[str, Any]], key: str) -> pd.DataFrame:
     return pd.DataFrame(rows + [row for row in before if row[key] not in known])
 
 
-def save(study: Study, output: Path) -> None:
+def save(study: Study, output: Path, records: bool = True) -> None:
     """Copy what is finished."""
     kept = 0
     for record in sorted(study.runs.glob("*/*/run.json")):
@@ -181,10 +182,10 @@ def save(study: Study, output: Path) -> None:
         text = Path("hyps", f"{study.subset}.txt")
         shutil.copyfile(run / text, target / text)
         last = json.loads(record.read_text(encoding="utf-8"))["updates"]
-        for path in sorted((run / "tokens" / study.subset).glob("*.parquet")):
+        kept += 1
+        for path in sorted((run / "tokens" / study.subset).glob("*.parquet")) if records else ():
             place, shared = target / path.relative_to(run), target.parent / SHARED_FILE
             keep_records(path, place, shared, earlier=path.stem != str(last))
-        kept += 1
     if not kept:
         sys.exit(f"error: {study.runs}: expected finished runs, found none")
     report = study.runs / ("report" if study.subset == "test" else f"report-{study.subset}")
@@ -284,6 +285,11 @@ def restore(study: Study, output: Path) -> None:
                 f"error: {data}: expected prepared data, found none; run snakemake with --until "
                 "prepare first"
             )
+        if not (direction / SHARED_FILE).exists():
+            sys.exit(
+                f"error: {direction}: expected token records, found none; the study was kept with "
+                "--no-records and can only be read"
+            )
         subset = study.subset
         kept = sorted(path for path in direction.iterdir() if path.is_dir())
         runs = [study.runs / direction.name / run.name for run in kept]
@@ -320,10 +326,13 @@ def main() -> None:
     parser.add_argument("action", choices=("save", "restore"))
     parser.add_argument("config", type=Path, nargs="+", help="configuration, or several, merged")
     parser.add_argument("output", type=Path, help="where its outputs are kept")
+    parser.add_argument(
+        "--no-records", dest="records", action="store_false", help="save without token records"
+    )
     args = parser.parse_args()
     study = Study.of(args.config)
     if args.action == "save":
-        save(study, args.output)
+        save(study, args.output, args.records)
     else:
         restore(study, args.output)
 

@@ -92,6 +92,18 @@ def test_runs_of_another_teacher_are_not_mixed_in(
         command(monkeypatch, "save", "tiny.yaml", "results/study")
 
 
+def test_without_records_a_study_can_be_read_but_not_restored(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer.main(["runs/tiny", "--resamples", "100"])
+    command(monkeypatch, "save", "tiny.yaml", "results/study", "--no-records")
+    kept = study / "results" / "study"
+    assert (kept / "tables" / "claims.csv").exists() and not list(kept.rglob("*.parquet"))
+    assert len(list(kept.rglob("hyps/test.txt"))) == 6
+    with pytest.raises(SystemExit, match="kept with --no-records"):
+        command(monkeypatch, "restore", "tiny.yaml", "results/study")
+
+
 def test_unfinished_runs_are_not_kept(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
