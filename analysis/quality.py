@@ -253,9 +253,9 @@ def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[st
         prefix = f"gain_over_{baseline}"
         row |= {f"{prefix}{suffix}": np.nan for suffix in ("", "_low", "_high", "_p")}
         found = [item.pairs(method, baseline) for item in group]
-        row[f"{prefix}_seeds"] = min(len(both) for both in found)
-        if not all(found) or method in ("teacher", baseline):
-            row[f"{prefix}_seeds"] = 0
+        compared = method not in ("teacher", baseline)
+        row[f"{prefix}_seeds"] = min(len(both) for both in found) if compared else 0
+        if not row[f"{prefix}_seeds"]:
             continue
         observed, drawn = [], []
         for item, both in zip(group, found, strict=True):

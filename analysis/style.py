@@ -23,18 +23,17 @@ HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "++", "**")
 
 #: The order of methods in legends and tables; others follow by name.
 ORDER = (
-    *(
-        "teacher",
-        "finetune",
-        "seq_kd",
-        "word_kd",
-        "reverse_kl",
-        "skew",
-        "adaptive_kl",
-        "jsd",
-        "tvd",
-    ),
-    *("selective_kd", "se_kd"),
+    "teacher",
+    "finetune",
+    "seq_kd",
+    "word_kd",
+    "reverse_kl",
+    "skew",
+    "adaptive_kl",
+    "jsd",
+    "tvd",
+    "selective_kd",
+    "se_kd",
 )
 NAMES = {
     "teacher": "teacher",

@@ -6,8 +6,8 @@
 Several configurations are merged as snakemake merges them. ``save`` copies, of every finished run, its
 record, scores, translations and token records to ``results/STUDY/runs`` (rounded, without the pieces of
 the references; of updates before the last only the KL to the teacher; what is the same in all runs of a
-direction once); further the report's tables and figures, the configuration, what training logged, and
-the time that each step took. Run it as often as you like; what is there already stays. With
+direction once); further the report's tables and figures (but the table of single sentences, which is
+large), the configuration, what training logged, and the time that each step took. Run it as often as you like; what is there already stays. With
 ``--no-records``, for a study that is finished, the token records are left out, which are most of it.
 
 ``restore`` puts kept runs back where snakemake looks for them, on a machine that has the corpus but
@@ -44,6 +44,8 @@ SHARED = (
     *("p_gold", "p_entropy", "p_max", "p_top1", "p_top1_piece"),
 )
 SHARED_FILE = "teacher.parquet"
+#: A line a sentence of each run: megabytes, which the report makes from the runs again.
+SENTENCES = "sentences.csv"
 
 
 @dataclass(frozen=True)
@@ -182,16 +184,17 @@ def save(study: Study, output: Path, records: bool = True) -> None:
         text = Path("hyps", f"{study.subset}.txt")
         shutil.copyfile(run / text, target / text)
         last = json.loads(record.read_text(encoding="utf-8"))["updates"]
-        kept += 1
         for path in sorted((run / "tokens" / study.subset).glob("*.parquet")) if records else ():
             place, shared = target / path.relative_to(run), target.parent / SHARED_FILE
             keep_records(path, place, shared, earlier=path.stem != str(last))
+        kept += 1
     if not kept:
         sys.exit(f"error: {study.runs}: expected finished runs, found none")
     report = study.runs / ("report" if study.subset == "test" else f"report-{study.subset}")
     for part in ("tables", "figures"):
         if (report / part).is_dir():
-            shutil.copytree(report / part, output / part, dirs_exist_ok=True)
+            left = shutil.ignore_patterns(SENTENCES)
+            shutil.copytree(report / part, output / part, ignore=left, dirs_exist_ok=True)
     if (report / "report.md").exists():
         shutil.copyfile(report / "report.md", output / "report.md")
     settings = yaml.safe_dump(study.config, sort_keys=False, allow_unicode=True)
@@ -303,13 +306,11 @@ def restore(study: Study, output: Path) -> None:
                 shutil.copyfile(text, place / "hyps" / f"{subset}{suffix}.txt")
         # Newer than what they are made of, each in turn, so that snakemake takes them as done: the
         # cache than its teacher, the students than the cache.
-        teachers = [run for run in runs if run.name == "teacher"]
-        students = [run for run in runs if run.name != "teacher"]
-        marks = [run / "train.done" for run in (*teachers, *students)]
-        marks.insert(len(teachers), data / "cache.done")
-        for mark in marks:
+        teachers = [run / "train.done" for run in runs if run.name == "teacher"]
+        students = [run / "train.done" for run in runs if run.name != "teacher"]
+        for mark in (*teachers, data / "cache.done", *students):
             mark.touch()
-        for file in (f"{subset}.out", "scores.json", f"hyps/{subset}.txt", f"score.{subset}.done"):
+        for file in (f"{subset}.out", f"hyps/{subset}.txt", f"score.{subset}.done"):
             for run in runs:
                 (run / file).touch()
         print(f"{direction.name}: {len(runs)} runs")

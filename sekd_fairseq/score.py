@@ -91,8 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "--earlier",
         action="store_true",
         help="write records of the checkpoints that lie beside STUDENT from other updates too, as a rule "
-        "earlier ones "
-        "(fairseq-train --save-interval-updates N), which show what turned easy when",
+        "earlier ones (fairseq-train --save-interval-updates N), which show what turned easy when",
     )
     out.add_argument(
         "--max-tokens", type=int, default=4096, help="padded tokens a batch (default: %(default)s)"

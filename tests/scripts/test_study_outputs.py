@@ -59,6 +59,9 @@ def test_saved_and_restored_the_report_is_the_same(
     columns = [set(pq.read_schema(path).names) for path in kept.rglob("tokens/test/*.parquet")]
     assert {"kl"} in columns and not any(found & set(shared.column_names) for found in columns)
     assert (kept / "config.yaml").exists() and (kept / "tables" / "claims.csv").exists()
+    assert (kept / "figures" / "training.csv").exists()
+    assert Path("runs/tiny/report/figures/sentences.csv").exists()
+    assert not list(kept.rglob("sentences.csv"))
     shutil.rmtree("runs/tiny")
     command(monkeypatch, "restore", "tiny.yaml", "results/study")
     transfer.main(["runs/tiny", "--resamples", "100"])
