@@ -291,21 +291,15 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
 
 
 def draw_sentences(table: pd.DataFrame, path: Path) -> None:
-    """Sentence chrF gained against transfer gained over the baseline: means of ten equally large
-    groups of sentences by transfer, with 95 % intervals, a panel a direction."""
+    """Sentence chrF gained against transfer gained over the baseline: means of groups of sentences by
+    transfer, with 95 % intervals, a panel a direction."""
     with _direction_panels(table, 2.0, path) as panels:
         for axis, part in panels:
             for method, look in looks(table["method"]).items():
                 own = part[part["method"] == method]
-                if len(own) < 10:
-                    continue
-                group = own["kl_gain"].rank(method="first").sub(1).floordiv(len(own) / 10)
-                found = own.groupby(group)
-                mean = found[["kl_gain", "chrf_gain"]].mean()
-                error = 1.96 * found["chrf_gain"].sem()
                 axis.errorbar(
-                    *(mean["kl_gain"], mean["chrf_gain"]),
-                    yerr=error,
+                    *(own["kl_gain"], own["chrf_gain"]),
+                    yerr=1.96 * own["chrf_gain_error"],
                     color=look.colour,
                     marker=look.marker,
                     linestyle=look.line,

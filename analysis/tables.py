@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import sem
 
 from analysis.aggregate import METRICS, Partition, calibration_error, ordered_map
 from analysis.buckets import EASY, HARD
@@ -247,26 +248,43 @@ def calibration_table(judges: Sequence[Judge]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+#: Groups of sentences in the figure of quality against transfer.
+GROUPS = 10
+
+
 def sentence_table(
     judges: Sequence[Judge], qualities: Mapping[str, Quality], baseline: str
 ) -> pd.DataFrame:
-    """One row a sentence of each SE-KD run: what it gained over the baseline in transfer (fall of
-    its mean KL, nats) and in chrF."""
-    parts = []
+    """Quality gained against transfer gained over the baseline: of each SE-KD method the sentences of
+    all its seeds, in ``GROUPS`` equally large groups by transfer (fall of a sentence's mean KL, nats).
+    One row a group: its means, the standard error of the chrF gained, and how many sentences it has."""
+    rows = []
     for judge in judges:
         quality = qualities.get(judge.direction.name)
         labels = {run.label for run in quality.runs()} if quality else set()
         for method in sorted({run.method for run in judge.runs if run.method.startswith("se_kd")}):
-            for run, other in pairs(judge, method, baseline):
-                if quality is None or not {run.label, other.label} <= labels:
-                    continue
-                kl_gain, chrf_gain, length, _ = sentence_gains(judge, quality, run, other)
-                values = {
-                    "sentence": judge.tokens.sentences,
-                    "tokens": length.astype(int),
-                    "kl_gain": kl_gain,
-                    "chrf_gain": chrf_gain,
-                }
-                parts.append(pd.DataFrame({**run_columns(judge, run), **values}))
-    columns = ["direction", "method", "seed", "run", "sentence", "tokens", "kl_gain", "chrf_gain"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+            gains = [
+                np.stack(sentence_gains(judge, quality, run, other)[:2])
+                for run, other in pairs(judge, method, baseline)
+                if quality is not None and {run.label, other.label} <= labels
+            ]
+            if not gains:
+                continue
+            kl_gain, chrf_gain = np.concatenate(gains, axis=1)
+            order = np.argsort(kl_gain, kind="stable")
+            if len(order) < 2 * GROUPS:  # a group of one has no error
+                continue
+            for group, members in enumerate(np.array_split(order, GROUPS), start=1):
+                rows.append(
+                    {
+                        "direction": judge.direction.name,
+                        "method": method,
+                        "group": group,
+                        "sentences": len(members),
+                        "kl_gain": kl_gain[members].mean(),
+                        "chrf_gain": chrf_gain[members].mean(),
+                        "chrf_gain_error": sem(chrf_gain[members]),
+                    }
+                )
+    columns = ["direction", "method", "group", "sentences", "kl_gain", "chrf_gain"]
+    return pd.DataFrame(rows, columns=[*columns, "chrf_gain_error"])

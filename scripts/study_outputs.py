@@ -6,8 +6,8 @@
 Several configurations are merged as snakemake merges them. ``save`` copies, of every finished run, its
 record, scores, translations and token records to ``results/STUDY/runs`` (rounded, without the pieces of
 the references; of updates before the last only the KL to the teacher; what is the same in all runs of a
-direction once); further the report's tables and figures (but the table of single sentences, which is
-large), the configuration, what training logged, and the time that each step took. Run it as often as you like; what is there already stays. With
+direction once); further the report's tables and figures, the configuration, what training logged, and
+the time that each step took. Run it as often as you like; what is there already stays. With
 ``--no-records``, for a study that is finished, the token records are left out, which are most of it.
 
 ``restore`` puts kept runs back where snakemake looks for them, on a machine that has the corpus but
@@ -44,8 +44,6 @@ SHARED = (
     *("p_gold", "p_entropy", "p_max", "p_top1", "p_top1_piece"),
 )
 SHARED_FILE = "teacher.parquet"
-#: A line a sentence of each run: megabytes, which the report makes from the runs again.
-SENTENCES = "sentences.csv"
 
 
 @dataclass(frozen=True)
@@ -193,8 +191,7 @@ def save(study: Study, output: Path, records: bool = True) -> None:
     report = study.runs / ("report" if study.subset == "test" else f"report-{study.subset}")
     for part in ("tables", "figures"):
         if (report / part).is_dir():
-            left = shutil.ignore_patterns(SENTENCES)
-            shutil.copytree(report / part, output / part, ignore=left, dirs_exist_ok=True)
+            shutil.copytree(report / part, output / part, dirs_exist_ok=True)
     if (report / "report.md").exists():
         shutil.copyfile(report / "report.md", output / "report.md")
     settings = yaml.safe_dump(study.config, sort_keys=False, allow_unicode=True)

@@ -19,6 +19,7 @@ from analysis.quality import load_quality, methods_table
 from analysis.records import read_columns
 from analysis.stats import partial_spearman
 from analysis.study import load_study
+from analysis.tables import sentence_table
 
 
 def judged(root: Path, options: Options) -> tuple[list[Judge], pd.DataFrame]:
@@ -185,6 +186,16 @@ def test_sentence_gains_by_hand(demo: Path) -> None:
     assert score[3] == pytest.approx(scores[1])
     expected = scipy.stats.spearmanr(gain, better).statistic
     assert partial_spearman(gain, better)[0] == pytest.approx(expected)
+    # The figure shows tenths of the sentences, those that gained the least transfer first.
+    table = sentence_table([judge], {quality.direction.name: quality}, "word_kd")
+    sizes = [len(part) for part in np.array_split(gain, 10)]
+    assert table["method"].tolist() == ["se_kd_student"] * 10
+    assert table["sentences"].tolist() == sizes
+    lowest = np.argsort(gain)[: sizes[0]]
+    assert table["kl_gain"][0] == pytest.approx(gain[lowest].mean())
+    assert table["chrf_gain"][0] == pytest.approx(better[lowest].mean())
+    expected = better[lowest].std(ddof=1) / np.sqrt(sizes[0])
+    assert table["chrf_gain_error"][0] == pytest.approx(expected)
 
 
 def test_transitions_and_times_by_hand(demo: Path) -> None:
