@@ -1,6 +1,6 @@
-"""Refuse to go on with a training under other settings than it was begun with.
+"""fairseq-train, which does not go on with a run under other settings than it was begun with.
 
-    python scripts/same_settings.py RUN DATA.JSON -- ARGUMENTS OF FAIRSEQ-TRAIN
+    python scripts/train.py RUN DATA.JSON -- ARGUMENTS OF FAIRSEQ-TRAIN
 
 fairseq goes on from ``RUN/checkpoints/checkpoint_last.pt`` whatever the options are now. A run that has
 ended would then pass for one of the new settings, and one that was killed would be a mixture. The
@@ -12,34 +12,40 @@ import argparse
 import difflib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; see ``--help``."""
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("data", type=Path, metavar="DATA.JSON", help="what was made with the data")
     parser.add_argument("arguments", nargs="*", help="after --: those of fairseq-train")
-    args = parser.parse_args(arguments)
-    data = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    args = parser.parse_args()
+    check_settings(args.run, args.data, args.arguments)
+    os.execv(sys.executable, [sys.executable, "-m", "fairseq_cli.train", *args.arguments])
+
+
+def check_settings(run: Path, data: Path, arguments: Sequence[str]) -> None:
+    """Write the settings of a run that begins; exit where one that is under way had others."""
+    made = hashlib.sha256(data.read_bytes()).hexdigest()
     # Where it runs is no setting: what a CPU began a GPU may end.
-    settings = {"data": data, "arguments": [word for word in args.arguments if word != "--cpu"]}
-    path = args.run / "settings.json"
-    if path.exists() and (args.run / "checkpoints" / "checkpoint_last.pt").exists():
+    settings = {"data": made, "arguments": [word for word in arguments if word != "--cpu"]}
+    path = run / "settings.json"
+    if path.exists() and (run / "checkpoints" / "checkpoint_last.pt").exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before != settings:
             sys.exit(
-                f"error: {args.run}: begun with other settings ({difference(before, settings)}); "
+                f"error: {run}: begun with other settings ({difference(before, settings)}); "
                 "delete the folder to train it anew, or give the configuration another name"
             )
         return
-    args.run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
