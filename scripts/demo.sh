@@ -6,8 +6,7 @@ usage() {
     cat <<'TEXT'
 bash scripts/demo.sh [--src FILE --tgt FILE --source-lang XX --target-lang YY] [--name NAME] [--smoke]
 
-Installs into .venv and does the main job of this project on two CPU cores in about a quarter of
-an hour: trains a teacher, caches its distributions, trains three students (fine-tuning, word-level
+Installs into .venv and does the main job of this project on two CPU cores in some minutes: trains a teacher, caches its distributions, trains three students (fine-tuning, word-level
 KD, SE-KD), translates and scores the test set, and reports whether SE-KD transfers better.
 Stopped and started again, it goes on where it was.
 
@@ -42,7 +41,6 @@ while [ $# -gt 0 ]; do
         *) fail "unknown option $1; see --help" ;;
     esac
 done
-overrides=()
 if [ -n "$src$tgt" ]; then
     [ -n "$src" ] && [ -n "$tgt" ] || fail "--src and --tgt belong together; one is missing"
     [ -n "$source_lang" ] && [ -n "$target_lang" ] ||
@@ -51,7 +49,9 @@ if [ -n "$src$tgt" ]; then
         [ -f "$file" ] || fail "$file: expected a text file, found none"
     done
     name=${name:-user}
-    overrides=("corpus={src: '$src', tgt: '$tgt'}" "directions=['$source_lang-$target_lang']")
+    for language in "$source_lang" "$target_lang"; do
+        case $language in *[!A-Za-z0-9_]*) fail "expected languages of letters, digits and '_' (zh_Hans, not zh-Hans); found $language" ;; esac
+    done
 fi
 name=${name:-$config}
 case $name in *[!A-Za-z0-9_.-]*) fail "--name: expected letters, digits, '.', '_', '-'; found $name" ;; esac
@@ -62,13 +62,25 @@ mkdir -p runs
 exec 9>"runs/.$name.lock"
 flock --nonblock 9 || fail "runs/$name: another demo is running there; wait for it, or give --name"
 
+# As a configuration of its own: snakemake would take a name like 007 on its command line for a number.
+own=runs/.$name.json
+.venv/bin/python - "$name" "$src" "$tgt" "$source_lang-$target_lang" >"$own" <<'PYTHON'
+import json, sys
+name, src, tgt, direction = sys.argv[1:]
+own = {"corpus": {"src": src, "tgt": tgt}, "directions": [direction]} if src else {}
+print(json.dumps({"name": name} | own))
+PYTHON
 snakemake=(.venv/bin/python -m snakemake --snakefile scripts/Snakefile --cores 2
-    --configfile "scripts/configs/$config.yaml" --config "name=$name" "${overrides[@]}" --quiet all)
+    --configfile "scripts/configs/$config.yaml" "$own" --quiet all)
 # Only this script, which holds the lock above, runs this name: a lock of snakemake's own that is
 # still there was left by a kill.
 "${snakemake[@]}" --unlock >/dev/null 2>&1 || true
 start=$SECONDS
-"${snakemake[@]}" --rerun-incomplete --keep-going || fail "a step failed (see above); mend it and run the same command again, it goes on where it stopped"
+"${snakemake[@]}" --rerun-incomplete --keep-going || {
+    log=$(ls -t .snakemake/log/*.log | head -n 1)
+    tail -n 12 "$log" >&2
+    fail "a step failed (see above, and $log); mend it and run the same command again, it goes on where it stopped"
+}
 echo
 .venv/bin/python scripts/show_results.py "runs/$name/report"
 echo "Done in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s."

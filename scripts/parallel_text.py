@@ -36,8 +36,8 @@ def read_lines(path: Path) -> list[str]:
 
     ``FILE.gz`` is read where there is no ``FILE``.
 
-    Only line feeds end a line, with or without the carriage return of Windows: ``str.splitlines`` would also split at U+2028 and the like, and
-    the two sides would then no longer be aligned.
+    Only line feeds end a line, with or without the carriage return of Windows: ``str.splitlines``
+    would also split at U+2028 and the like, and the two sides would then no longer be aligned.
 
     Raises
     ------

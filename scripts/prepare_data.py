@@ -14,7 +14,7 @@ prefixes of three given pairs of files (``--train multi30k/train`` is ``train.en
     data.json                        counts, what was dropped and why, settings, fingerprint
 
 It is built under another name beside it and renamed when complete, so it is either whole or not
-there. The same input gives the same output, byte for byte, but for fairseq's own log.
+there. One that an earlier call made is replaced, with what lies in it, other folders never. The same input gives the same output, byte for byte, but for fairseq's own log.
 """
 
 import argparse
@@ -173,6 +173,16 @@ def fingerprint(directory: Path, languages: tuple[str, str]) -> str:
     return digest.hexdigest()
 
 
+def check_output(output: Path) -> None:
+    """Refuse to replace anything but what an earlier call made."""
+    made = (output / "sentencepiece.model").is_file() and (output / "bin").is_dir()
+    if output.exists() and not made and not (output.is_dir() and not any(output.iterdir())):
+        raise DataError(
+            f"--output {output}: expected a new directory or one that this script made, found "
+            "something else; choose another"
+        )
+
+
 def prepare(
     subsets: dict[str, list[Pair]],
     dropped: dict[str, Any],
@@ -197,8 +207,10 @@ def prepare(
             write_subset(texts[subset], building / subset, settings.languages)
             write_subset(pieces[subset], building / "pieces" / subset, settings.languages)
         binarise(building / "pieces", building / "bin", settings.languages)
-        with (prefix.with_suffix(".vocab")).open(encoding="utf-8") as vocabulary:
-            size = sum(1 for _ in vocabulary)
+        # More than the model's pieces where the text has characters that it does not cover; a line
+        # a symbol, and fairseq's own four.
+        dictionary = building / "bin" / f"dict.{settings.source_lang}.txt"
+        size = dictionary.read_bytes().count(b"\n") + 4
         summary = {
             "source_lang": settings.source_lang,
             "target_lang": settings.target_lang,
@@ -240,7 +252,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         given.add_argument(f"--{subset}", metavar="PREFIX")
     parser.add_argument("--source-lang", required=True)
     parser.add_argument("--target-lang", required=True)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="new, or made by an earlier call, which is replaced with all that lies in it",
+    )
     parser.add_argument("--vocab-size", type=int, default=4000, help="pieces (%(default)s)")
     parser.add_argument(
         "--character-coverage",
@@ -277,12 +295,13 @@ def main(arguments: list[str] | None = None) -> None:
         args.max_pieces,
     )
     try:
+        check_output(args.output)
         subsets, dropped = load_subsets(args)
         summary = prepare(subsets, dropped, args.output, settings, given_splits=not args.src)
     except DataError as error:
         sys.exit(f"error: {error}")
     counts = ", ".join(f"{n} {subset}" for subset, n in summary["sentences"].items())
-    print(f"{args.output}: {counts} pairs, {summary['vocabulary']} pieces")
+    print(f"{args.output}: {counts} pairs, {summary['vocabulary']} symbols")
     print(f"left out: {json.dumps(summary['dropped'])}")
 
 

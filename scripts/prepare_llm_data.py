@@ -5,7 +5,8 @@
 
 ``--train text/train`` is the pair of files ``text/train.de`` and ``text/train.en`` (or ``.gz``).
 The source side becomes the whole prompt, the target side the translation, both in the tokenizer's
-tokens under fairseq ids (sekd_fairseq/llm/vocabulary.py). Text is taken as it is, not normalised.
+tokens under fairseq ids (sekd_fairseq/llm/vocabulary.py). Text is taken as it is, not normalised;
+training pairs that share a sentence with valid or test are left out.
 The output holds ``bin/`` (the data directory), the text of each split, and ``data.json``.
 
 A teacher may read other prompts than the student, few-shot ones (``--teacher-shots 4``) say: they go
@@ -15,6 +16,7 @@ an example: a base model goes on with the next one and does not end the text.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 from fairseq.data import Dictionary, indexed_dataset
-from parallel_text import DataError, Pair, read_aligned
+from parallel_text import DataError, Pair, read_aligned, without_leaks
 from tqdm import tqdm
 
 from sekd_fairseq.errors import UserError
@@ -151,6 +153,7 @@ def prepare(args: argparse.Namespace, building: Path) -> dict[str, Any]:
         prompts["teacher"] = (teacher, args.teacher_shots)
     templates = {name: Template(text, *languages) for name, (text, _) in prompts.items()}
     subsets = {subset: read_subset(getattr(args, subset), languages) for subset in SUBSETS}
+    subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
     tokenizer = load_tokenizer(args.tokenizer, args.gguf_file)
     shots = choose_shots(subsets, max(count for _, count in prompts.values()))
     for subset in SUBSETS:
@@ -209,13 +212,24 @@ def prepare(args: argparse.Namespace, building: Path) -> dict[str, Any]:
             (building / f"{subset}.{language}").write_bytes(lines.encode("utf-8"))
     return {
         "sentences": {subset: len(pairs) for subset, pairs in subsets.items()},
+        "in_held_out_text": leaked,
         "target_tokens": {s: sum(len(t) + 1 for t in tokens) for s, tokens in targets.items()},
         "vocabulary": len(symbols),
         "tokenizer_tokens": len(tokenizer.pieces),
         "unknown_tokens": unknown,
         "translations_not_given_back_exactly": inexact,
         "shots": shots,
+        "fingerprint": fingerprint(building),
     }
+
+
+def fingerprint(building: Path) -> str:
+    """SHA-256 of all that a training depends on: names and content of the files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in building.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(building)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> None:

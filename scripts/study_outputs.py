@@ -18,9 +18,10 @@ covers it. Prepare the data first: ``snakemake ... --until prepare``.
 import argparse
 import base64
 import json
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,30 @@ def rounded(values: np.ndarray) -> np.ndarray:
     return np.ldexp(np.round(mantissa * 2**7) / 2**7, exponent).astype(np.float32)
 
 
+def seconds_of_training(log: Path) -> float:
+    """How long fairseq trained, all attempts of a run that was stopped and went on together."""
+    seconds, before = 0.0, 0.0
+    for record in logged(log):
+        wall = float(record.get("wall", before))  # since the start of the attempt
+        seconds += wall - before if wall >= before else wall
+        before = wall
+    return seconds
+
+
+def logged(log: Path) -> Iterator[dict[str, Any]]:
+    """The records in a log of a training."""
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line[line.index("{") :])
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "num_updates" in record:
+            yield record
+
+
 def seconds_of_steps(study: Study) -> list[dict[str, Any]]:
-    """How long each step took, from snakemake's own records."""
+    """How long each step took: snakemake's own records, which know the last attempt only, and of
+    trainings their logs."""
     rows = []
     for path in Path(".snakemake/metadata").rglob("*"):
         if not path.is_file():
@@ -155,8 +178,10 @@ def seconds_of_steps(study: Study) -> list[dict[str, Any]]:
         start, end = record.get("starttime"), record.get("endtime")
         folders = (f"{study.runs}/", f"data/{study.name}/")
         if output.startswith(folders) and start and end:
-            step = {"rule": record["rule"], "output": output, "seconds": round(end - start)}
-            rows.append(step)
+            log = Path(output).with_name("train.jsonl")
+            trained = output.endswith("/train.done") and log.exists()
+            seconds = round(seconds_of_training(log) if trained else end - start)
+            rows.append({"rule": record["rule"], "output": output, "seconds": seconds})
     return rows
 
 
@@ -217,12 +242,8 @@ def training_log(study: Study, output: Path, every: int = 50) -> None:
     rows = []
     for log in sorted(study.runs.glob("*/*/train.jsonl")):
         label = log.parent.relative_to(study.runs).as_posix()
-        for line in log.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line[line.index("{") :])
-                update = int(record["num_updates"])
-            except (ValueError, KeyError):
-                continue
+        for record in logged(log):
+            update = int(record["num_updates"])
             if update % every == 0:
                 found = {key: float(record[key]) for key in LOGGED if key in record}
                 rows.append({"run": label, "update": update} | found)
@@ -258,7 +279,7 @@ def summarise(study: Study, output: Path) -> None:
         if record["method"] == "teacher" and cache.is_dir():
             row["cache_bytes"] = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file())
         rows.append(row)
-    pd.DataFrame(rows).to_csv(output.with_suffix(".csv"), index=False)
+    pd.DataFrame(rows).to_csv(output.with_name(f"{output.name}.csv"), index=False)
     methods = output / "tables" / "methods.csv"
     targets = []
     if methods.exists():
@@ -296,24 +317,41 @@ def restore(study: Study, output: Path) -> None:
         shared = pq.read_table(direction / SHARED_FILE)
         for place in runs:
             shutil.copytree(direction / place.name, place, dirs_exist_ok=True)
-            for records in (place / "tokens").rglob("*.parquet"):
+            for records in (place / "tokens" / subset).glob("*.parquet"):
                 restore_records(records, shared)
             for suffix, language in ((".src", source), (".ref", target)):
                 text = data / f"{subset}.{language}"
                 shutil.copyfile(text, place / "hyps" / f"{subset}{suffix}.txt")
-        # Newer than what they are made of, each in turn, so that snakemake takes them as done: the
-        # cache than its teacher, the students than the cache.
-        teachers = [run / "train.done" for run in runs if run.name == "teacher"]
-        students = [run / "train.done" for run in runs if run.name != "teacher"]
-        for mark in (*teachers, data / "cache.done", *students):
-            mark.touch()
+        # None older than what it is made of, so that snakemake takes all for done, and none newer than
+        # it must be: runs of the main study may be there already.
+        main = Path("runs", study.name, direction.name)
+        methods = [method for method in study.config["methods"].values() if method]
+        made = [main / "teacher" / "train.done", data / "cache.done"]
+        if any(method.get("targets") == "distilled" for method in methods):
+            made.append(data / "distilled.done")
+        starts = {method["warm-start"] for method in methods if "warm-start" in method}
+        made += [
+            main / f"{start}.{seed}" / "train.done"
+            for start in sorted(starts)
+            for seed in study.config["seeds"]
+        ]
+        latest = (data / "data.json").stat().st_mtime_ns
+        for mark in made:
+            if not mark.exists():
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+                os.utime(mark, ns=(latest, latest))
+            latest = max(latest, mark.stat().st_mtime_ns)
+        for run in runs:
+            if run.name != "teacher":
+                (run / "train.done").touch()
         for file in (f"{subset}.out", f"hyps/{subset}.txt", f"score.{subset}.done"):
             for run in runs:
                 (run / file).touch()
         print(f"{direction.name}: {len(runs)} runs")
     print(
         "The teachers and caches of these directions were not kept: to train more students there, delete "
-        f"their {study.runs}/DIRECTION/teacher/train.done and data/{study.name}/DIRECTION/cache.done"
+        f"their runs/{study.name}/DIRECTION/teacher/train.done and data/{study.name}/DIRECTION/cache.done"
     )
 
 

@@ -1,11 +1,12 @@
 """fairseq-train, which does not go on with a run under other settings than it was begun with.
 
-    python scripts/train.py RUN DATA.JSON -- ARGUMENTS OF FAIRSEQ-TRAIN
+    python scripts/train.py RUN INPUT... -- ARGUMENTS OF FAIRSEQ-TRAIN
 
-fairseq goes on from ``RUN/checkpoints/checkpoint_last.pt`` whatever the options are now. A run that has
-ended would then pass for one of the new settings, and one that was killed would be a mixture. The
-settings of a run's start are kept in ``RUN/settings.json``: its arguments, and a hash of what the data
-were made of and with. Without a checkpoint they are written anew.
+fairseq goes on from ``RUN/checkpoints/checkpoint_last.pt`` whatever the options and the data are now. A
+run that has ended would then pass for one of the new settings, and one that was killed would be a
+mixture. The settings of a run's start are kept in ``RUN/settings.json``: its arguments, and a hash of each
+INPUT, a small file that changes with what it stands for: ``data.json``, the marks of the teacher's cache
+or of a student to start from. Without a checkpoint they are written anew.
 """
 
 import argparse
@@ -24,18 +25,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("data", type=Path, metavar="DATA.JSON", help="what was made with the data")
-    parser.add_argument("arguments", nargs="*", help="after --: those of fairseq-train")
-    args = parser.parse_args()
-    check_settings(args.run, args.data, args.arguments)
-    os.execv(sys.executable, [sys.executable, "-m", "fairseq_cli.train", *args.arguments])
+    parser.add_argument(
+        "inputs", type=Path, nargs="+", metavar="INPUT", help="what it is made from"
+    )
+    # By hand: argparse would give words after -- to INPUT.
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:end])
+    arguments = sys.argv[end + 1 :]
+    check_settings(args.run, args.inputs, arguments)
+    os.execv(sys.executable, [sys.executable, "-m", "fairseq_cli.train", *arguments])
 
 
-def check_settings(run: Path, data: Path, arguments: Sequence[str]) -> None:
+def check_settings(run: Path, inputs: Sequence[Path], arguments: Sequence[str]) -> None:
     """Write the settings of a run that begins; exit where one that is under way had others."""
-    made = hashlib.sha256(data.read_bytes()).hexdigest()
+    hashes = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
     # Where it runs is no setting: what a CPU began a GPU may end.
-    settings = {"data": made, "arguments": [word for word in arguments if word != "--cpu"]}
+    settings = {"inputs": hashes, "arguments": [word for word in arguments if word != "--cpu"]}
     path = run / "settings.json"
     if path.exists() and (run / "checkpoints" / "checkpoint_last.pt").exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +56,10 @@ def check_settings(run: Path, data: Path, arguments: Sequence[str]) -> None:
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     """What is other now, in a few words."""
-    parts = [] if before["data"] == after["data"] else ["other data"]
+    known = before.get("inputs", {})  # an earlier version kept them otherwise
+    parts = [
+        f"{path} has changed" for path, value in after["inputs"].items() if known.get(path) != value
+    ]
     words = [side["arguments"] for side in (before, after)]
     matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
     for kind, a, b, c, d in matcher.get_opcodes():

@@ -169,7 +169,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         There is something at ``path`` already, other than an empty directory.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"--output: {path} exists; expected a new directory")
+        raise UserError(
+            f"--output: {path} exists; expected a new directory; delete it or name another"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         made = Path(temporary) / "new"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from fairseq.data import Dictionary
 from parallel_text import DataError, normalise, read_lines, read_pairs, split, without_leaks
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -105,6 +106,34 @@ def test_bad_text_ends_with_one_line_and_nothing_written(tmp_path: Path) -> None
     empty.write_bytes(b"\n" * 80)
     assert "at least one pair" in refuse("--src", source, "--tgt", empty)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+def test_only_prepared_data_are_replaced(tmp_path: Path) -> None:
+    source, target = text_files(tmp_path)
+    given = ("--src", source, "--tgt", target, "--source-lang", "en", "--target-lang", "de")
+    before = sorted(tmp_path.iterdir())
+    done = run("prepare_data.py", *given, "--output", tmp_path)
+    assert done.returncode == 1 and "choose another" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    sizes = ("--valid-size", "10", "--test-size", "11", "--vocab-size")
+    for size in ("60", "61"):
+        done = run("prepare_data.py", *given, *sizes, size, "--output", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+
+
+def test_recorded_vocabulary_is_that_of_the_models(tmp_path: Path) -> None:
+    """Characters that SentencePiece leaves out get symbols of their own."""
+    source, target = text_files(tmp_path)
+    lines = source.read_text().splitlines()
+    source.write_text("".join(f"{line} {chr(0x4E00 + i)}\n" for i, line in enumerate(lines)))
+    done = run(
+        "prepare_data.py", "--src", source, "--tgt", target, "--source-lang", "en",
+        "--target-lang", "de", "--output", tmp_path / "out", "--valid-size", "10",
+        "--test-size", "11", "--vocab-size", "60", "--character-coverage", "0.98",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = Dictionary.load(str(tmp_path / "out" / "bin" / "dict.en.txt"))
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["vocabulary"] == len(found) > 60
 
 
 def test_corpus_from_a_wheel(tmp_path: Path) -> None:

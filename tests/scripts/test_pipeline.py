@@ -2,12 +2,14 @@
 
 import importlib.util
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from progress import describe, follow, parse_line
 from train import check_settings
 
@@ -15,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def plan(config: str, cwd: Path, *overrides: str, options: Sequence[str | Path] = ("-c2",)) -> str:
+    write_texts(cwd, config)
     done = subprocess.run(
         [
             sys.executable,
@@ -38,10 +41,25 @@ def plan(config: str, cwd: Path, *overrides: str, options: Sequence[str | Path] 
     return done.stdout
 
 
+def write_texts(cwd: Path, config: str) -> None:
+    """Empty files where a configuration says that its text is."""
+    settings = yaml.safe_load((ROOT / "scripts" / "configs" / config).read_text())
+    corpus = settings["corpus"]
+    for subset in ("train", "valid", "test") if corpus.get("train") else ():
+        for direction in settings["directions"]:
+            names = corpus[subset]
+            names = names[direction] if isinstance(names, dict) else names
+            for name in names.split(","):
+                for language in direction.split("-"):
+                    path = cwd / corpus.get("folder", "") / f"{name}.{language}"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.touch()
+
+
 def test_plan_of_the_demo(tmp_path: Path) -> None:
     out = plan("demo.yaml", tmp_path)
     jobs = jobs_of(out)
-    assert jobs["student"] == "3" and jobs["teacher"] == "1" and jobs["total"] == "20"
+    assert jobs["student"] == "3" and jobs["teacher"] == "1" and jobs["total"] == "21"
     assert jobs["translate"] == jobs["evaluate"] == jobs["score"] == "4"
 
 
@@ -59,7 +77,7 @@ def test_plan_for_own_text_more_directions_and_seeds(tmp_path: Path) -> None:
 
 def test_plans_of_the_large_studies(tmp_path: Path) -> None:
     out = plan("multi30k.yaml", tmp_path)
-    assert jobs_of(out)["total"] == "217"
+    assert jobs_of(out)["total"] == "218"
     out = plan("gemma.yaml", tmp_path, options=("-c1", "-p"))
     assert jobs_of(out)["student"] == "4" and "corpus" not in jobs_of(out)
     for words in (
@@ -110,9 +128,13 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
 
 def test_plan_of_chinese_to_english(tmp_path: Path) -> None:
     own = (ROOT / "scripts" / "configs" / "tatoeba.yaml", "-c2", "-p")
-    out = plan("multi30k.yaml", tmp_path, "corpus={folder: /text}", options=own)
+    for subset in ("train", "valid", "test"):
+        (tmp_path / f"{subset}.zh.gz").touch()  # compressed or not
+        (tmp_path / f"{subset}.en").touch()
+    out = plan("multi30k.yaml", tmp_path, f"corpus={{folder: {tmp_path}}}", options=own)
     assert jobs_of(out)["teacher"] == "1" and jobs_of(out)["student"] == "12"
-    assert "--test /text/test --source-lang zh --target-lang en --vocab-size 8000" in out
+    test = f"--test {tmp_path}/test --source-lang zh --target-lang en --vocab-size 8000"
+    assert test in out
 
 
 def test_a_configuration_takes_out_an_option_of_another(tmp_path: Path) -> None:
@@ -125,13 +147,45 @@ def test_a_configuration_takes_out_an_option_of_another(tmp_path: Path) -> None:
 
 def test_plan_for_gpus_and_a_cluster(tmp_path: Path) -> None:
     out = plan("wmt22.yaml", tmp_path, options=("-c2", "-p"))
-    assert jobs_of(out)["total"] == "217"
+    assert jobs_of(out)["total"] == "218"
     assert " --cpu" not in out and "--lora-r 16" in out and "--top-p 0.98" in out
     if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
         pytest.skip("snakemake-executor-plugin-slurm is not installed")
     out = plan("wmt22.yaml", tmp_path, options=("--profile", ROOT / "scripts" / "slurm"))
-    assert jobs_of(out)["total"] == "217"
+    assert jobs_of(out)["total"] == "218"
     assert "slurm_partition=gpu" in out and "gpu=1" in out and "gpu=0" in out
+
+
+def test_a_failed_step_is_asked_for_again(tmp_path: Path) -> None:
+    """Its output is gone, and what was made of an earlier one stays: that must not pass for done."""
+    out = plan("smoke.yaml", tmp_path)
+    made = [
+        word.rstrip(",")
+        for line in out.splitlines()
+        if "output: " in line
+        for word in line.split()[1:]
+    ]
+    marks = [tmp_path / name for name in made]
+    assert len(marks) == 20
+    for order, path in enumerate(sorted(marks, key=rank)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+        os.utime(path, (1e9 + order, 1e9 + order))
+    assert "Nothing to be done" in plan("smoke.yaml", tmp_path)
+    for path in {rank(path): path for path in marks}.values():  # one of each step
+        path.rename(path.with_name("aside"))
+        assert "reason: Missing output files" in plan("smoke.yaml", tmp_path), path
+        path.with_name("aside").rename(path)
+
+
+#: Steps in the order in which they are made, by the end of an output's name.
+ORDER = ("raw/en-de.json", "data.json", "teacher/train.done", "cache.done", "train.done", "test.out",
+         "test.txt", "score.test.done", "report.md")  # fmt: skip
+
+
+def rank(path: Path) -> int:
+    """Place of an output in :data:`ORDER`."""
+    return next(i for i, name in enumerate(ORDER) if path.as_posix().endswith(name))
 
 
 def test_a_run_is_not_continued_under_other_settings(tmp_path: Path) -> None:
@@ -140,7 +194,7 @@ def test_a_run_is_not_continued_under_other_settings(tmp_path: Path) -> None:
 
     def begin(*words: str) -> str:
         try:
-            check_settings(run, data, words)
+            check_settings(run, [data], words)
         except SystemExit as error:
             return str(error.code)
         return ""
@@ -157,7 +211,7 @@ def test_a_run_is_not_continued_under_other_settings(tmp_path: Path) -> None:
     assert "--flag is now left out" in begin("--lr", "0.1", "--beta", "1")
     assert "without is now --new 3" in begin(*first, "--new", "3")
     data.write_text('{"sentences": 1}')
-    assert "(other data)" in begin(*first)
+    assert f"({data} has changed)" in begin(*first)
 
 
 def jobs_of(plan: str) -> dict[str, str]:

@@ -35,7 +35,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     first = next((tmp_path / "runs" / "tiny" / "en-de").iterdir())
     for suffix, language in ((".src", "en"), (".ref", "de")):
         shutil.copyfile(first / "hyps" / f"test{suffix}.txt", data / f"test.{language}")
-    (tmp_path / "tiny.yaml").write_text("name: tiny\n")
+    (tmp_path / "tiny.yaml").write_text("name: tiny\nseeds: [1, 2]\nmethods: {se_kd_student: {}}\n")
     return tmp_path
 
 
@@ -68,11 +68,38 @@ def test_saved_and_restored_the_report_is_the_same(
     np.testing.assert_allclose(after["effect"], before["effect"], rtol=1e-2, atol=2e-3)
     assert pd.read_csv("runs/tiny/report/figures/training.csv")["step"].nunique() == 3
     # Done in the order that snakemake looks at: the students after the cache, that after its teacher.
-    for run in Path("runs/tiny/en-de").iterdir():
-        first, *others = [(run / mark).stat().st_mtime_ns for mark in MARKS]
-        cache = Path("data/tiny/en-de/cache.done").stat().st_mtime_ns
-        times = [first, cache, *others] if run.name == "teacher" else [cache, first, *others]
+    made = [Path("runs/tiny/en-de/teacher/train.done"), Path("data/tiny/en-de/cache.done")]
+    for record in Path("runs/tiny/en-de").glob("*/run.json"):
+        marks = [*made, *[record.with_name(mark) for mark in MARKS]]
+        times = [mark.stat().st_mtime_ns for mark in marks]
         assert times == sorted(times)
+
+
+def test_a_study_restored_beside_another_leaves_it_done(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its marks of the teacher, the cache and the students to start from are as old as they were."""
+    command(monkeypatch, "save", "tiny.yaml", "results/study")
+    shutil.copytree("runs/tiny", "runs/warm")
+    method = "methods: {se_kd_student: {warm-start: finetune, targets: distilled}}\n"
+    Path("warm.yaml").write_text("runs: warm\n" + method)
+    command(monkeypatch, "save", "tiny.yaml", "warm.yaml", "results/warm")
+    shutil.rmtree("runs")
+    command(monkeypatch, "restore", "tiny.yaml", "results/study")
+    marks = [Path("data/tiny/en-de/cache.done"), *Path("runs/tiny").rglob("*.done")]
+    before = [mark.stat().st_mtime_ns for mark in marks]
+    command(monkeypatch, "restore", "tiny.yaml", "warm.yaml", "results/warm")
+    assert [mark.stat().st_mtime_ns for mark in marks] == before
+    # Alone it has what its students are made of, older than they are.
+    shutil.rmtree("runs")
+    marks[0].unlink()
+    command(monkeypatch, "restore", "tiny.yaml", "warm.yaml", "results/warm")
+    made = [Path("runs/tiny/en-de/teacher/train.done"), marks[0]]
+    made.append(Path("data/tiny/en-de/distilled.done"))
+    made += [Path(f"runs/tiny/en-de/finetune.{seed}/train.done") for seed in (1, 2)]
+    made.append(next(Path("runs/warm/en-de").glob("*/run.json")).with_name("train.done"))
+    times = [mark.stat().st_mtime_ns for mark in made]
+    assert times == sorted(times)
 
 
 def test_no_text_is_kept_but_where_words_begin() -> None:
@@ -132,6 +159,14 @@ def test_training_logs_are_thinned(study: Path, monkeypatch: pytest.MonkeyPatch)
     table = pd.read_csv("results/study/training.csv")
     assert table["update"].tolist() == [50, 100] and table["loss"].tolist() == [2.5, 2.1]
     assert table["run"].unique().tolist() == [f"en-de/{run.name}"]
+
+
+def test_time_of_a_training_that_was_stopped_is_that_of_all_attempts(tmp_path: Path) -> None:
+    walls = (10, 30, 55, 8, 20, 3)  # three attempts
+    lines = [f'| {{"num_updates": "{n}", "wall": "{wall}"}}' for n, wall in enumerate(walls)]
+    log = tmp_path / "train.jsonl"
+    log.write_text("\n".join(["begin", *lines[:3], "{half", *lines[3:]]))
+    assert study_outputs.seconds_of_training(log) == 55 + 20 + 3
 
 
 def test_steps_are_timed(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
