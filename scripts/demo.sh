@@ -6,8 +6,9 @@ usage() {
     cat <<'TEXT'
 bash scripts/demo.sh [--src FILE --tgt FILE --source-lang XX --target-lang YY] [--name NAME] [--smoke]
 
-Installs into .venv and does the main job of this project on two CPU cores in some minutes: trains a teacher, caches its distributions, trains three students (fine-tuning, word-level
-KD, SE-KD), translates and scores the test set, and reports whether SE-KD transfers better.
+Installs into .venv and does the main job of this project on two CPU cores in some minutes: trains
+a teacher, caches its distributions, trains three students (fine-tuning, word-level KD, SE-KD),
+translates and scores the test set, and reports whether SE-KD transfers better.
 Stopped and started again, it goes on where it was.
 
   (no options)      English-German from the translations in the homeassistant package
