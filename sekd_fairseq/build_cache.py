@@ -47,7 +47,7 @@ from sekd_fairseq.teacher_cache.format import (
 )
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
-from sekd_fairseq.truncation import truncation_of
+from sekd_fairseq.truncation import MAX_SUPPORT, truncation_of
 
 SETTINGS = "build.json"
 
@@ -179,7 +179,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         if not args.temperature > 0:
             raise UserError(f"--temperature: expected above 0, found {args.temperature}")
-        truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, 2**31)
+        if len(utils.split_paths(args.data)) > 1:
+            raise UserError(
+                f"expected one data directory, found {args.data}; build a cache of each, and give "
+                "training all, --teacher-cache CACHE1:CACHE2, in the order of the data"
+            )
+        truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, MAX_SUPPORT)
         dtype = half_precision(args.fp16, args.bf16)
         engine: Engine
         if args.engine == "vllm":

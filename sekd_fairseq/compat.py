@@ -85,27 +85,33 @@ def keep_checkpoints_whole() -> None:
     checkpoint_utils.load_checkpoint_to_cpu = load_or_name
 
 
-def end_what_has_ended() -> None:
-    """Let a training that is started again after its last update end at once.
+def resume_as_left() -> None:
+    """Put right how fairseq goes on with a training.
 
-    fairseq looks at ``--max-update`` only after an update, so that each new start of a finished
-    training would make one more.
+    It looks at ``--max-update`` only after an update, so that each new start of a finished training
+    would make one more: that ends at once. And with ``--reset-dataloader``, for other data, it goes on
+    with the optimiser but not with what the criterion has learnt over updates.
     """
     load = checkpoint_utils.load_checkpoint
-    if getattr(load, "ends", False):
+    if getattr(load, "as_left", False):
         return
 
     @functools.wraps(load)
-    def load_or_end(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+    def load_as_left(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         loaded = load(cfg, trainer, **kwargs)
         updates, last = trainer.get_num_updates(), trainer.cfg.optimization.max_update
         if 0 < last <= updates:
             logger.info("done training before: %d updates of --max-update %d", updates, last)
             raise SystemExit(0)
+        extra_state, _ = loaded
+        if extra_state and cfg.reset_dataloader and not cfg.reset_optimizer:
+            state = extra_state.get(type(trainer.task).__name__)
+            if state and hasattr(trainer.task, "set_checkpoint_dict"):
+                trainer.task.set_checkpoint_dict(state)
         return loaded
 
-    load_or_end.ends = True  # type: ignore[attr-defined]
-    checkpoint_utils.load_checkpoint = load_or_end
+    load_as_left.as_left = True  # type: ignore[attr-defined]
+    checkpoint_utils.load_checkpoint = load_as_left
 
 
 def _copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:

@@ -98,6 +98,8 @@ class StoredDifficulty:
                 "python -m sekd_fairseq.score wrote"
             ) from error
         self.path = path
+        metadata = table.schema.metadata or {}
+        self.cache_fingerprint = metadata.get(b"sekd.cache_fingerprint", b"").decode()
         self.values = table["kl"].to_numpy().astype(np.float32)  # nats, sentence after sentence
         self.tokens = table["token"].to_numpy()
         sentences = table["sentence"].to_numpy()
@@ -111,6 +113,16 @@ class StoredDifficulty:
             raise UserError(
                 f"--stored-difficulty: {self.path} has {len(found)} sentences that are not the "
                 f"{len(hashes)} of {where}; run python -m sekd_fairseq.score on this split"
+            )
+
+    def check_teacher(self, cache: TeacherCache) -> None:
+        """Refuse difficulty that was measured against another teacher's distributions."""
+        if self.cache_fingerprint != cache.manifest.fingerprint:
+            raise UserError(
+                f"--stored-difficulty: {self.path} was scored with the teacher cache "
+                f"{self.cache_fingerprint or 'of no name'}, expected "
+                f"{cache.manifest.fingerprint} ({cache.directory}); run python -m "
+                "sekd_fairseq.score with this one"
             )
 
     def __getitem__(self, sentence: int) -> NDArray[np.float32]:

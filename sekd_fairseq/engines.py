@@ -40,8 +40,8 @@ class Engine(Protocol):
     identity: dict[str, Any]
     batch_tokens: int
 
-    def limits(self) -> list[tuple[int, int]]:
-        """The longest source and target that it reads, of each model."""
+    def limits(self) -> list[tuple[float, ...]]:
+        """The longest source, target, and both together that it reads, of each model."""
 
     def sentences(
         self, sample: dict[str, Any], truncation: Truncation, temperature: float
@@ -69,8 +69,8 @@ class TorchEngine:
             "dtype": str(dtype).removeprefix("torch."),
         }
 
-    def limits(self) -> list[tuple[int, int]]:
-        """The longest source and target that it reads, of each model."""
+    def limits(self) -> list[tuple[float, ...]]:
+        """The longest source, target, and both together that it reads, of each model."""
         return position_limits(self.models)
 
     def sentences(
@@ -139,10 +139,11 @@ class VLLMEngine:
             "dtype": name,
         }
 
-    def limits(self) -> list[tuple[int, int]]:
-        """The longest source and target that it reads."""
+    def limits(self) -> list[tuple[float, ...]]:
+        """The longest source, target, and both together that it reads."""
+        # Both together without the end of the source, and vLLM generates one token after them.
         positions = int(self._llm.llm_engine.model_config.max_model_len)
-        return [(positions, positions)]
+        return [(positions, positions, positions)]
 
     def sentences(
         self, sample: dict[str, Any], truncation: Truncation, temperature: float

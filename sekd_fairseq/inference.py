@@ -1,6 +1,7 @@
 """Running checkpoints over a dataset, for the commands that build caches and score students."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -110,28 +111,33 @@ def token_batches(dataset: FairseqDataset, sentences: Any, max_tokens: int) -> l
     return [list(batch) for batch in batches]
 
 
-def position_limits(models: Sequence[Any]) -> list[tuple[int, int]]:
-    """The longest source and target that each model reads."""
-    found = [utils.resolve_max_positions(model.max_positions()) for model in models]
-    return [limit if isinstance(limit, tuple) else (limit, limit) for limit in found]
+def position_limits(models: Sequence[Any]) -> list[tuple[float, ...]]:
+    """The longest source, target, and both together that each model reads."""
+    limits = []
+    for model in models:
+        found = utils.resolve_max_positions(model.max_positions())
+        pair = found if isinstance(found, tuple) else (found, found)
+        limits.append((*pair, getattr(model, "joint_positions", math.inf)))
+    return limits
 
 
 def too_long(
     dataset: FairseqDataset,
-    limits_of_models: Sequence[tuple[int, int]],
+    limits_of_models: Sequence[tuple[float, ...]],
     split: str,
     allow: bool = False,
 ) -> frozenset[int]:
     """Sentences longer than a model's positions; ``UserError`` names the first unless allowed."""
     found: set[int] = set()
+    lengths = np.column_stack([dataset.sizes, dataset.sizes.sum(axis=1)])
     for limits in limits_of_models:
-        lines = np.flatnonzero((dataset.sizes > np.array(limits)).any(axis=1))
+        lines = np.flatnonzero((lengths > np.array(limits)).any(axis=1))
         if len(lines) and not allow:
             source, target = dataset.sizes[lines[0]]
             raise UserError(
                 f"{split} line {lines[0] + 1}: {source} source and {target} target tokens, "
-                f"but the model takes {limits[0]} and {limits[1]} ({len(lines)} such lines); "
-                "remove or split them and binarise again"
+                f"but the model takes {limits[0]} and {limits[1]}, together {limits[2]} "
+                f"({len(lines)} such lines); remove or split them and binarise again"
             )
         found.update(lines.tolist())
     return frozenset(found)

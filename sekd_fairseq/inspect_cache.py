@@ -118,10 +118,13 @@ def restoration_error(
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(sentences, len(dataset))).astype(int))
     errors = [np.zeros(0)]
     for sentence in tqdm(chosen, desc=f"compare {cache.manifest.split}", unit="sentence"):
+        row = cache[int(sentence)]
+        if len(row.token_id) == len(row.support_size) and not row.outside_mass.any():
+            continue  # skipped as too long: the reference alone, which the teacher did not give
         sample = dataset.collater([dataset[int(sentence)]])
         logits = token_logits(models, sample, pad, cache.manifest.temperature)
         log_p = torch.cat([z.log_softmax(dim=-1) for _, z in logits]).double().numpy()
-        restored = dense_row(cache[int(sentence)], log_p.shape[1])
+        restored = dense_row(row, log_p.shape[1])
         log_q = np.log(np.where(restored > 0, restored, 1.0))
         p = np.exp(log_p)
         terms = np.where(p > 0, p * (np.where(p > 0, log_p, 0.0) - log_q), 0.0)
@@ -198,13 +201,14 @@ def describe(directory: Path, manifest: Manifest) -> str:
     who = teacher["arch"]  # vLLM does not say how many parameters it runs
     if "parameters" in teacher:
         who += f", {sum(teacher['parameters']):,} parameters"
+    at = f" at temperature {manifest.temperature:g}" if manifest.temperature != 1 else ""
     lines = [
         f"{directory}",
         f"  split         {manifest.split}: {manifest.sentences:,} sentences, "
         f"{manifest.tokens:,} tokens, vocabulary {manifest.vocab_size:,}",
         f"  teacher       {', '.join(teacher['files'])} ({who}), "
         f"temperature {manifest.temperature:g}",
-        f"  predicts      references with perplexity {quality['perplexity']:.2f} (unigrams: "
+        f"  predicts      references{at} with perplexity {quality['perplexity']:.2f} (unigrams: "
         f"{quality['unigram_perplexity']:.2f}), accuracy {quality['accuracy']:.1%}; mean entropy "
         f"{quality['entropy']:.3f} nats",
         f"  truncation    {manifest.truncation['rule']} ({rule}): mean support "

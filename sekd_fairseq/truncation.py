@@ -46,6 +46,10 @@ class Truncation:
         return {key: value for key, value in asdict(self).items() if key in used}
 
 
+#: The format counts a support, which has the reference too, and draws in 16 bits.
+MAX_SUPPORT = 2**16 - 2
+
+
 def truncation_of(
     top_k: int, top_p: float | None, floor: int, samples: int, vocab_size: int
 ) -> Truncation:
@@ -58,6 +62,12 @@ def truncation_of(
         if value < low:
             raise UserError(f"--{flag}: expected {low} or more, found {value}")
     k = min(top_k or vocab_size, vocab_size)
+    for flag, value in (("top-k", k), ("sample", samples)):
+        if value > MAX_SUPPORT and not (flag == "top-k" and samples):
+            raise UserError(
+                f"--{flag}: a cache holds up to {MAX_SUPPORT} tokens of a distribution, found "
+                f"{value}{' (0 is the whole vocabulary)' if flag == 'top-k' else ''}; give a smaller one"
+            )
     if samples and top_p is not None:
         raise UserError("--sample and --top-p: expected one of them, found both")
     if samples:
@@ -168,7 +178,8 @@ def _best(
         others = best_tokens(z, truncation.k - 1)
         z.scatter_(1, gold, gold_z)
         ids = torch.cat([gold, others], dim=1)
-        valid = torch.ones_like(ids, dtype=torch.bool)
+        # Where the teacher forbids tokens, the reference may be among what is left.
+        valid = torch.cat([torch.ones_like(gold, dtype=torch.bool), others != gold], dim=1)
     else:
         best = best_tokens(z, truncation.k)
         mass = weight.gather(1, best)

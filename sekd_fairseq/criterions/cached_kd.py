@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sekd_fairseq.criterions.cached_teacher import CachedTeacherConfig, CachedTeacherCriterion
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.losses import Events, SupportLogProbs
+from sekd_fairseq.losses import Events
 from sekd_fairseq.losses.divergences import divergence, relative_entropy
 from sekd_fairseq.losses.events import check_missing_mass
 from sekd_fairseq.losses.selective import TokenQueue, hardest
@@ -60,7 +60,6 @@ class CachedKDCriterion(CachedTeacherCriterion):
                     "--stored-difficulty expects --criterion self_evolution_kd, found cached_kd, "
                     "which has no difficulty"
                 )
-        self.divergence = str(cfg.divergence)
         self.divergence_weight = float(cfg.divergence_weight)
         self.select = str(cfg.select)
         self.share = float(cfg.select_share)
@@ -86,10 +85,9 @@ class CachedKDCriterion(CachedTeacherCriterion):
         return "--select batch" if str(cfg.select) == "batch" else ""
 
     def distill(
-        self, events: Events, student: SupportLogProbs, teacher: dict[str, Tensor]
+        self, events: Events, nll: Tensor, teacher: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The divergence at selected tokens, zero at the others."""
-        nll = -student.log_q[:, 0].detach()
         selected = self._selected(nll)
         if self.training and self.queue is not None:
             self.queue.push(nll)

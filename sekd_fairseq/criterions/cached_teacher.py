@@ -20,14 +20,17 @@ from sekd_fairseq.losses import (
     DIVERGENCES,
     MISSING_MASS,
     Events,
-    SupportLogProbs,
     TeacherRows,
     build_events,
     chunked_loss,
     support_log_probs,
 )
+from sekd_fairseq.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
+
+#: Divergences with KL(q || p) in them, infinite where p is zero and q is not.
+ENDLESS_WITHOUT_TEACHER = ("reverse_kl", "adaptive_kl")
 
 
 @dataclass
@@ -102,6 +105,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         self.alpha = float(cfg.alpha)
         self.label_smoothing = float(cfg.label_smoothing)
         self.missing_mass = str(cfg.missing_mass)
+        self.divergence = str(cfg.divergence)
         self.sentence_avg = cfg.sentence_avg
         self.chunk_tokens = int(cfg.sekd_chunk_tokens)
         self._told = False
@@ -119,13 +123,23 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         return ""
 
     def distill(
-        self, events: Events, student: SupportLogProbs, teacher: dict[str, Tensor]
+        self, events: Events, nll: Tensor, teacher: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation loss of each token, (N,) nats, and the sums to log.
 
-        ``teacher`` is the batch's entry (:class:`~sekd_fairseq.data.TeacherDataset`).
+        ``nll`` (N,) is cross entropy at temperature 1, ``teacher`` the batch's entry (:class:`~sekd_fairseq.data.TeacherDataset`).
         """
         raise NotImplementedError
+
+    def check_cache(self, cache: TeacherCache) -> None:
+        """Refuse a cache that this loss has no value for."""
+        skipped = cache.manifest.quality["one_hot"]
+        if skipped and self.divergence in ENDLESS_WITHOUT_TEACHER:
+            raise UserError(
+                f"--divergence {self.divergence}: {cache.directory} has the reference alone for "
+                f"{skipped:.2%} of its tokens (--skip-too-long), and this divergence is infinite "
+                "where the teacher gives no probability; choose another, or take these sentences out"
+            )
 
     def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
         """Called after each update, with the sums of all its parts and processes."""
@@ -207,8 +221,9 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             reference = (teacher.ids[:, :1], teacher.valid[:, :1])
             plain = support_log_probs(logits, rows, *reference, with_sum=smooth)
         events = build_events(teacher, student, self.missing_mass)
-        divergence, sums = self.distill(events, student, batch)
-        nll = -plain.log_q[:, 0].sum()
+        token_nll = -plain.log_q[:, 0]
+        divergence, sums = self.distill(events, token_nll.detach(), batch)
+        nll = token_nll.sum()
         cross_entropy = self._cross_entropy(nll, plain.sum_log_q, logits.size(-1))
         best = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).argmax(dim=1, keepdim=True)
         agree = student.log_q.detach().gather(1, best).squeeze(1) >= student.max_log_q

@@ -16,7 +16,6 @@ from sekd_fairseq.losses import (
     RunningQuantile,
     SelfEvolution,
     SelfEvolutionOutput,
-    SupportLogProbs,
     self_evolution_kd,
 )
 from sekd_fairseq.losses.divergences import relative_entropy
@@ -152,7 +151,7 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
         return "--gamma-type quantile" if str(cfg.gamma_type) == "quantile" else ""
 
     def distill(
-        self, events: Events, student: SupportLogProbs, teacher: dict[str, Tensor]
+        self, events: Events, nll: Tensor, teacher: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """SE-KD of each token; difficulty is taken now, or from a stored pass where there is one."""
         gamma = self.running_quantile.value if self.running_quantile is not None else None

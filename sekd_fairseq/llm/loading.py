@@ -52,7 +52,12 @@ def from_config(content: dict[str, Any], size: int) -> Any:
 def keep_layers(lm: Any, count: int) -> None:
     """Drop layers of a decoder, so that ``count`` evenly spaced ones stay, the first and the last
     among them."""
-    layers = lm.model.layers
+    layers = getattr(getattr(lm, "model", None), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"--hf-layers: expected a model whose layers are model.layers, as Llama's, found "
+            f"{type(lm).__name__}; train a small one from scratch with --hf-config instead"
+        )
     if not 1 <= count <= len(layers):
         raise UserError(f"--hf-layers: expected 1 to {len(layers)}, found {count}")
     chosen = [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]

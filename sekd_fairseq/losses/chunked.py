@@ -88,7 +88,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 continue
             (gradient,) = torch.autograd.grad(loss, logits)
             if grad_features is not None:
-                torch.mm(gradient, weight, out=grad_features[part])
+                # Not mm(out=...): for that --amp has no kernel of mixed types.
+                grad_features[part] = gradient @ weight
             if grad_weight is not None and grad_weight.dtype == gradient.dtype:
                 grad_weight.addmm_(gradient.t(), features[part])
             elif grad_weight is not None:

@@ -28,12 +28,18 @@ def log_mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> Tensor:
     ``weight`` lies in [0, 1] and broadcasts against the arguments. Where both terms are zero the
     result is ``-inf`` and its gradient zero (``logaddexp`` alone would give NaN).
     """
-    weight = torch.as_tensor(weight, dtype=log_a.dtype, device=log_a.device)
+    weight = like(weight, log_a)
     first = log_a + torch.log1p(-weight)
     second = log_b + torch.log(weight)
     dead = (first == NEG_INF) & (second == NEG_INF)
     mixed = torch.logaddexp(first.masked_fill(dead, 0.0), second.masked_fill(dead, 0.0))
     return mixed.masked_fill(dead, NEG_INF)
+
+
+def like(value: float | Tensor, other: Tensor) -> Tensor:
+    """A value with the type and on the device of ``other``; a number without a copy from the host,
+    which would make a GPU wait."""
+    return value.to(other) if isinstance(value, Tensor) else other.new_full((), value)
 
 
 def forget_rounding(value: Tensor) -> Tensor:

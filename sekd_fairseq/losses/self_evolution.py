@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sekd_fairseq.losses.divergences import DIVERGENCES, divergence, log_mix, relative_entropy
+from sekd_fairseq.losses.divergences import DIVERGENCES, divergence, like, log_mix, relative_entropy
 from sekd_fairseq.losses.events import Events, check_missing_mass
 
 GAMMA_TYPES = ("absolute", "quantile", "running_quantile")
@@ -205,7 +205,7 @@ def self_evolution_kd(
         difficulty = token_difficulty(events, log_prior if settings.difficulty == "prior" else None)
     if gamma is None:
         gamma = threshold(difficulty, settings)
-    gamma = torch.as_tensor(gamma, dtype=difficulty.dtype, device=difficulty.device)
+    gamma = like(gamma, difficulty)
     weight = ratio(difficulty, gamma, settings)
     token_loss = integrate(events, log_prior, weight, settings)
     return SelfEvolutionOutput(token_loss, difficulty, difficulty > gamma, weight, gamma)

@@ -161,12 +161,12 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         if incremental_state is not None:
             # Generated tokens may be anything, padding too; they are attended to all the same.
             mask[:, prompt.size(1) :] = True
-        elif mask.size(1) > self.positions:
+        elif mask.size(1) > self.positions and int(mask.sum(dim=1).max()) > self.positions:
             with one_line_errors():
                 raise UserError(
-                    f"a prompt of {prompt.size(1)} tokens with a translation of {length}: the "
-                    f"model has {self.positions} positions; shorten the prompt or leave out "
-                    "long sentences (fewer --shots, --max-source-positions)"
+                    f"a prompt and a translation of {int(mask.sum(dim=1).max())} tokens together: "
+                    f"the model has {self.positions} positions; shorten the prompt (fewer --shots) "
+                    "or leave out long sentences"
                 )
         elif not torch.is_grad_enabled() and self.output_projection is not None:
             prefix = self._shared_prefix(prompt)
@@ -192,10 +192,19 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
                 for name in ("input_ids", "position_ids"):
                     options[name] = options[name][:, -1:]
             options["past_key_values"] = cache["cache"]
+        # A row that has come to the last position ends there.
+        full = None
+        if incremental_state is not None and mask.size(1) >= self.positions:
+            options["position_ids"] = options["position_ids"].clamp_max(self.positions - 1)
+            full = mask.sum(dim=1).ge(self.positions)
         keep = length if incremental_state is None else 1
         if features_only:
             return self._body(**options).last_hidden_state[:, -keep:], {"attn": [None]}
-        return self.model(**options, logits_to_keep=keep).logits, {"attn": [None]}
+        logits = self.model(**options, logits_to_keep=keep).logits
+        if full is not None:
+            others = torch.arange(logits.size(-1), device=logits.device).ne(self.dictionary.eos())
+            logits = logits.masked_fill(full.view(-1, 1, 1) & others, -torch.inf)
+        return logits, {"attn": [None]}
 
     def _body(self, **options: Any) -> Any:
         """The model without its output projection, and without the shell of adapters."""
@@ -311,6 +320,13 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
             rows,
         )
 
+    @property
+    def joint_positions(self) -> int:
+        """The longest prompt and translation together, as their sizes in the data count them: the
+        end of the source is not part of the prompt, and that of the translation is not read."""
+        positions: int = self.decoder.positions
+        return positions + 2
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """All weights, or with adapters these alone."""
         state: dict[str, Tensor] = super().state_dict(*args, **kwargs)
@@ -328,6 +344,12 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
 def load_language_model(cfg: HFCausalLMConfig, task: Any) -> tuple[Any, Tensor]:
     """The transformers model with its rows in the dictionary's order, and the rows; (V,) int64."""
     size = len(task.target_dictionary)
+    if cfg.lora_r > 0 and not cfg.hf_model:
+        raise UserError(
+            "--lora-r: expected --hf-model, whose weights the adapters are added to, found none: a "
+            "checkpoint holds the adapters alone, and other weights drawn at random would not be "
+            "drawn again"
+        )
     if cfg.hf_state and not (cfg.hf_model and cfg.lora_r > 0):
         # From a checkpoint, whose weights are about to be loaded.
         return from_config(json.loads(cfg.hf_state), size), torch.full((size,), -1)

@@ -6,4 +6,4 @@ from sekd_fairseq.tasks import self_evolution_kd  # noqa: F401
 
 compat.allow_checkpoint_types()
 compat.keep_checkpoints_whole()
-compat.end_what_has_ended()
+compat.resume_as_left()

@@ -1,6 +1,7 @@
 """The task ``self_evolution_kd``: translation whose batches carry cached teacher distributions."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         #: Temperature of the teacher's distributions; the caches', once one is open.
         self.teacher_temperature = 1.0
         self._temperature_from: Path | None = None
+        #: The longest source and target together that the model reads.
+        self.joint_positions = math.inf
         if cfg.upsample_primary == -1:
             cfg.upsample_primary = 1  # fairseq's default of -1 fails when train and train1 combine
 
@@ -121,7 +124,10 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         with one_line_errors():
             parts = len(getattr(dataset.tgt, "datasets", [dataset.tgt]))
             names = [split + (str(part) if part else "") for part in range(parts)]
-            caches = [self._open_cache(Path(root), name) for name in names]
+            caches = [self._open_cache(Path(root), name, turn) for name in names]
+            if isinstance(self.criterion, CachedTeacherCriterion):
+                for cache in caches:
+                    self.criterion.check_cache(cache)
             where = f"{self.cfg.target_lang} side of {split} ({self.cfg.data})"
             difficulty = None
             if self.cfg.stored_difficulty and split == self.cfg.train_subset:
@@ -130,9 +136,11 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                         f"--stored-difficulty: expected a training set of one part, found {parts} "
                         f"({', '.join(names)}); binarise them as one"
                     )
-                stored = paths(self.cfg.stored_difficulty)[turn]
-                difficulty = [StoredDifficulty(Path(stored))]
+                stored = StoredDifficulty(Path(paths(self.cfg.stored_difficulty)[turn]))
+                difficulty = [stored]
             self.datasets[split] = TeacherDataset(dataset, caches, where, difficulty)
+            if difficulty:  # now that they are of the same sentences
+                difficulty[0].check_teacher(caches[0])
         logger.info(
             "teacher cache %s: %d sentences, %d tokens",
             os.path.join(root, split),
@@ -140,13 +148,13 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             sum(cache.manifest.tokens for cache in caches),
         )
 
-    def _open_cache(self, root: Path, split: str) -> TeacherCache:
+    def _open_cache(self, root: Path, split: str, turn: int) -> TeacherCache:
         if root.is_dir() and not (root / split).is_dir():
             built = sorted(path.name for path in root.iterdir() if path.is_dir())
             raise CacheError(
                 f"{root}: expected the cache of split {split!r}, found {built or 'nothing'}; add "
-                f"it with: python -m sekd_fairseq.build_cache {self.cfg.data} --path TEACHER "
-                f"--output {root} --subset {split}"
+                f"it with: python -m sekd_fairseq.build_cache {paths(self.cfg.data)[turn]} "
+                f"--path TEACHER --output {root} --subset {split}"
             )
         cache = TeacherCache.open(root / split)
         cache.check_dictionary(self.tgt_dict.symbols)
@@ -164,6 +172,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         """Build the model; a language model leaves its configuration in ``cfg``, which fairseq
         keeps in the checkpoint."""
         model = super().build_model(cfg, from_checkpoint)
+        self.joint_positions = getattr(model, "joint_positions", math.inf)
         if isinstance(model, HFCausalLM) and not from_checkpoint:
             remember_configuration(cfg, model)
         return model
@@ -220,10 +229,34 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         super().begin_valid_epoch(epoch, model)
 
     def filter_indices_by_size(
-        self, indices: Any, dataset: Any, max_positions: Any = None, *options: Any
+        self,
+        indices: Any,
+        dataset: Any,
+        max_positions: Any = None,
+        ignore_invalid_inputs: bool = False,
     ) -> Any:
-        """As fairseq's, but a set of which nothing is left is an error that says so."""
-        kept = super().filter_indices_by_size(indices, dataset, max_positions, *options)
+        """As fairseq's, but a set of which nothing is left is an error that says so, and of a
+        language model prompt and translation must fit together."""
+        kept = super().filter_indices_by_size(
+            indices, dataset, max_positions, ignore_invalid_inputs
+        )
+        sizes = dataset.sizes  # (n, 2), or without targets (n,)
+        together = (sizes.sum(axis=1) if sizes.ndim == 2 else sizes)[kept]
+        fits = together <= self.joint_positions
+        if not fits.all() and not ignore_invalid_inputs:
+            with one_line_errors():
+                raise UserError(
+                    f"sentence {kept[~fits][0]}: prompt and translation have {together[~fits][0]} "
+                    f"tokens, but the model takes {self.joint_positions} ({(~fits).sum()} such "
+                    "sentences); take them out, or give --skip-invalid-size-inputs-valid-test"
+                )
+        if not fits.all():
+            logger.warning(
+                "%d sentences are left out: prompt and translation together are longer than the "
+                "model's %d positions",
+                *((~fits).sum(), self.joint_positions),
+            )
+            kept = kept[fits]
         if len(indices) and not len(kept):
             with one_line_errors():
                 raise UserError(

@@ -64,7 +64,9 @@ def finish_cache(
         "unigram_perplexity": float(np.exp(-(share * np.log(share)).sum())),
         **mean,
     }
-    if quality["perplexity"] > quality["unigram_perplexity"] and not allow_implausible:
+    # At another temperature a good teacher is flatter, or surer, than it is.
+    judged = settings["temperature"] == 1.0 and not allow_implausible
+    if quality["perplexity"] > quality["unigram_perplexity"] and judged:
         raise CacheError(
             f"{directory}: the teacher predicts the references with perplexity "
             f"{quality['perplexity']:.1f}, worse than their unigram frequencies "

@@ -134,7 +134,7 @@ class TeacherCache(Sequence[TeacherRow]):
         return np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
 
     def verify(self, progress: Iterable[int] | None = None) -> None:
-        """Read every byte: checksums of all shards and rows, values finite, supports distinct.
+        """Read every byte: checksums of all shards and rows, sizes that add up, finite values.
 
         ``progress`` may wrap ``range(number of shards)``, for a progress bar.
         """
@@ -155,6 +155,12 @@ class TeacherCache(Sequence[TeacherRow]):
                     raise CacheError(
                         f"{self.directory / shard.file}: sentence {sentence} holds a value that "
                         "is not finite; build the cache again"
+                    )
+                entries = int(row.support_size.sum(dtype=np.int64))
+                if not entries == len(row.token_id) == len(row.logprob):
+                    raise CacheError(
+                        f"{self.directory / shard.file}: sentence {sentence} counts {entries} "
+                        f"support tokens and holds {len(row.token_id)}; build the cache again"
                     )
 
     def check_dictionary(self, symbols: Sequence[str]) -> None:

@@ -102,6 +102,19 @@ def test_half_precision_equals_the_plain_path(dtype: torch.dtype, tolerance: flo
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+def test_automatic_mixed_precision_equals_the_plain_path() -> None:
+    """Under --amp the weights are single precision and the logits half."""
+    features, weight, bias, teacher = problem(torch.float32)
+    results = []
+    for run in (plain, lambda *inputs: chunked(*inputs, chunk=3)):
+        inputs = [tensor.clone().requires_grad_() for tensor in (features, weight, bias)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = run(*inputs, teacher)
+        results.append([loss.float(), *torch.autograd.grad(loss, inputs)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.05)
+
+
 def test_tied_embeddings() -> None:
     # The weight is also what made the features.
     _, weight, _, teacher = problem(torch.float64)

@@ -265,6 +265,11 @@ def test_implausible_teachers_are_refused(
     assert not (tmp_path / "out" / "valid" / "manifest.json").exists()
     out = build(data, tmp_path / "shifted.pt", tmp_path / "out", *options, "--allow-implausible")
     assert "perplexity" in out
+    # A good teacher is no worse for a high temperature, at which it is as flat as that.
+    out = build(data, teacher, tmp_path / "hot", *options, "--temperature", "9")
+    assert "at temperature 9 with perplexity" in out
+    quality = TeacherCache.open(tmp_path / "hot" / "valid").manifest.quality
+    assert quality["perplexity"] > quality["unigram_perplexity"]
     # A teacher that gives NaN.
     state["model"]["decoder.layers.0.fc1.bias"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
@@ -291,6 +296,25 @@ def test_sentences_too_long_for_the_teacher(data: Path, tmp_path: Path) -> None:
     assert skipped
     for row in skipped:
         assert (row.support_size == 1).all() and (row.gold_logprob == 0).all()
+    # What a comparison with the dense teacher leaves out, and a divergence that would be infinite.
+    out = command(
+        "sekd_fairseq.inspect_cache",
+        tmp_path / "out",
+        "--verify",
+        "--against",
+        short,
+        "--data",
+        data,
+    )
+    assert "maximum inf" not in out and "KL from the dense teacher" in out
+    build(data, short, tmp_path / "out", "--subset", "train", "--skip-too-long")
+    line = error_line(
+        train(
+            data, tmp_path / "save", "--criterion", "cached_kd", "--divergence", "reverse_kl",
+            "--teacher-cache", tmp_path / "out", check=False,
+        )
+    )  # fmt: skip
+    assert "--divergence reverse_kl" in line and "--skip-too-long" in line
 
 
 @needs_whole_disk
@@ -329,6 +353,7 @@ def test_bad_input_ends_with_one_line(
     assert "broken.pt" in refuse(data, broken, out)
     assert "--temperature" in refuse(data, teacher, out, "--temperature", "0")
     assert "'valid7'" in refuse(data, teacher, out, "--subset", "valid7")
+    assert "one data directory" in refuse(f"{data}:{data}", teacher, out)
     assert "data directory" in refuse(tmp_path / "nowhere", teacher, out)
     write_text(tmp_path / "text", "train", [("one x y z", "eins x y z")] * 3)
     other = binarise(tmp_path / "text", tmp_path / "bin")

@@ -671,6 +671,10 @@ def test_bad_input_ends_with_one_line(
     assert "positions" in refuse(
         llm_data, save, *ce, *config, "--skip-invalid-size-inputs-valid-test"
     )
+    assert "expected --hf-model" in refuse(llm_data, save, *ce, *config, "--lora-r", "2")
+    gpt2 = pretrained(tmp_path / "gpt2", "gpt2", len(load_tokenizer(str(tokenizer)).pieces))
+    layers = ("--hf-model", gpt2, "--hf-layers", "1")
+    assert "GPT2LMHeadModel" in refuse(llm_data, save, *ce, *layers)
     template = tmp_path / "template"
     template.write_text("Translate: {source}")
     line = error_line(
@@ -679,6 +683,65 @@ def test_bad_input_ends_with_one_line(
     assert "{src}" in line and not (tmp_path / "no").exists()
     line = error_line(prepare(tmp_path / "none", llm_text, tmp_path / "no", check=False))
     assert "--tokenizer" in line
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_positions_are_for_prompt_and_translation_together(
+    llm_data: Path, tmp_path: Path, family: str
+) -> None:
+    import fairseq.tasks
+    from fairseq.sequence_generator import SequenceGenerator
+
+    from sekd_fairseq.inference import language_model_config, position_limits, too_long
+
+    name = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**FAMILIES[family], name: 60}))
+    cfg = language_model_config(str(llm_data), "--hf-config", str(config))
+    task = fairseq.tasks.setup_task(cfg.task)
+    torch.manual_seed(1)
+    model = task.build_model(cfg.model).eval()
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    assert model.joint_positions == 62
+    # A long prompt and a long translation that fit, each with another's short one.
+    word = torch.arange(10, 20)
+    rows = [
+        {"id": i, "source": torch.cat([word.repeat(6)[:prompt], torch.tensor([2])]),
+         "target": torch.cat([word.repeat(6)[:translation], torch.tensor([2])])}
+        for i, (prompt, translation) in enumerate([(55, 5), (10, 50)])
+    ]  # fmt: skip
+    batch = dataset.collater(rows)["net_input"]
+    with torch.enable_grad():
+        logits = model(**batch)[0]
+    for i, row in enumerate(rows):
+        alone = model(**dataset.collater([row])["net_input"])[0]
+        length = len(row["target"])
+        place = int(dataset.collater(rows)["id"].eq(i).nonzero())
+        torch.testing.assert_close(logits[place, :length], alone[0], atol=1e-4, rtol=1e-4)
+    rows[1]["source"] = torch.cat([word.repeat(2)[:11], torch.tensor([2])])
+    with pytest.raises(SystemExit), torch.enable_grad():
+        model(**dataset.collater(rows)["net_input"])
+    # Data that do not fit are named before they are read, and left out where that is asked for.
+    sizes = dataset.sizes.sum(axis=1)
+    model_limit = int(np.median(sizes))
+    limits = [(1000, 1000, model_limit)]
+    assert len(too_long(dataset, limits, "train", allow=True)) == (sizes > model_limit).sum() > 0
+    assert position_limits([model]) == [(60, 60, 62)]
+    task.joint_positions = model_limit
+    indices = np.arange(len(dataset))
+    kept = task.filter_indices_by_size(indices, dataset, None, True)
+    assert len(kept) == (sizes <= model_limit).sum()
+    with pytest.raises(SystemExit):
+        task.filter_indices_by_size(indices, dataset, None, False)
+    # Generation ends at the last position.
+    generator = SequenceGenerator([model], task.target_dictionary, beam_size=2, max_len_b=200)
+    found = generator.generate([model], dataset.collater([rows[0], rows[1]]))
+    prompts = dict(zip(dataset.collater(rows)["id"].tolist(), found, strict=True))
+    for i, row in enumerate(rows):
+        for hypothesis in prompts[i]:
+            assert len(row["source"]) - 1 + len(hypothesis["tokens"]) - 1 <= 60
+            assert torch.isfinite(hypothesis["score"])
 
 
 def test_vocabulary_by_hand() -> None:

@@ -171,7 +171,7 @@ def test_adaptive_softmax_is_refused(data: Path, cache: Path, tmp_path: Path) ->
 
 
 def test_stored_difficulty_decides_in_training(
-    data: Path, cache: Path, student: tuple[Path, str], tmp_path: Path
+    data: Path, teacher: Path, cache: Path, student: tuple[Path, str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     score = (
@@ -206,6 +206,12 @@ def test_stored_difficulty_decides_in_training(
     assert "21 sentences" in line and "203 of" in line
     assert "no file at" in refused("--stored-difficulty", tmp_path / "nothing")
     assert "no token records" in refused("--stored-difficulty", data / "dict.de.txt")
+    command(
+        "sekd_fairseq.build_cache", data, "--path", teacher, "--output", tmp_path / "fewer",
+        "--subset", "train,valid", "--top-k", "3", "--cpu",
+    )  # fmt: skip
+    line = refused("--stored-difficulty", stored, "--teacher-cache", tmp_path / "fewer")
+    assert "was scored with the teacher cache" in line
     assert "1 teacher caches" in refused("--stored-difficulty", f"{stored}:{stored}")
     assert "KL(teacher || student)" in refused(
         "--stored-difficulty", stored, "--difficulty", "prior"
@@ -370,6 +376,18 @@ def test_resumed_training_ends_as_one_that_was_never_stopped(
         parameters(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "resumed")
     )
     torch.testing.assert_close(whole, resumed, rtol=0, atol=0)
+    # On other data it goes on with the threshold and the ratio too, not with those of a start.
+    shutil.copytree(tmp_path / "whole", tmp_path / "other")
+    shutil.copy(
+        halfway.with_name(next(tmp_path.glob("other/*_9.pt")).name),
+        tmp_path / "other" / halfway.name,
+    )
+    train(data, tmp_path / "other", *base, "--max-update", "10", "--reset-dataloader")
+    state = torch.load(tmp_path / "other" / halfway.name, map_location="cpu", weights_only=True)
+    again = state["extra_state"]["SelfEvolutionKDTask"]
+    assert again["updates"] == 10 and again["running_gamma"] == pytest.approx(
+        running["running_gamma"], rel=0.5
+    )
     # Started once more, it ends where it ended; fairseq would make another update each time.
     log = train(data, tmp_path / "resumed", *base, "--max-update", "14")
     assert "done training before: 14 updates" in log and '"num_updates": "15"' not in log

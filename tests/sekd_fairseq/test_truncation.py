@@ -89,6 +89,13 @@ def test_forbidden_tokens_are_not_kept() -> None:
         columns = truncate(z.clone(), target, rule)
         check_against_numpy(columns, z.clamp_min(-1e4), target)
         assert np.isfinite(columns["logprob"]).all() and (columns["support_size"] <= 100).all()
+    # Nor is the reference twice, where nothing else is left to fill a support with.
+    z, target = logits()
+    z[:, 1:4] = -torch.inf
+    target = torch.where((target > 0) & (target < 4), 0, target)
+    columns = truncate(z.clone(), target, Truncation(k=z.size(1)))
+    for ids, _ in rows_of(columns):
+        assert len(set(ids.tolist())) == len(ids) == z.size(1) - 3
 
 
 def test_sampling_counts_and_does_not_depend_on_how_the_work_is_split() -> None:
@@ -140,3 +147,13 @@ def test_eight_bits() -> None:
 def test_rules_without_meaning(arguments: tuple[int, float | None, int, int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         truncation_of(*arguments, vocab_size=100)
+
+
+@pytest.mark.parametrize("arguments", [(0, None, 2, 0), (2**16, None, 2, 0), (8, None, 2, 2**16)])
+def test_no_more_than_the_format_can_count(
+    arguments: tuple[int, float | None, int, int],
+) -> None:
+    """Sizes of 16 bits once wrapped in silence with vocabularies of more than 65,535."""
+    with pytest.raises(UserError, match="up to 65534 tokens"):
+        truncation_of(*arguments, vocab_size=70_000)
+    assert truncation_of(2**16 - 2, None, 2, 0, vocab_size=70_000).k == 2**16 - 2
