@@ -79,14 +79,14 @@ def test_plans_of_the_large_studies(tmp_path: Path) -> None:
     out = plan("multi30k.yaml", tmp_path)
     assert jobs_of(out)["total"] == "218"
     out = plan("gemma.yaml", tmp_path, options=("-c1", "-p"))
-    assert jobs_of(out)["student"] == "4" and "corpus" not in jobs_of(out)
+    assert jobs_of(out)["student"] == "12" and "corpus" not in jobs_of(out)
     for words in (
         "prepare_llm_data.py", "--teacher-shots 4", "import_hf.py gemma", "--prune-vocab",
         "build_cache data/gemma/de-en/teacher", "--bpe hf_tokenizer",
     ):  # fmt: skip
         assert words in out
     # The student reads other data than its teacher.
-    assert out.count("-- data/gemma/de-en/bin") == 4
+    assert out.count("-- data/gemma/de-en/bin") == 12
 
 
 def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
