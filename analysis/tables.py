@@ -261,12 +261,14 @@ def sentence_table(
     rows = []
     for judge in judges:
         quality = qualities.get(judge.direction.name)
-        labels = {run.label for run in quality.runs()} if quality else set()
+        if quality is None:
+            continue
+        labels = {run.label for run in quality.runs()}
         for method in sorted({run.method for run in judge.runs if run.method.startswith("se_kd")}):
             gains = [
                 np.stack(sentence_gains(judge, quality, run, other)[:2])
                 for run, other in pairs(judge, method, baseline)
-                if quality is not None and {run.label, other.label} <= labels
+                if {run.label, other.label} <= labels
             ]
             if not gains:
                 continue

@@ -14,7 +14,8 @@ prefixes of three given pairs of files (``--train multi30k/train`` is ``train.en
     data.json                        counts, what was dropped and why, settings, fingerprint
 
 It is built under another name beside it and renamed when complete, so it is either whole or not
-there. One that an earlier call made is replaced, with what lies in it, other folders never. The same input gives the same output, byte for byte, but for fairseq's own log.
+there. One that an earlier call made is replaced, with what lies in it, other folders never. The
+same input gives the same output, byte for byte, but for fairseq's own log.
 """
 
 import argparse

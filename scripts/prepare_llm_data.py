@@ -33,7 +33,7 @@ from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import DEFAULT, SEPARATOR, Template, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
 from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, build_vocabulary, with_end
-from sekd_fairseq.teacher_cache.format import atomic_directory, hash_symbols
+from sekd_fairseq.teacher_cache.format import atomic_directory, hash_file, hash_symbols
 
 SUBSETS = ("train", "valid", "test")
 BOS, EOS, UNK = 0, 2, 3
@@ -227,8 +227,7 @@ def fingerprint(building: Path) -> str:
     """SHA-256 of all that a training depends on: names and content of the files."""
     digest = hashlib.sha256()
     for path in sorted(path for path in building.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(building)}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(f"{path.relative_to(building)}\0{hash_file(path)}\0".encode())
     return digest.hexdigest()
 
 

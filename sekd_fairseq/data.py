@@ -163,7 +163,7 @@ class TeacherDataset(StableOrderDataset):
     CacheError
         The caches were not built from these target sentences.
     UserError
-        Nor was the stored difficulty.
+        Nor was the stored difficulty, or it was scored with another cache.
     """
 
     def __init__(
@@ -198,6 +198,7 @@ class TeacherDataset(StableOrderDataset):
             cache.check_targets(hashes, where)
             if difficulty is not None:
                 difficulty[index].check_targets(hashes, where)
+                difficulty[index].check_teacher(cache)
 
     def collater(self, samples: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
         """Collate as the wrapped dataset does, then add ``teacher`` (class docstring)."""

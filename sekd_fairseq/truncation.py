@@ -62,12 +62,12 @@ def truncation_of(
         if value < low:
             raise UserError(f"--{flag}: expected {low} or more, found {value}")
     k = min(top_k or vocab_size, vocab_size)
-    for flag, value in (("top-k", k), ("sample", samples)):
-        if value > MAX_SUPPORT and not (flag == "top-k" and samples):
-            raise UserError(
-                f"--{flag}: a cache holds up to {MAX_SUPPORT} tokens of a distribution, found "
-                f"{value}{' (0 is the whole vocabulary)' if flag == 'top-k' else ''}; give a smaller one"
-            )
+    flag, kept = ("sample", samples) if samples else ("top-k", k)
+    if kept > MAX_SUPPORT:
+        raise UserError(
+            f"--{flag}: a cache holds up to {MAX_SUPPORT} tokens of a distribution, found {kept}"
+            f"{'' if samples else ' (0 is the whole vocabulary)'}; give a smaller one"
+        )
     if samples and top_p is not None:
         raise UserError("--sample and --top-p: expected one of them, found both")
     if samples:

@@ -127,7 +127,8 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation loss of each token, (N,) nats, and the sums to log.
 
-        ``nll`` (N,) is cross entropy at temperature 1, ``teacher`` the batch's entry (:class:`~sekd_fairseq.data.TeacherDataset`).
+        ``nll`` (N,) is cross entropy at temperature 1, ``teacher`` the batch's entry
+        (:class:`~sekd_fairseq.data.TeacherDataset`).
         """
         raise NotImplementedError
 

@@ -161,10 +161,13 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         if incremental_state is not None:
             # Generated tokens may be anything, padding too; they are attended to all the same.
             mask[:, prompt.size(1) :] = True
-        elif mask.size(1) > self.positions and int(mask.sum(dim=1).max()) > self.positions:
+        elif (
+            mask.size(1) > self.positions
+            and (longest := int(mask.sum(dim=1).max())) > self.positions
+        ):
             with one_line_errors():
                 raise UserError(
-                    f"a prompt and a translation of {int(mask.sum(dim=1).max())} tokens together: "
+                    f"a prompt and a translation of {longest} tokens together: "
                     f"the model has {self.positions} positions; shorten the prompt (fewer --shots) "
                     "or leave out long sentences"
                 )

@@ -136,11 +136,9 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                         f"--stored-difficulty: expected a training set of one part, found {parts} "
                         f"({', '.join(names)}); binarise them as one"
                     )
-                stored = StoredDifficulty(Path(paths(self.cfg.stored_difficulty)[turn]))
-                difficulty = [stored]
+                stored = paths(self.cfg.stored_difficulty)[turn]
+                difficulty = [StoredDifficulty(Path(stored))]
             self.datasets[split] = TeacherDataset(dataset, caches, where, difficulty)
-            if difficulty:  # now that they are of the same sentences
-                difficulty[0].check_teacher(caches[0])
         logger.info(
             "teacher cache %s: %d sentences, %d tokens",
             os.path.join(root, split),
