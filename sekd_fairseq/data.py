@@ -43,11 +43,21 @@ class StableOrderDataset(BaseWrapperDataset):
     batches, and keeps the batches for later epochs; a training that resumes in epoch 5 would build
     others, and not end as one that was never stopped. Here the draw depends on ``seed`` alone. The
     order of the batches still changes with the epoch.
+
+    A language model reads prompt and translation as one row: with ``one_row`` sentences are ordered
+    and batches are cut (``--max-tokens``) by the length of both together, so that little of a batch
+    is padding, and batches hold
+
+    - ``net_input["longest"]`` (int): positions of the longest row, for the model
+    - ``positions`` ((int, int)): positions that the model computes, and those of them that are padding
     """
 
-    def __init__(self, dataset: "LanguagePairDataset | StableOrderDataset") -> None:
+    def __init__(
+        self, dataset: "LanguagePairDataset | StableOrderDataset", one_row: bool = False
+    ) -> None:
         super().__init__(dataset.dataset if isinstance(dataset, StableOrderDataset) else dataset)
         self.seed = 1
+        self.one_row = one_row
 
     @property
     def src(self) -> FairseqDataset:
@@ -62,11 +72,46 @@ class StableOrderDataset(BaseWrapperDataset):
     def ordered_indices(self) -> NDArray[np.int64]:
         """Sentence numbers by length, ties drawn with :attr:`seed`."""
         with data_utils.numpy_seed(self.seed):
-            return self.dataset.ordered_indices()
+            indices = self.dataset.ordered_indices()
+        if self.one_row:
+            indices = indices[np.argsort(self.num_tokens_vec(indices), kind="stable")]
+        return indices
+
+    def num_tokens(self, index: int) -> int:
+        """What a sentence adds to a batch's ``--max-tokens``."""
+        return int(self.num_tokens_vec(np.array([index]))[0])
+
+    def num_tokens_vec(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """:meth:`num_tokens` of several sentences."""
+        if not self.one_row:
+            return self.dataset.num_tokens_vec(indices)
+        return row_lengths(self.dataset.sizes[indices])
+
+    def batch_by_size(self, indices: NDArray[np.int64], **limits: Any) -> Any:
+        """Cut batches by :meth:`num_tokens`."""
+        if not self.one_row:
+            return self.dataset.batch_by_size(indices, **limits)
+        return FairseqDataset.batch_by_size(self, indices, **limits)
 
     def collater(self, samples: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-        """Collate as the wrapped dataset does."""
-        return self.dataset.collater(samples, **options)
+        """Collate as the wrapped dataset does; of rows, say how long they are."""
+        batch = self.dataset.collater(samples, **options)
+        if batch and self.one_row:
+            sides = [[sample["source"], sample.get("target")] for sample in samples]
+            sizes = [[len(side) for side in pair if side is not None] for pair in sides]
+            lengths = row_lengths(np.array(sizes))
+            longest = int(lengths.max())
+            batch["net_input"]["longest"] = longest
+            positions = longest * len(samples)
+            batch["positions"] = (positions, positions - int(lengths.sum()))
+        return batch
+
+
+def row_lengths(sizes: NDArray[Any]) -> NDArray[np.int64]:
+    """Tokens that a language model reads of sentences with these sizes; (n, 2), or (n,) without
+    targets. The end of the source is not part of the prompt, and that of the translation not read."""
+    columns = sizes if sizes.ndim == 2 else sizes[:, np.newaxis]
+    return (columns.astype(np.int64) - 1).sum(axis=1)
 
 
 class StoredDifficulty:
@@ -168,12 +213,12 @@ class TeacherDataset(StableOrderDataset):
 
     def __init__(
         self,
-        dataset: LanguagePairDataset,
+        dataset: "LanguagePairDataset | StableOrderDataset",
         caches: list[TeacherCache],
         where: str,
         difficulty: list[StoredDifficulty] | None = None,
     ) -> None:
-        super().__init__(dataset)
+        super().__init__(dataset, getattr(dataset, "one_row", False))
         self.caches = caches
         self.difficulty = difficulty
         self.pad = self.dataset.tgt_dict.pad()

@@ -95,11 +95,13 @@ def load_split(task: Any, split: str, data: str) -> FairseqDataset:
 
 
 def token_batches(dataset: FairseqDataset, sentences: Any, max_tokens: int) -> list[list[int]]:
-    """Batches of at most ``max_tokens`` padded tokens a side, of sentences of similar length."""
+    """Batches of sentences of similar length, at most ``max_tokens`` padded tokens a side, of a
+    language model's data at most so many positions of prompt and translation together."""
     indices = np.asarray(sentences, dtype=np.int64)
     sizes = dataset.sizes[indices]  # (n, 2): source, target
-    indices = indices[np.lexsort((sizes[:, 0], sizes[:, 1]))]
-    lengths = dataset.sizes[indices].max(axis=1).astype(np.int64)
+    together = getattr(dataset, "one_row", False)
+    indices = indices[np.lexsort((sizes[:, 0], sizes.sum(axis=1) if together else sizes[:, 1]))]
+    lengths = dataset.num_tokens_vec(indices).astype(np.int64)
     longest = int(lengths.max()) if len(lengths) else 0
     batches = data_utils.batch_by_size(
         indices,

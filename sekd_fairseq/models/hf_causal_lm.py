@@ -145,12 +145,14 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         encoder_out: dict[str, list[Tensor]],
         incremental_state: dict[str, Any] | None = None,
         features_only: bool = False,
+        longest: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logits (or features) at every target position, or at the last with a state; (B, T, V).
 
         ``prev_output_tokens`` (B, T) begin with fairseq's end-of-sentence token, for which the
-        prompt's last token stands in.
+        prompt's last token stands in. ``longest`` is the number of tokens of the longest prompt and
+        translation together, where the batch knows it; counting it on a GPU would wait for the GPU.
         """
         prompt = encoder_out["encoder_out"][0]
         length = prev_output_tokens.size(1)
@@ -161,23 +163,23 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         if incremental_state is not None:
             # Generated tokens may be anything, padding too; they are attended to all the same.
             mask[:, prompt.size(1) :] = True
-        elif (
-            mask.size(1) > self.positions
-            and (longest := int(mask.sum(dim=1).max())) > self.positions
-        ):
-            with one_line_errors():
-                raise UserError(
-                    f"a prompt and a translation of {longest} tokens together: "
-                    f"the model has {self.positions} positions; shorten the prompt (fewer --shots) "
-                    "or leave out long sentences"
-                )
-        elif not torch.is_grad_enabled() and self.output_projection is not None:
-            prefix = self._shared_prefix(prompt)
-            if prefix is not None:
-                features = self._after_prefix(prompt, outputs, *prefix)
-                return features if features_only else self.output_projection(features), {
-                    "attn": [None]
-                }
+        else:
+            if longest is None:
+                longest = mask.size(1)
+                if longest > self.positions:
+                    longest = int(mask.sum(dim=1).max())
+            if longest > self.positions:
+                with one_line_errors():
+                    raise UserError(
+                        f"a prompt and a translation of {longest} tokens together: "
+                        f"the model has {self.positions} positions; shorten the prompt (fewer "
+                        "--shots) or leave out long sentences"
+                    )
+            if self.output_projection is not None:
+                prefix = None if torch.is_grad_enabled() else self._shared_prefix(prompt)
+                features = self._features(prompt, outputs, longest, prefix)
+                logits = features if features_only else self.output_projection(features)
+                return logits, {"attn": [None]}
         options: dict[str, Any] = {
             "input_ids": torch.cat([prompt, outputs], dim=1),
             "attention_mask": mask.long(),
@@ -242,41 +244,40 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         self._prefix = tokens, layers
         return self._prefix
 
-    def _after_prefix(
+    def _features(
         self,
         prompt: Tensor,
         outputs: Tensor,
-        prefix: Tensor,
-        layers: list[tuple[Tensor, Tensor]],
+        longest: int,
+        prefix: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None,
     ) -> Tensor:
-        """Features at target positions, (B, T, features), from the prefix's keys and values.
+        """Features at target positions, (B, T, features), after a prefix's keys and values if any.
 
-        Each row goes on right after the prefix and is padded on the right, where causal attention
-        does not see it: padding in between would shift sliding windows.
+        The translation follows its prompt at once and padding comes last, where causal attention
+        does not see it. So the model needs no mask and no positions, which lets the fastest
+        attention run, and reads ``longest`` columns instead of the longest prompt's and the longest
+        translation's. (Padding in between would also shift sliding windows.)
         """
         from transformers import DynamicCache
 
         joined = torch.cat([prompt, outputs], dim=1)
         keep = joined.ne(self.dictionary.pad())
-        keep &= keep.long().cumsum(dim=1).gt(prefix.numel())
-        order = (~keep).long().argsort(dim=1, stable=True)[:, : int(keep.sum(dim=1).max())]
-        rows = joined.gather(1, order)
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(layers):
-            cache.update(
-                key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer
-            )
-        positions = prefix.numel() + torch.arange(rows.size(1), device=rows.device)
-        hidden = self._body(
-            input_ids=rows,
-            attention_mask=rows.new_ones(len(rows), prefix.numel() + rows.size(1)),
-            position_ids=positions.expand(len(rows), -1),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        last = prompt.ne(self.dictionary.pad()).sum(dim=1) - prefix.numel() - 1
-        places = last.unsqueeze(1) + torch.arange(outputs.size(1) + 1, device=rows.device)
-        places = places.clamp_max(rows.size(1) - 1)  # of padding, whose features nobody uses
+        known = 0
+        options: dict[str, Any] = {"use_cache": False}
+        if prefix is not None:
+            known = prefix[0].numel()
+            keep &= keep.long().cumsum(dim=1).gt(known)
+            options = {"use_cache": True, "past_key_values": DynamicCache()}
+            for layer, states in enumerate(prefix[1]):
+                rows = (state.expand(len(prompt), -1, -1, -1) for state in states)
+                options["past_key_values"].update(*rows, layer)
+        # Stable: what is kept goes to the left, in order.
+        order = (~keep).long().argsort(dim=1, stable=True)[:, : longest - known]
+        tokens = joined.gather(1, order)
+        hidden = self._body(input_ids=tokens, **options).last_hidden_state
+        last = prompt.ne(self.dictionary.pad()).sum(dim=1) - known - 1
+        places = last.unsqueeze(1) + torch.arange(outputs.size(1) + 1, device=tokens.device)
+        places = places.clamp_max(tokens.size(1) - 1)  # of padding, whose features nobody uses
         features: Tensor = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.size(2)))
         return features
 

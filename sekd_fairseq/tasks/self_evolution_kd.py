@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion
+from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
@@ -114,7 +115,9 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     ) -> None:
         """Load a split, with its teacher cache if there is one."""
         super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
-        self.datasets[split] = StableOrderDataset(self.datasets[split])
+        self.datasets[split] = StableOrderDataset(
+            self.datasets[split], one_row=self.joint_positions < math.inf
+        )
         roots = paths(self.cfg.teacher_cache)
         if not roots:
             return
@@ -194,13 +197,26 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             return self.online_teacher.rows(sample, self.tgt_dict.pad())
         return teacher_rows(sample["teacher"])
 
+    def train_step(self, sample: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As fairseq's; of a language model's batch, also how much of it is padding."""
+        loss, sample_size, logging_output = super().train_step(sample, *args, **kwargs)
+        if "positions" in sample:
+            logging_output["positions"], logging_output["padding"] = sample["positions"]
+        return loss, sample_size, logging_output
+
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """Log, and end the update for a criterion that keeps a state over updates.
 
         This is where the sums over accumulation steps and processes are at hand, so a running
-        threshold is the same however a batch was split.
+        threshold is the same however a batch was split. ``padding``, of a language model in training:
+        the share of computed positions that are padding.
         """
         super().reduce_metrics(logging_outputs, criterion)
+        if "positions" in logging_outputs[0]:
+            positions, padding = (
+                sum(log[key] for log in logging_outputs) for key in ("positions", "padding")
+            )
+            metrics.log_scalar("padding", padding / positions, positions, round=4)
         if criterion.training and isinstance(criterion, CachedTeacherCriterion):
             criterion.end_update(logging_outputs)
 

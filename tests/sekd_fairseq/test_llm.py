@@ -744,6 +744,59 @@ def test_positions_are_for_prompt_and_translation_together(
             assert torch.isfinite(hypothesis["score"])
 
 
+def test_batches_are_cut_by_prompt_and_translation_together(llm_data: Path, tmp_path: Path) -> None:
+    import fairseq.tasks
+
+    from sekd_fairseq.inference import language_model_config, token_batches
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama"]))
+    cfg = language_model_config(str(llm_data), "--hf-config", str(config))
+    task = fairseq.tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    iterator = task.get_batch_iterator(dataset, max_tokens=600, seed=3)
+    for batches in (iterator.frozen_batches, token_batches(dataset, range(len(dataset)), 600)):
+        assert sorted(i for batch in batches for i in batch) == list(range(len(dataset)))
+        computed = padding = 0
+        for indices in batches:
+            batch = dataset.collater([dataset[i] for i in indices])
+            read: list[tuple[int, ...]] = []
+            embedding = model.decoder.model.get_input_embeddings()
+            hook = embedding.register_forward_hook(
+                lambda _, inputs, __, read=read: read.append(tuple(inputs[0].shape))
+            )
+            model(**batch["net_input"])
+            hook.remove()
+            # By hand: each row is a prompt without its end and a translation without its end.
+            source, target = dataset.sizes[indices].T
+            rows = source - 1 + target - 1
+            assert read == [(len(indices), rows.max())] and rows.max() * len(indices) <= 600
+            assert batch["net_input"]["longest"] == rows.max()
+            assert batch["positions"] == (rows.max() * len(rows), (rows.max() - rows).sum())
+            computed, padding = computed + batch["positions"][0], padding + batch["positions"][1]
+        assert 0 < padding / computed < 0.1
+    # A model that is no language model counts the longer side, as fairseq does.
+    plain = fairseq.tasks.setup_task(cfg.task)
+    plain.load_dataset("train")
+    indices = np.arange(len(dataset))
+    assert (plain.dataset("train").num_tokens_vec(indices) == dataset.sizes.max(axis=1)).all()
+    assert "longest" not in plain.dataset("train").collater([dataset[0]])["net_input"]
+
+
+def test_training_logs_the_share_of_padding(llm_data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama"]))
+    out = train_llm(
+        llm_data, tmp_path / "save", "--criterion", "cross_entropy", "--hf-config", config,
+        "--disable-validation",
+    )  # fmt: skip
+    records = [json.loads(line[line.index("{") :]) for line in out.splitlines() if '"ups"' in line]
+    shares = [float(record["padding"]) for record in records]
+    assert len(shares) == 3 and all(0 <= share < 0.1 for share in shares)
+
+
 def test_vocabulary_by_hand() -> None:
     pieces = ["<unk>", "<s>", "</s>", "a b", "\n", "c"]
     symbols, rows = build_vocabulary(pieces, (1, None, 2, 0))
