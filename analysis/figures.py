@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from tqdm import tqdm
 
 from analysis.errors import AnalysisError, one_line_errors
 from analysis.flows import aligned, draw_transitions
@@ -31,6 +30,7 @@ from analysis.style import (
     ordered,
     save,
 )
+from analysis.terminal import progress
 
 matplotlib.use("Agg")
 
@@ -369,7 +369,7 @@ def without_variants(table: pd.DataFrame) -> pd.DataFrame:
 def draw_all(folder: Path) -> list[str]:
     """Draw every figure whose table is in ``folder``; a table without rows has no figure."""
     drawn = []
-    for name, draw in tqdm(FIGURES.items(), desc="draw figures", unit="figure", disable=None):
+    for name, draw in progress(FIGURES.items(), desc="draw figures", unit="figure"):
         path = folder / f"{name}.csv"
         if path.exists():
             table = pd.read_csv(path, keep_default_na=False, na_values=[""])

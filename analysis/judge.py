@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from analysis.aggregate import Partition, RunSums, make_partition, sum_records
 from analysis.buckets import Family, Threshold, difficulty_families, shared_families
@@ -16,6 +15,7 @@ from analysis.records import TokenSet, read_columns
 from analysis.runs import LeftOut, Run
 from analysis.stats import Floats, Resamples, ratio
 from analysis.study import Direction, Study, base_method, couples, partner
+from analysis.terminal import progress
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def load_judges(study: Study, options: Options) -> list[Judge]:
     """
     judges = []
     total = sum(len(direction.scored) for direction in study.directions)
-    with tqdm(total=total, desc="read token records", unit="run", disable=None) as bar:
+    with progress(total=total, desc="read token records", unit="run") as bar:
         for direction in study.directions:
             if direction.tokens is None:
                 continue

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from analysis.errors import AnalysisError
 from analysis.quality import Quality
+from analysis.terminal import progress
 
 
 def load_comet(model: Path) -> Any:
@@ -40,7 +40,7 @@ def add_comet(
     95 % bootstrap interval over sentences; NaN for runs without source text."""
     found: dict[str, tuple[float, float, float]] = {}
     for quality in qualities:
-        for run in tqdm(quality.runs(), desc=f"COMET {quality.direction.name}", disable=None):
+        for run in progress(quality.runs(), desc=f"COMET {quality.direction.name}"):
             texts = quality.texts(run)
             if texts.sources is None:
                 continue

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from benchmarking import RESULTS, Target, write_results
 from simulated_runs import PIECES, write_records, write_run_directory, write_run_record
-from tqdm import tqdm
 
 from analysis import transfer
 from analysis.judge import Options
+from analysis.terminal import progress
 
 TOKENS, LENGTH = 2_500_000, 25
 METHODS = ("finetune", "word_kd", "se_kd_student", "se_kd_target")
@@ -66,7 +66,7 @@ def large_records(path: Path, noise: float, seed: int) -> None:
 
 def scale(folder: Path) -> dict[str, Any]:
     """Seconds and peak memory of ``python -m analysis.transfer`` on ten million records."""
-    for number, method in enumerate(tqdm(METHODS, desc="write ten million records")):
+    for number, method in enumerate(progress(METHODS, desc="write ten million records")):
         run = folder / method
         write_run_record(run, method, seed=1, direction="en-de", updates=100, cache="c")
         large_records(run / "tokens" / "test" / "100.parquet", 1.0 - 0.1 * number, number)
@@ -121,7 +121,7 @@ def main() -> None:
     planted = max(args.studies // 5, 1)
     cases += [("planted: 0.7 for 0.8", 0.7, planted, *size) for size in SIZES]
     for case, better, studies, seeds, sentences in cases:
-        bar = tqdm(range(studies), desc=f"{case}, {seeds} seeds, {sentences} sentences")
+        bar = progress(range(studies), desc=f"{case}, {seeds} seeds, {sentences} sentences")
         verdicts = np.array([judge_claim(better, i, seeds, sentences) for i in bar])
         share, single = verdicts.mean(axis=0).tolist()
         rows.append(

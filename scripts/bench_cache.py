@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from benchmarking import RESULTS, Target, summary, time_in_turn, write_results
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
-from tqdm import tqdm
 
+from analysis.terminal import progress
 from sekd_fairseq import build_cache
 from sekd_fairseq.data import TeacherDataset
 from sekd_fairseq.engines import TorchEngine
@@ -57,7 +57,7 @@ def curve(data: str, teacher: str, name: str, folder: Path) -> list[dict[str, An
     """Bytes a token and restoration error of every rule."""
     rows = []
     cases = [(rule, value, bits) for rule, value in RULES for bits in (16, 8)]
-    for rule, value, bits in tqdm(cases, desc=f"rules, {name}"):
+    for rule, value, bits in progress(cases, desc=f"rules, {name}"):
         options = ["--logprob-bits", str(bits)]
         options += ["--top-k", str(value if rule == "top_k" else CAP)]
         options += ["--top-p", str(value)] if rule == "top_p" else []
@@ -151,7 +151,7 @@ def loading_speed(data: str, path: str, cache: TeacherCache) -> list[dict[str, A
         return time.perf_counter() - start
 
     taken: dict[str, list[float]] = {"without": [], "with": []}
-    for turn in tqdm(range(4), desc="loader"):
+    for turn in progress(range(4), desc="loader"):
         sums = {"without": 0.0, "with": 0.0}
         for batch in batches:
             for name, dataset in (("without", plain), ("with", cached)):
@@ -194,7 +194,7 @@ def opening(folder: Path, tokens: int = 10_000_000) -> dict[str, Any]:
     }
     hashes = generator.integers(0, 2**63, sentences).astype(np.uint64)
     folder.mkdir()
-    for index in tqdm(range(sentences // shard), desc="ten million tokens"):
+    for index in progress(range(sentences // shard), desc="ten million tokens"):
         rows = [SentenceRows({**columns, "token_id": one}) for one in ids]
         part = slice(index * shard, (index + 1) * shard)
         write_shard(folder, index, rows, hashes[part], dtypes)

@@ -27,9 +27,9 @@ from benchmarking import RESULTS, Target, Timing, peak_bytes, time_in_turn, writ
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import sekd_fairseq.tasks  # noqa: F401 (registers)
+from analysis.terminal import progress
 from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDConfig,
     SelfEvolutionKDCriterion,
@@ -287,7 +287,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     rows: list[dict[str, Any]] = []
-    for part, vocabulary, tokens in tqdm(
+    for part, vocabulary, tokens in progress(
         list(settings(args.quick, device)), desc="bench_criterion"
     ):
         steps = contenders(part, vocabulary, tokens, device)

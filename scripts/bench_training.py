@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from benchmarking import RESULTS, Target, write_results
 from fairseq.data import Dictionary, data_utils, indexed_dataset
-from tqdm import tqdm
 
+from analysis.terminal import progress
 from sekd_fairseq.llm.vocabulary import Vocabulary
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
@@ -148,7 +148,7 @@ def measure(data: Path, folder: Path, updates: int, rounds: int) -> list[dict[st
         kd = [*llm, *METHODS["SE-KD, cached"], "--teacher-cache", str(cache)]
         settings.append(("language model", 0, "SE-KD, cached, chunked", kd))
     found: dict[int, list[dict[str, float]]] = {i: [] for i in range(len(settings))}
-    with tqdm(total=rounds * len(settings), desc=f"{size} symbols", unit="run") as bar:
+    with progress(total=rounds * len(settings), desc=f"{size} symbols", unit="run") as bar:
         for _ in range(rounds):
             for i, (_, _, _, options) in enumerate(settings):
                 with tempfile.TemporaryDirectory(dir=folder) as save:

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 from parallel_text import DataError, Pair, read_aligned, without_leaks
-from tqdm import tqdm
 
+from analysis.terminal import progress
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import DEFAULT, SEPARATOR, Template, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
@@ -126,7 +126,7 @@ def end_of_example(tokenizer: Tokenizer, translation: str) -> int:
 
 def tokenize(sentences: Sequence[str], tokenizer: Tokenizer, what: str) -> list[list[int]]:
     """The tokenizer's ids of each sentence."""
-    return [tokenizer.encode(text) for text in tqdm(sentences, desc=what, unit="line")]
+    return [tokenizer.encode(text) for text in progress(sentences, desc=what, unit="line")]
 
 
 def write_binary(

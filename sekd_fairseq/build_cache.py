@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from fairseq import utils
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 import sekd_fairseq
+from analysis.terminal import progress
 from sekd_fairseq.data import target_hashes
 from sekd_fairseq.engines import Engine, TorchEngine, VLLMEngine
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
@@ -248,7 +248,7 @@ def build_split(engine: Engine, args: argparse.Namespace, split: str) -> Teacher
         for index in shard_range(settings)[args.shard_id :: args.num_shards]
     }
     total = int(sum(lengths[sentences].sum() for sentences in spans.values()))
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=f"{split}") as bar:
+    with progress(total=total, unit="tok", unit_scale=True, desc=f"{split}") as bar:
         for index, sentences in spans.items():
             if (directory / shard_name(index)).exists():
                 bar.update(int(lengths[sentences].sum()))

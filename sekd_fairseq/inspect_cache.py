@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from analysis.terminal import progress
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.teacher_cache import TeacherCache, TeacherRow
 from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest, atomic_write
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(describe(directory, cache.manifest), flush=True)
             if args.verify:
                 shards = range(len(cache.manifest.shards))
-                cache.verify(tqdm(shards, desc=f"verify {directory.name}", unit="shard"))
+                cache.verify(progress(shards, desc=f"verify {directory.name}", unit="shard"))
                 print("  verified      every checksum matches, every value is finite")
             if args.against:
                 error = restoration_error(cache, args.against, args.data, args.sentences)
@@ -117,7 +117,7 @@ def restoration_error(
     cache.check_targets(target_hashes(dataset.tgt, pad), f"{cache.manifest.split} ({data})")
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(sentences, len(dataset))).astype(int))
     errors = [np.zeros(0)]
-    for sentence in tqdm(chosen, desc=f"compare {cache.manifest.split}", unit="sentence"):
+    for sentence in progress(chosen, desc=f"compare {cache.manifest.split}", unit="sentence"):
         row = cache[int(sentence)]
         if len(row.token_id) == len(row.support_size) and not row.outside_mass.any():
             continue  # skipped as too long: the reference alone, which the teacher did not give
@@ -152,7 +152,7 @@ def write_parquet(cache: TeacherCache, path: Path) -> None:
     entries = [name for name in cache.manifest.dtypes if name in ENTRY_COLUMNS]
     writer = None
     with atomic_write(path) as stream:
-        for start in tqdm(range(0, len(cache), 1000), desc="parquet", unit="k sentences"):
+        for start in progress(range(0, len(cache), 1000), desc="parquet", unit="k sentences"):
             rows = cache[start : start + 1000]
             sizes = np.concatenate([row.support_size for row in rows]).astype(np.int64)
             lengths = np.array([len(row.support_size) for row in rows])

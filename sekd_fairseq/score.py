@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 import sekd_fairseq
+from analysis.terminal import progress
 from sekd_fairseq.data import TeacherDataset, teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import (
@@ -184,7 +184,9 @@ def score_split(
     parts: list[dict[str, NDArray[Any]]] = []
     lengths = dataset.sizes[:, 1]
     temperature = dataset.caches[0].manifest.temperature
-    with tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"score {name}") as bar:
+    with progress(
+        total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"score {name}"
+    ) as bar:
         for batch in token_batches(dataset, np.arange(len(dataset)), max_tokens):
             sample = dataset.collater([dataset[i] for i in batch])
             part = token_columns(model, to_device(sample, device), dataset.pad, temperature)
