@@ -12,15 +12,14 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
-from tqdm import tqdm
 
 from analysis.judge import Options
+from analysis.languages import Tokenizer, bleu_tokenizer, installed_tokenizer, languages_of
 from analysis.runs import Run
 from analysis.stats import Floats, Resamples, hierarchical, holm
 from analysis.study import Direction, Texts, couples, partner
+from analysis.terminal import progress, warn
 
-#: sacreBLEU's tokenizer for target languages that 13a does not fit, unless scores.json names one.
-TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char"}
 BASELINES = ("finetune", "word_kd")
 #: Resamples and trials of the significance tests between two runs.
 TRIALS = 1000
@@ -101,24 +100,26 @@ def load_quality(direction: Direction, subset: str) -> Quality | None:
         return None
     first = next(run for run in direction.runs if run.label == labels[0])
     tokenizer = _tokenizer(first, subset)
+    if tokenizer.remark:
+        warn(f"{direction.name}: {tokenizer.remark}")
     metrics: dict[str, Metric] = {
-        "BLEU": RememberedBLEU(tokenize=tokenizer),
+        "BLEU": RememberedBLEU(tokenize=tokenizer.name),
         "chrF": RememberedCHRF(),
     }
     return Quality(direction, [direction.texts[labels[0]].references], metrics)
 
 
-def _tokenizer(run: Run, subset: str) -> str:
+def _tokenizer(run: Run, subset: str) -> Tokenizer:
     """The tokenizer that scores.json was made with, else the target language's."""
     try:
         scores = json.loads((run.path / "scores.json").read_text(encoding="utf-8"))
-        found = re.search(r"tok:([\w-]+)", scores[subset]["bleu"]["signature"])
-        if found:
-            return found.group(1)
+        signature = scores[subset]["bleu"]["signature"]
+        # MeCab's versions stand behind its tokenizers' names: tok:ja-mecab-0.996-IPA.
+        if found := re.search(rf"tok:({'|'.join(BLEU.TOKENIZERS)})[-|]", signature):
+            return installed_tokenizer(found[1])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # the file is not needed: everything is scored again from the translations
-    target = re.split(r"[-_]", run.direction.split("-", 1)[1])[0].lower()
-    return TOKENIZERS.get(target, "13a")
+    return bleu_tokenizer(languages_of(run.direction)[1])
 
 
 def results_table(qualities: Sequence[Quality]) -> pd.DataFrame:
@@ -129,7 +130,7 @@ def results_table(qualities: Sequence[Quality]) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     total = sum(len(quality.runs()) for quality in qualities)
-    with tqdm(total=total, desc="score translations", unit="run", disable=None) as bar:
+    with progress(total=total, desc="score translations", unit="run") as bar:
         for quality in qualities:
             for run in quality.runs():
                 rows.append(_result(quality, run))

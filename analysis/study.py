@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from analysis.errors import AnalysisError
+from analysis.lines import read_lines
 from analysis.records import TokenSet, read_token_set
 from analysis.runs import LeftOut, Run, discover
+from analysis.terminal import progress
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load_study(root: Path, subset: str) -> Study:
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.direction].append(run)
-    with tqdm(total=len(runs), desc="find tokens", unit="run", disable=None) as bar:
+    with progress(total=len(runs), desc="find tokens", unit="run") as bar:
         for name in sorted(groups):
             directions.append(_load_direction(name, groups[name], subset, left_out, bar))
     directions = [direction for direction in directions if direction.runs]
@@ -192,11 +192,7 @@ def read_texts(run: Run, subset: str) -> Texts | None:
         file = folder / f"{subset}{suffix}.txt"
         if suffix == ".src" and not file.exists():
             continue
-        try:
-            text = file.read_bytes().decode("utf-8")  # read_text would end lines at "\r" too
-        except (OSError, UnicodeDecodeError) as error:
-            raise AnalysisError(f"{file}: expected a UTF-8 text file, {error}") from error
-        lines[suffix] = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        lines[suffix] = read_lines(file)
         if len(lines[suffix]) != len(lines[""]):
             raise AnalysisError(
                 f"{file}: expected {len(lines[''])} lines as in {path.name}, found "

@@ -3,23 +3,20 @@
 Pure functions on lists of (source, target) pairs; ``prepare_data.py`` is the command.
 """
 
-import gzip
 import random
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+from analysis.errors import AnalysisError as DataError
+from analysis.lines import read_lines
 
 Pair = tuple[str, str]
 
 # Marks that change how text is laid out, not what it says: byte order mark, soft hyphen, zero
 # width space. The zero width joiners stay, because Persian and Indic scripts spell with them.
 _INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u00ad\u200b"))
-
-
-class DataError(Exception):
-    """Text that cannot be prepared; the message is one line for the user."""
 
 
 def normalise(line: str) -> str:
@@ -29,45 +26,6 @@ def normalise(line: str) -> str:
     what its author wrote.
     """
     return " ".join(unicodedata.normalize("NFC", line.translate(_INVISIBLE)).split())
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file, as they are, without the line ends.
-
-    ``FILE.gz`` is read where there is no ``FILE``.
-
-    Only line feeds end a line, with or without the carriage return of Windows: ``str.splitlines``
-    would also split at U+2028 and the like, and the two sides would then no longer be aligned.
-
-    Raises
-    ------
-    DataError
-        The file is missing or not UTF-8; the message names the line.
-    """
-    packed = path.with_name(f"{path.name}.gz")
-    try:
-        if packed.exists() and not path.exists():
-            content = gzip.decompress(packed.read_bytes())
-        else:
-            content = path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: expected a text file, found none that can be read ({error}); check the path"
-        ) from error
-    lines = content.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    decoded = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            decoded.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: expected UTF-8, found the byte "
-                f"0x{line[error.start]:02x} at column {error.start + 1}; convert the file, for "
-                "example with: iconv -f LATIN1 -t UTF-8"
-            ) from error
-    return decoded
 
 
 def read_aligned(source: Path, target: Path) -> tuple[list[str], list[str]]:

@@ -36,6 +36,7 @@ import yaml
 from benchmarking import Target, write_targets
 from snakemake.utils import update_config
 
+from analysis.languages import languages_of
 from analysis.records import COLUMNS
 
 #: Columns of token records that are the teacher's or the test set's, so the same in all runs of a
@@ -299,7 +300,7 @@ def summarise(study: Study, output: Path) -> None:
 def restore(study: Study, output: Path) -> None:
     """Put kept runs back, directions whole."""
     for direction in sorted(path for path in (output / "runs").iterdir() if path.is_dir()):
-        source, target = direction.name.split("-")
+        source, target = languages_of(direction.name)
         data = Path("data", study.name, direction.name)
         if not (data / "data.json").exists():
             sys.exit(

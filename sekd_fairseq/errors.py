@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from analysis.errors import AnalysisError
+
 
 class UserError(ValueError):
     """Something in the user's input is wrong.
@@ -20,15 +22,15 @@ class CacheError(UserError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with the message alone, and status 1, on a :class:`UserError`, or where the
-    system refuses a file (a full disk, a directory that must not be written to).
+    """End the program with the message alone, and status 1, on a :class:`UserError` (or one of
+    ``analysis``, which reads text for both packages), or where the system refuses a file (a full disk, a directory that must not be written to).
 
     For the outermost frame of a command, and for the places where fairseq calls the plugin, which
     would print a traceback.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, AnalysisError) as error:
         stop_workers()
         raise SystemExit(f"error: {error}") from error
     except OSError as error:

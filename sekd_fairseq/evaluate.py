@@ -9,18 +9,22 @@ writes ``hyps/<subset>.txt`` (with ``.ref.txt`` and ``.src.txt`` beside it) and 
 """
 
 import argparse
+import html
+import itertools
 import json
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
+from analysis.languages import bleu_tokenizer
+from analysis.lines import read_lines
+from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.teacher_cache.format import atomic_write
-
-#: sacreBLEU's tokenizer for languages that 13a does not fit.
-TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "expected as many"
             )
         hypotheses = read_generated(args.generated, "D-", len(references))
+        check_texts(args.generated, args.source, args.reference)
         scores = score(hypotheses, references, args.target_lang)
         folder = args.run / "hyps"
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,16 +72,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def read_lines(path: Path) -> list[str]:
-    """A text file's lines, ended by a newline (or both characters of Windows) and by nothing else."""
-    try:
-        # Not read_text, for which a carriage return within a line would end it.
-        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected a UTF-8 text file ({error})") from error
-    return lines[:-1] if lines[-1] == "" else lines
-
-
 def read_generated(path: Path, prefix: str, expected: int) -> list[str]:
     """The best translation of each sentence, by its number, from fairseq-generate's output.
 
@@ -87,12 +82,7 @@ def read_generated(path: Path, prefix: str, expected: int) -> list[str]:
     UserError
         A sentence without a translation, or one too many: named by number.
     """
-    best: dict[int, str] = {}
-    for line in read_lines(path):
-        if line.startswith(prefix):
-            label, _, rest = line.partition("\t")
-            _, _, text = rest.partition("\t")
-            best.setdefault(int(label[2:]), text)
+    best = labelled(read_lines(path), prefix)
     missing = sorted(set(range(expected)) - set(best))
     if missing or len(best) != expected:
         which = f"sentence {missing[0]} has none" if missing else f"sentence {max(best)} is beyond"
@@ -104,11 +94,78 @@ def read_generated(path: Path, prefix: str, expected: int) -> list[str]:
     return [best[i] for i in range(expected)]
 
 
+def labelled(lines: Sequence[str], prefix: str) -> dict[int, str]:
+    """The text of fairseq-generate's lines with a prefix, by sentence; of several the first."""
+    found: dict[int, str] = {}
+    scores = 1 if prefix in ("D-", "H-") else 0  # between label and text
+    for line in lines:
+        label, *rest = line.split("\t", 1 + scores)
+        if label.startswith(prefix) and label[2:].isdecimal() and len(rest) == 1 + scores:
+            found.setdefault(int(label[2:]), rest[-1])
+    return found
+
+
+def check_texts(generated: Path, source: Path, reference: Path) -> None:
+    """Compare the source and reference files with the sentences that fairseq-generate printed.
+
+    Its ``S-`` and ``T-`` lines are the data's sentences (of a language model the prompt around them),
+    perhaps tokenised or in lower case, so letters and digits alone are compared. Files in another
+    order, exchanged, or of another text are refused; of references that are only worded differently,
+    as of a second translator, the user is told.
+
+    Raises
+    ------
+    UserError
+        Names the first line that is another sentence's.
+    """
+    output = read_lines(generated)
+    printed = {prefix: labelled(output, prefix) for prefix in ("S-", "T-")}
+    owners = {
+        letters(text): f"{prefix}{sentence}"
+        for prefix, texts in printed.items()
+        for sentence, text in texts.items()
+    }
+    for path, prefix in ((source, "S-"), (reference, "T-")):
+        lines, own = read_lines(path), printed[prefix]
+        other = [i for i in own if i < len(lines) and not alike(lines[i], own[i])]
+        strays = {i: owners[letters(lines[i])] for i in other if letters(lines[i]) in owners}
+        if not other:
+            continue
+        if 2 * len(strays) >= len(other):
+            first = min(strays)
+            raise UserError(
+                f"{path} line {first + 1}: expected the text of {prefix}{first} in {generated}, found "
+                f"that of {strays[first]} ({len(other)} of {len(lines)} lines are not their own); "
+                "give --source and --reference in the order of the data that were translated"
+            )
+        told = (
+            f"{path}: {len(other)} of {len(lines)} lines differ from what {generated} was "
+            f"translated from, first line {min(other) + 1}"
+        )
+        if prefix == "S-" and 2 * len(other) > len(lines):
+            raise UserError(f"{told}; expected the text of the data that were translated")
+        warn(f"{told}; scored as they are (another translator's references?)")
+
+
+def letters(text: str) -> str:
+    """Letters and digits of a sentence: what tokenising, pieces and case leave alone."""
+    text = unicodedata.normalize("NFKC", html.unescape(text)).casefold()
+    return "".join(filter(str.isalnum, text.replace("<<unk>>", "").replace("<unk>", "")))
+
+
+def alike(text: str, printed: str) -> bool:
+    """Whether at least half of the pairs of letters of ``text`` stand in ``printed``."""
+    pairs, among = (Counter(itertools.pairwise(letters(side))) for side in (text, printed))
+    return 2 * (pairs & among).total() >= pairs.total()
+
+
 def score(hypotheses: list[str], references: list[str], target_lang: str) -> dict[str, Any]:
     """sacreBLEU's BLEU and chrF with their signatures."""
     result: dict[str, Any] = {"sentences": len(hypotheses)}
-    tokenizer = TOKENIZERS.get(target_lang.split("_")[0].split("-")[0].lower(), "13a")
-    for name, metric in (("bleu", BLEU(tokenize=tokenizer)), ("chrf", CHRF())):
+    tokenizer = bleu_tokenizer(target_lang)
+    if tokenizer.remark:
+        warn(tokenizer.remark)
+    for name, metric in (("bleu", BLEU(tokenize=tokenizer.name)), ("chrf", CHRF())):
         value = metric.corpus_score(hypotheses, [references])
         result[name] = {"score": value.score, "signature": str(metric.get_signature())}
     return result

@@ -4,18 +4,13 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.languages import language_name
 from sekd_fairseq.errors import UserError
 
 DEFAULT = "Translate from {src_lang} to {tgt_lang}.\n{src_lang}: {src}\n{tgt_lang}:\n"
 #: What follows the translation of an example in a few-shot prompt.
 SEPARATOR = "\n\n"
 FIELDS = {"src", "src_lang", "tgt_lang"}
-NAMES = {
-    "ar": "Arabic", "cs": "Czech", "de": "German", "en": "English", "es": "Spanish", "fi": "Finnish",
-    "fr": "French", "hi": "Hindi", "is": "Icelandic", "it": "Italian", "ja": "Japanese",
-    "ko": "Korean", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian",
-    "ru": "Russian", "tr": "Turkish", "uk": "Ukrainian", "zh": "Chinese",
-}  # fmt: skip
 
 
 class Template:
@@ -41,7 +36,7 @@ class Template:
                 f"{{tgt_lang}}, found {sorted(fields) or 'none'}"
             )
         self.text = text
-        names = [NAMES.get(language, language) for language in (source_lang, target_lang)]
+        names = [language_name(language) for language in (source_lang, target_lang)]
         self._languages = dict(zip(("src_lang", "tgt_lang"), names, strict=True))
 
     def prompt(self, source: str, examples: Sequence[tuple[str, str]] = ()) -> str:
