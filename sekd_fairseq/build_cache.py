@@ -11,7 +11,6 @@ on where it was; several processes share one with ``--num-shards`` and ``--shard
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from fairseq import utils
 from numpy.typing import NDArray
 
 import sekd_fairseq
+from analysis.integrity import DamagedFile, read_json, sealed_json
 from analysis.terminal import progress
 from sekd_fairseq.data import target_hashes
 from sekd_fairseq.engines import Engine, TorchEngine, VLLMEngine
@@ -306,10 +306,19 @@ def _begin(directory: Path, settings: dict[str, Any]) -> None:
     """Record what is being built, so that another build cannot go on in the same directory."""
     path = directory / SETTINGS
     if path.exists():
-        _check_same(directory, settings, json.loads(path.read_text(encoding="utf-8")))
+        try:
+            begun, sealed = read_json(path)
+        except DamagedFile as error:
+            raise CacheError(f"{error}; delete {directory} and build it again") from error
+        if not sealed:
+            raise CacheError(
+                f"{path}: expected settings with a checksum, found none (an earlier version began "
+                f"here); delete {directory} and build it again"
+            )
+        _check_same(directory, settings, begun)
     else:
         with atomic_write(path) as stream:
-            stream.write(json.dumps(settings, indent=1).encode())
+            stream.write(sealed_json(settings))
 
 
 def _check_same(directory: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from analysis.terminal import progress
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.teacher_cache import TeacherCache, TeacherRow
+from sekd_fairseq.teacher_cache.finish import upgrade_cache
 from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest, atomic_write
 
 
@@ -30,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
         "size, and how well its teacher predicts the references.",
     )
     out.add_argument("cache", type=Path, metavar="CACHE", help="cache directory, or one split's")
+    out.add_argument(
+        "--upgrade",
+        action="store_true",
+        help="first bring a cache of an earlier version up to date; reads every byte, rewrites the "
+        "manifest alone",
+    )
     out.add_argument(
         "--verify",
         action="store_true",
@@ -77,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{args.cache}; name one, such as {directories[0]}"
             )
         for directory in directories:
-            cache = TeacherCache.open(directory)
+            cache = (upgrade_cache if args.upgrade else TeacherCache.open)(directory)
             print(describe(directory, cache.manifest), flush=True)
             if args.verify:
                 shards = range(len(cache.manifest.shards))

@@ -1,5 +1,6 @@
 """Closing a cache: the manifest over all shards, with what can be said of the teacher."""
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,17 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
+from analysis.integrity import DamagedFile, is_sealed
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
+    FORMAT_VERSION,
     MANIFEST,
     Manifest,
     Shard,
     atomic_write,
     decode_logprob,
     hash_file,
+    read_manifest,
     shard_name,
 )
 from sekd_fairseq.teacher_cache.reader import TeacherCache
@@ -82,14 +86,77 @@ def finish_cache(
         versions={**versions, "pyarrow": pyarrow.__version__},
     )
     with atomic_write(directory / MANIFEST) as stream:
-        stream.write(manifest.to_json().encode())
+        stream.write(manifest.to_json())
     return TeacherCache.open(directory)
+
+
+def upgrade_cache(directory: Path) -> TeacherCache:
+    """Bring a cache of format version 1 up to date: its shards stay, its manifest is written anew.
+
+    Version 1 did not say where a shard's columns lie. Every shard is read and checked against the
+    SHA-256 of the old manifest before it is looked into.
+
+    Raises
+    ------
+    CacheError
+        A damaged shard or manifest.
+    """
+    content = read_manifest(directory)
+    if content.get("format_version") == 1:
+        try:
+            shards = [
+                {**shard, **_places(_whole_shard(directory / shard["file"], shard["sha256"]))}
+                for shard in content["shards"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise CacheError(
+                f"{directory / MANIFEST}: not a manifest of a teacher cache ({error}); build the "
+                "cache again"
+            ) from error
+        content |= {"shards": shards, "format_version": FORMAT_VERSION}
+        manifest = Manifest.of(directory / MANIFEST, content)
+        with atomic_write(directory / MANIFEST) as stream:
+            stream.write(manifest.to_json())
+    return TeacherCache.open(directory)
+
+
+def _whole_shard(path: Path, sha256: str | None = None) -> pyarrow.Buffer:
+    """A shard's bytes, mapped, after a check of all of them: against ``sha256``, or where that is not
+    known yet against the checksum in the file itself."""
+    try:
+        whole = is_sealed(path) if sha256 is None else hash_file(path) == sha256
+        with pyarrow.memory_map(str(path)) as source:
+            content = source.read_buffer()
+    except (OSError, DamagedFile):
+        whole = False
+    if not whole:
+        raise CacheError(
+            f"{path}: expected a whole shard of this version, found a damaged or an older one; "
+            "delete it and run its build_cache command again"
+        )
+    return content
+
+
+def _read_shard(content: pyarrow.Buffer) -> pyarrow.RecordBatch:
+    return pyarrow.ipc.open_file(pyarrow.BufferReader(content)).get_batch(0)
+
+
+def _places(content: pyarrow.Buffer) -> dict[str, Any]:
+    """What the manifest says of the inside of a shard: ``layout`` and ``target_hash_crc``."""
+    batch = _read_shard(content)
+    buffers = {name: batch.column(name).buffers()[1] for name in ("target_hash", "crc")}
+    for name in batch.schema.names[2:]:
+        _, buffers[f"{name}.offsets"], _, buffers[f"{name}.values"] = batch.column(name).buffers()
+    return {
+        "layout": {name: buffer.address - content.address for name, buffer in buffers.items()},
+        "target_hash_crc": zlib.crc32(batch.column("target_hash").to_numpy().data),
+    }
 
 
 def _measure(path: Path) -> tuple[Shard, NDArray[np.float64], NDArray[np.int64]]:
     """A finished shard's entry in the manifest, its :data:`SUMS`, and its reference tokens."""
-    with pyarrow.memory_map(str(path)) as source:
-        batch = pyarrow.ipc.open_file(source).get_batch(0)
+    content = _whole_shard(path)
+    batch = _read_shard(content)
     value = {
         name: batch.column(name).values.to_numpy()
         for name in ("support_size", "gold_logprob", "outside_mass", "entropy", "token_id")
@@ -121,6 +188,7 @@ def _measure(path: Path) -> tuple[Shard, NDArray[np.float64], NDArray[np.int64]]
         entries=int(sizes.sum()),
         bytes=path.stat().st_size,
         sha256=hash_file(path),
+        **_places(content),
     )
     tokens = value["token_id"][first].astype(np.int64)
     return shard, np.array(sums, dtype=np.float64), tokens

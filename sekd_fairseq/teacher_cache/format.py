@@ -15,25 +15,28 @@ sentence, in the order of the split::
                                      (:func:`encode_logprob`)
     draws          list<uint16>      an entry, of a sampled support only: how often it was drawn
 
-The manifest is written last, so a directory with a manifest is complete, and one without is not.
+The manifest is written last, so a directory with a manifest is complete, and one without is not. It
+says where each column lies in its file (:func:`layout_of`), so that a reader asks no file about itself:
+a damaged one can be refused, but not followed out of its bounds.
 """
 
 import hashlib
-import json
 import os
+import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.integrity import DamagedFile, hash_content, read_json, sealed_json
 from sekd_fairseq.errors import CacheError, UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 #: Columns with one value a target token, with their stored types.
@@ -81,6 +84,13 @@ def decode_logprob(stored: NDArray[Any]) -> NDArray[np.float16]:
     if stored.dtype == np.uint8:
         return stored.astype(np.float16) / np.float16(-LOGPROB_STEPS)
     return stored
+
+
+def column_places(dtypes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the parts of a shard: the two columns of numbers, and of each list column where its
+    rows begin (``NAME.offsets``, int32, one more than rows) and its values (``NAME.values``)."""
+    parts = (f"{name}.{part}" for name in dtypes for part in ("offsets", "values"))
+    return ("target_hash", "crc", *parts)
 
 
 def shard_name(index: int) -> str:
@@ -182,7 +192,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard file as the manifest lists it."""
+    """One shard file as the manifest lists it.
+
+    Attributes
+    ----------
+    target_hash_crc
+        CRC-32 of its column ``target_hash``, which the rows' own checksums leave out.
+    layout
+        Where in the file each part begins (:func:`column_places`), in bytes.
+    """
 
     file: str
     sentences: int
@@ -190,6 +208,8 @@ class Shard:
     entries: int
     bytes: int
     sha256: str
+    target_hash_crc: int
+    layout: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -216,16 +236,14 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
-    def to_json(self) -> str:
+    def to_json(self) -> bytes:
         """The manifest as JSON, with a checksum of its own."""
-        content = asdict(self)
-        content["checksum"] = _content_hash(content)
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        return sealed_json(asdict(self))
 
     @property
     def fingerprint(self) -> str:
         """Identifies the cache's content in run records (16 hexadecimal digits)."""
-        return _content_hash([shard.sha256 for shard in self.shards])[:16]
+        return hash_content([shard.sha256 for shard in self.shards])[:16]
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
@@ -238,56 +256,50 @@ class Manifest:
             the future, or a manifest that was cut or edited.
         """
         path = directory / MANIFEST
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            begun = directory.is_dir() and any(directory.iterdir())
+        content = read_manifest(directory)
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
             raise CacheError(
-                f"{directory}: expected a finished teacher cache ({MANIFEST}), found "
+                f"{path}: expected format version {FORMAT_VERSION}, found {version}; "
                 + (
-                    "an unfinished build; run its build_cache command again, it goes on where it stopped"
-                    if begun
-                    else "none; build it with: python -m sekd_fairseq.build_cache DATA "
-                    "--path TEACHER --output CACHE"
+                    f"bring the cache up to date with: python -m sekd_fairseq.inspect_cache "
+                    f"{shlex.quote(str(directory))} --upgrade"
+                    if version == 1
+                    else "update sekd_fairseq or build the cache again with this version"
                 )
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise CacheError(f"{path}: cannot be read ({error}); build the cache again") from error
+            )
+        return cls.of(path, content)
+
+    @classmethod
+    def of(cls, path: Path, content: dict[str, Any]) -> "Manifest":
+        """The manifest of what was read from ``path``; ``CacheError`` where no cache has such values."""
         try:
-            content = json.loads(text)
-            version = content.get("format_version")
-            if isinstance(version, int) and version > FORMAT_VERSION:
-                raise CacheError(
-                    f"{path}: expected format version {FORMAT_VERSION} or older, found {version}; "
-                    "update sekd_fairseq or build the cache again with this version"
-                )
-            checksum = content.pop("checksum")
-            if checksum != _content_hash(content):
-                raise CacheError(
-                    f"{path}: content does not match its checksum, so it was edited or damaged; "
-                    "restore the file or build the cache again"
-                )
-            content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
-            known = {item.name for item in fields(cls)}
-            manifest = cls(**{key: value for key, value in content.items() if key in known})
+            shards = tuple(Shard(**shard) for shard in content["shards"])
+            manifest = cls(**{**content, "shards": shards})
             manifest._check()
-            return manifest
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError) as error:
             raise CacheError(
                 f"{path}: not a manifest of a teacher cache ({error}); restore the file or build "
                 "the cache again"
             ) from error
+        return manifest
 
     def _check(self) -> None:
         """``TypeError`` where somebody wrote values that no cache has."""
+        if not isinstance(self.dtypes, dict) or self.dtypes not in _known_dtypes():
+            raise TypeError(f"dtypes: found {self.dtypes!r}")
+        places = set(column_places(self.dtypes))
         numbers = {"sentences": 0, "tokens": 0, "vocab_size": 1, "shard_sentences": 1}
         values: list[tuple[str, Any, int | None]] = [
             (name, getattr(self, name), low) for name, low in numbers.items()
         ]
         for shard in self.shards:
             values += [("file", shard.file, None), ("sha256", shard.sha256, None)]
-            for name in ("sentences", "tokens", "entries", "bytes"):
+            for name in ("sentences", "tokens", "entries", "bytes", "target_hash_crc"):
                 values.append((f"a shard's {name}", getattr(shard, name), 0))
+            if not isinstance(shard.layout, dict) or set(shard.layout) != places:
+                raise TypeError(f"a shard's layout: found {shard.layout!r}")
+            values += [(f"a shard's {name}", place, 0) for name, place in shard.layout.items()]
         values += [(name, getattr(self, name), None) for name in ("split", "dictionary_hash")]
         values += [("dataset_hash", self.dataset_hash, None)]
         for name, value, low in values:
@@ -302,10 +314,43 @@ class Manifest:
         for name in ("truncation", "teacher", "quality", "versions"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name}: found {getattr(self, name)!r}")
-        if not isinstance(self.dtypes, dict) or self.dtypes not in _known_dtypes():
-            raise TypeError(f"dtypes: found {self.dtypes!r}")
         if len(self.shards) != -(-self.sentences // self.shard_sentences):
             raise TypeError(f"shards: found {len(self.shards)}")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The content of ``directory/manifest.json``, of any format version.
+
+    Raises
+    ------
+    CacheError
+        None there, or one that was cut or edited.
+    """
+    path = directory / MANIFEST
+    try:
+        content, sealed = read_json(path)
+    except FileNotFoundError:
+        begun = directory.is_dir() and any(directory.iterdir())
+        raise CacheError(
+            f"{directory}: expected a finished teacher cache ({MANIFEST}), found "
+            + (
+                "an unfinished build; run its build_cache command again, it goes on where it stopped"
+                if begun
+                else "none; build it with: python -m sekd_fairseq.build_cache DATA "
+                "--path TEACHER --output CACHE"
+            )
+        ) from None
+    except (OSError, DamagedFile) as error:
+        raise CacheError(
+            f"{path}: not a manifest of a teacher cache ({error}); restore the file or build the "
+            "cache again"
+        ) from error
+    if not sealed:
+        raise CacheError(
+            f"{path}: not a manifest of a teacher cache (it has no checksum); restore the file or "
+            "build the cache again"
+        )
+    return content
 
 
 def _known_dtypes() -> list[dict[str, str]]:
@@ -315,7 +360,3 @@ def _known_dtypes() -> list[dict[str, str]]:
         for bits in (8, 16)
         for counts in (False, True)
     ]
-
-
-def _content_hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,17 +1,19 @@
 """Reading a teacher cache: memory-mapped, by sentence, from any number of processes."""
 
-from collections.abc import Iterable, Sequence
+import mmap
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
     TOKEN_COLUMNS,
     Manifest,
+    Shard,
     decode_logprob,
     hash_file,
     hash_symbols,
@@ -38,20 +40,37 @@ class TeacherRow(NamedTuple):
 
 
 class _MappedShard:
-    """NumPy views of one shard's columns; nothing is read until it is touched."""
+    """NumPy views of one shard's columns, where the manifest says that they are; of the rows nothing
+    is read until it is touched.
 
-    def __init__(self, path: Path, sentences: int, payload: Iterable[str]) -> None:
-        with pa.memory_map(str(path)) as source:
-            batch = pa.ipc.open_file(source).get_batch(0)
-        if batch.num_rows != sentences:
-            raise CacheError(
-                f"{path}: expected {sentences} sentences, found {batch.num_rows}; "
-                "delete the file and run its build_cache command again"
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    ValueError
+        It ends before its columns do, or its column ``target_hash`` is not the manifest's.
+    """
+
+    def __init__(self, path: Path, shard: Shard, dtypes: Mapping[str, str]) -> None:
+        with open(path, "rb") as stream:
+            content = mmap.mmap(stream.fileno(), shard.bytes, access=mmap.ACCESS_READ)
+
+        def part(name: str, dtype: DTypeLike, count: int) -> NDArray[Any]:
+            return np.frombuffer(content, dtype, count, shard.layout[name])
+
+        self.target_hash = part("target_hash", np.uint64, shard.sentences)
+        self.crc = part("crc", np.uint32, shard.sentences)
+        self.offsets = {
+            name: part(f"{name}.offsets", np.int32, shard.sentences + 1) for name in dtypes
+        }
+        self.values = {
+            name: part(
+                f"{name}.values", dtype, shard.tokens if name in TOKEN_COLUMNS else shard.entries
             )
-        self.target_hash = batch.column("target_hash").to_numpy()
-        self.crc = batch.column("crc").to_numpy()
-        self.offsets = {name: batch.column(name).offsets.to_numpy() for name in payload}
-        self.values = {name: batch.column(name).values.to_numpy() for name in payload}
+            for name, dtype in dtypes.items()
+        }
+        if zlib.crc32(self.target_hash.data) != shard.target_hash_crc:
+            raise ValueError("the column target_hash does not match its checksum")
 
 
 class TeacherCache(Sequence[TeacherRow]):
@@ -214,8 +233,8 @@ class TeacherCache(Sequence[TeacherRow]):
             shard = self.manifest.shards[index]
             path = self.directory / shard.file
             try:
-                self._shards[index] = _MappedShard(path, shard.sentences, self.manifest.dtypes)
-            except (OSError, KeyError, pa.ArrowException) as error:
+                self._shards[index] = _MappedShard(path, shard, self.manifest.dtypes)
+            except (OSError, ValueError, OverflowError) as error:
                 raise CacheError(
                     f"{path}: not a readable shard ({error}); restore it, or delete it and "
                     "manifest.json and run its build_cache command again"

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from analysis.integrity import sealed_arrow
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
     ENTRY_COLUMNS,
@@ -79,8 +80,8 @@ def write_shard(
         )
     batch = pa.record_batch(arrays, names=["target_hash", "crc", *dtypes])
     path = directory / shard_name(index)
-    with atomic_write(path) as stream, pa.ipc.new_file(stream, batch.schema) as writer:
-        writer.write_batch(batch)
+    with atomic_write(path) as stream:
+        stream.write(sealed_arrow(batch))
     return path
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.integrity import read_json, sealed_json
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
+from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import MANIFEST, atomic_write
 
 from .conftest import command, error_line
@@ -106,10 +108,89 @@ def test_swapped_shards_and_edited_manifest(cache_copy: Path) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CacheError, match="edited"):
         TeacherCache.open(directory)
-    manifest["format_version"] = 99
-    (directory / MANIFEST).write_text(json.dumps(manifest))
+    manifest = {**manifest, "format_version": 99}
+    del manifest["checksum"]
+    (directory / MANIFEST).write_bytes(sealed_json(manifest))
     with pytest.raises(CacheError, match="found 99"):
         TeacherCache.open(directory)
+
+
+def test_no_byte_that_describes_a_shard_is_believed(cache_copy: Path) -> None:
+    """Whatever its Arrow messages say (they once led the reader out of the file), the rows are those
+    that were written."""
+    directory = cache_copy / "valid"
+    rows = list(TeacherCache.open(directory))
+    path = directory / "shard-00000.arrow"
+    original = path.read_bytes()
+    layout = json.loads((directory / MANIFEST).read_text())["shards"][0]["layout"]
+    first, end = min(layout.values()), max(layout.values())
+    for place in [*range(0, first, 5), *range(end + 2048, len(original), 5)]:
+        damaged = bytearray(original)
+        damaged[place] ^= 0xF1
+        path.write_bytes(damaged)
+        for row, known in zip(TeacherCache.open(directory), rows, strict=True):
+            assert all(np.array_equal(*pair) for pair in zip(row[:-1], known[:-1], strict=True))
+    with pytest.raises(CacheError, match="SHA-256"):
+        TeacherCache.open(directory).verify()
+
+
+def test_target_hashes_are_protected_without_the_data(cache_copy: Path) -> None:
+    directory = cache_copy / "valid"
+    path = directory / "shard-00000.arrow"
+    damaged = bytearray(path.read_bytes())
+    damaged[
+        json.loads((directory / MANIFEST).read_text())["shards"][0]["layout"]["target_hash"]
+    ] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CacheError, match="target_hash does not match"):
+        TeacherCache.open(directory)[3]
+
+
+def test_a_cache_of_the_first_version_is_brought_up_to_date(cache_copy: Path) -> None:
+    """Its shards carry no checksum and its manifest says nothing of their inside."""
+    directory = cache_copy / "train"
+    known = TeacherCache.open(directory)
+    rows, fingerprint = list(known), known.manifest.fingerprint
+    content, _ = read_json(directory / MANIFEST)
+    for shard in content["shards"]:
+        del shard["layout"], shard["target_hash_crc"]
+    old = sealed_json({**content, "format_version": 1})
+    (directory / MANIFEST).write_bytes(old)
+    line = error_line(command("sekd_fairseq.inspect_cache", directory, check=False))
+    assert "found 1" in line and "inspect_cache" in line and "--upgrade" in line
+    path = directory / content["shards"][1]["file"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:500] + b"\xf1" + whole[501:])
+    line = error_line(command("sekd_fairseq.inspect_cache", directory, "--upgrade", check=False))
+    assert "shard-00001.arrow" in line and (directory / MANIFEST).read_bytes() == old
+    path.write_bytes(whole)
+    command("sekd_fairseq.inspect_cache", cache_copy, "--upgrade", "--verify")
+    opened = TeacherCache.open(directory)
+    assert opened.manifest.fingerprint == fingerprint
+    for row, before in zip(opened, rows, strict=True):
+        assert all(np.array_equal(*pair) for pair in zip(row[:-1], before[:-1], strict=True))
+
+
+def test_a_shard_that_was_damaged_before_the_end_of_its_build(cache_copy: Path) -> None:
+    directory = cache_copy / "valid"
+    settings = {
+        key: value
+        for key, value in read_json(directory / MANIFEST)[0].items()
+        if key in ("split", "vocab_size", "dictionary_hash", "dataset_hash", "sentences")
+        or key in ("shard_sentences", "temperature", "truncation", "teacher")
+    }
+    dtypes = TeacherCache.open(directory).manifest.dtypes
+    before = (directory / MANIFEST).read_bytes()
+    path = directory / "shard-00000.arrow"
+    whole = path.read_bytes()
+    (directory / MANIFEST).unlink()
+    for place in (200, len(whole) // 2, len(whole) - 300):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CacheError, match=r"shard-00000.arrow: expected a whole shard"):
+            finish_cache(directory, settings, dtypes, {})
+    path.write_bytes(whole)
+    finish_cache(directory, settings, dtypes, json.loads(before)["versions"])
+    assert (directory / MANIFEST).read_bytes() == before
 
 
 def test_inspect_shows_and_verifies(cache: Path) -> None:
