@@ -16,6 +16,18 @@ def hardest(nll: Tensor, share: float) -> Tensor:
     return torch.zeros_like(nll, dtype=torch.bool).index_fill(0, chosen, True)
 
 
+def batch_quantile(values: Tensor, level: float) -> Tensor:
+    """The quantile of all these values, (N,) to 0-d, interpolated linearly as NumPy does; no values
+    give 0."""
+    if values.numel() == 0:
+        return values.new_zeros(())
+    ordered = values.sort().values  # torch.quantile refuses more than 2^24 values
+    place = level * (values.numel() - 1)
+    low = int(place)
+    high = min(low + 1, values.numel() - 1)
+    return torch.lerp(ordered[low], ordered[high], place - low)
+
+
 class TokenQueue:
     """The last ``size`` values of past updates, and the threshold that they give.
 
