@@ -39,6 +39,8 @@ NAMES = {
     "teacher": "teacher",
     "finetune": "fine-tuning",
     "word_kd": "word-level KD",
+    "se_kd_blend": "SE-KD (blend)",
+    "se_kd_evolved": "SE-KD (evolved)",
     "se_kd_student": "SE-KD (student)",
     "se_kd_target": "SE-KD (target)",
     "seq_kd": "sequence-level KD",

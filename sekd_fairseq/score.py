@@ -25,6 +25,7 @@ from torch import Tensor
 
 import sekd_fairseq
 from analysis.terminal import progress
+from sekd_fairseq.criterions.self_evolution_kd import partners
 from sekd_fairseq.data import TeacherDataset, teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import (
@@ -335,6 +336,9 @@ def run_record(
 ) -> dict[str, Any]:
     """The content of ``run.json``, without a teacher cache."""
     optimisation = OmegaConf.to_container(config.optimization, resolve=False)
+    criterion = OmegaConf.to_container(config.criterion, resolve=False)
+    if config.criterion._name == "self_evolution_kd":
+        criterion |= partners(config.criterion)
     return {
         "format_version": 1,
         "name": args.run.name,
@@ -344,7 +348,7 @@ def run_record(
         "updates": step,
         "parameters": sum(p.numel() for p in model.parameters()),
         "hyperparameters": {
-            "criterion": OmegaConf.to_container(config.criterion, resolve=False),
+            "criterion": criterion,
             "arch": config.model._name,
             "lr": optimisation["lr"],
             "max_update": optimisation["max_update"],
@@ -364,7 +368,10 @@ def run_record(
 
 def method_name(criterion: Any) -> str:
     """The method that a criterion's options amount to."""
-    if criterion._name == "self_evolution_kd" and criterion.lambda_max > 0:
+    if criterion._name == "self_evolution_kd" and (
+        # Without a ratio, blend still distils from the prior and not from the teacher.
+        criterion.lambda_max > 0 or criterion.integration == "blend"
+    ):
         return f"se_kd_{criterion.integration}"
     if criterion._name in ("self_evolution_kd", "cached_kd"):
         if getattr(criterion, "select", "all") != "all":

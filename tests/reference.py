@@ -201,7 +201,9 @@ def prior(e: Events, beta: Beta) -> Vector:
 
 
 def difficulty(e: Events, s: Settings) -> float:
-    """``KL(p||q)`` for ``teacher``, ``KL(r||q)`` for ``prior``."""
+    """``KL(p||q)`` for ``teacher``, ``KL(r||q)`` for ``prior``, ``-log q[y]`` for ``nll``."""
+    if s.difficulty == "nll":
+        return -float(e.log_q[e.gold])
     return forward_kl({"teacher": e.log_p, "prior": prior(e, s.beta)}[s.difficulty], e.log_q)
 
 
@@ -219,10 +221,19 @@ def ratio(d: float, gamma: float, s: Settings) -> float:
     return s.lambda_max * share
 
 
-def integrate(e: Events, s: Settings, lam: float) -> tuple[Vector, Vector]:
-    """The log-distributions that the token loss compares: target (p or p̃), student (q̃ or q)."""
-    mixed = mix({"student": e.log_q, "target": e.log_p}[s.integration], prior(e, s.beta), lam)
-    return (e.log_p, mixed) if s.integration == "student" else (mixed, e.log_q)
+Pairs = list[tuple[Vector, Vector]]
+
+
+def integrate(e: Events, s: Settings, lam: float) -> Pairs:
+    """The log-distributions that the token loss compares, target first, one or two pairs of them."""
+    r = prior(e, s.beta)
+    toward_prior = mix(e.log_q, r, lam)  # q̃
+    return {
+        "blend": [(r, toward_prior)],
+        "evolved": [(e.log_p, e.log_q), (toward_prior, e.log_q)],
+        "student": [(e.log_p, toward_prior)],
+        "target": [(mix(e.log_p, r, lam), e.log_q)],
+    }[s.integration]
 
 
 def cross_entropy(log_q: Vector, gold: int, label_smoothing: float = 0.0) -> float:
@@ -247,9 +258,22 @@ class Token:
         return events(self.log_p, log_q, self.support, self.gold, s.missing_mass)
 
 
-def token_loss(t: Token, s: Settings, lam: float, shares: Shares | None = None) -> float:
-    """``α D + (1-α) CE`` of one token at a given ratio; a weight of 0 drops its term."""
-    kd = divergence(*integrate(t.events(s), s, lam), s, shares) if s.alpha > 0.0 else 0.0
+def token_loss(t: Token, s: Settings, lam: float, held: Pairs | None = None) -> float:
+    """``α D + (1-α) CE`` of one token at a given ratio; a weight of 0 drops its term.
+
+    ``held`` are the pairs of the student whose gradient is taken: adaptive KL's shares, and the target
+    ``q̃`` of ``evolved``, are theirs, because no gradient flows through them.
+    """
+    kd = 0.0
+    if s.alpha > 0.0:
+        pairs = integrate(t.events(s), s, lam)
+        held = held or pairs
+        if s.integration == "evolved":
+            pairs = [pairs[0], (held[1][0], pairs[1][1])]
+        shares = [adaptive_weights(*pair, s.head_mass) for pair in held]
+        kd = math.fsum(
+            divergence(*pair, s, share) for pair, share in zip(pairs, shares, strict=True)
+        )
     ce = cross_entropy(student_log_probs(t.logits), t.gold, s.label_smoothing)
     return s.alpha * kd + (1.0 - s.alpha) * (ce if s.alpha < 1.0 else 0.0)
 
@@ -270,9 +294,10 @@ def numeric_gradient(function: Callable[[Vector], float], logits: Vector) -> Vec
 
 
 def token_gradient(t: Token, s: Settings, lam: float) -> Vector:
-    """Gradient of :func:`token_loss` to the logits, ratio and adaptive KL's shares held fixed."""
-    shares = adaptive_weights(*integrate(t.events(s), s, lam), s.head_mass)
-    return numeric_gradient(lambda z: token_loss(replace(t, logits=z), s, lam, shares), t.logits)
+    """Gradient of :func:`token_loss` to the logits; what has no gradient (``held`` there), and the
+    ratio, held fixed."""
+    held = integrate(t.events(s), s, lam)
+    return numeric_gradient(lambda z: token_loss(replace(t, logits=z), s, lam, held), t.logits)
 
 
 def select_in_batch(cross_entropies: Sequence[float], fraction: float) -> list[bool]:

@@ -326,6 +326,11 @@ def test_integration_by_hand() -> None:
     assert student == close(0.5 * log(8 / 7) + 0.25 * log(2) + 0.25 * log(4 / 7))
     target = ref.token_loss(example(), Settings(alpha=1.0, integration="target"), lam=0.5)
     assert target == close(5 / 8 * log(5) + 3 / 16 * log(3 / 2) + 3 / 16 * log(1 / 4))
+    blend = ref.token_loss(example(), Settings(alpha=1.0, integration="blend"), lam=0.5)
+    assert blend == close(3 / 4 * log(12 / 7) + 1 / 8 * log(1) + 1 / 8 * log(2 / 7))
+    evolved = ref.token_loss(example(), Settings(alpha=1.0, integration="evolved"), lam=0.5)
+    base = 1 / 2 * log(4) + 1 / 4 * log(2) + 1 / 4 * log(1 / 3)
+    assert evolved == close(base + 7 / 16 * log(7 / 2) + 1 / 8 * log(1) + 7 / 16 * log(7 / 12))
 
 
 def test_cross_entropy_by_hand_and_with_forbidden_tokens() -> None:
@@ -397,12 +402,19 @@ def test_gradient_of_student_integration_by_hand() -> None:
 def test_gradient_fact_of_student_integration(seed: int, lam: float) -> None:
     # -(1-λ) q_j (w_j - Σ_v w_v q_v), w = p/q̃; a token outside the support has its bucket's w.
     token, s = random_token(seed), Settings(alpha=1.0)
-    log_p, log_q_mixed = ref.integrate(token.events(s), s, lam)
+    ((log_p, log_q_mixed),) = ref.integrate(token.events(s), s, lam)
     w_events = np.exp(log_p - np.where(log_p > -math.inf, log_q_mixed, 0.0))
     w = [w_events[token.support.index(v) if v in token.support else -1] for v in range(7)]
     q = np.exp(ref.student_log_probs(token.logits))
     expected = -(1 - lam) * q * (w - np.dot(w, q))
     assert ref.token_gradient(token, s, lam) == pytest.approx(expected, abs=1e-8)
+
+
+def test_gradient_of_evolved_holds_its_target_fixed() -> None:
+    # (q - p) + (q - q̃), by hand: p = (8, 4, 4)/16, q = (2, 2, 12)/16, q̃ = (7, 2, 7)/16.
+    s = Settings(alpha=1.0, integration="evolved")
+    gradient = ref.token_gradient(example(), s, lam=0.5)
+    assert gradient == pytest.approx(np.array([-6 - 5, -2 + 0, 8 + 5]) / 16, abs=1e-9)
 
 
 def test_gradient_of_word_level_kd_is_q_minus_p() -> None:

@@ -1,7 +1,9 @@
 """The criterion ``self_evolution_kd``."""
 
+import copy
+import logging
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq.criterions import register_criterion
@@ -19,13 +21,35 @@ from sekd_fairseq.losses import (
     self_evolution_kd,
 )
 from sekd_fairseq.losses.divergences import relative_entropy
-from sekd_fairseq.losses.self_evolution import DIFFICULTIES, GAMMA_TYPES, INTEGRATIONS, SCHEDULES
+from sekd_fairseq.losses.self_evolution import (
+    DIFFICULTIES,
+    GAMMA_TYPES,
+    INTEGRATIONS,
+    PARTNERS,
+    SCHEDULES,
+    Partners,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class SelfEvolutionKDConfig(CachedTeacherConfig):
-    """Options of the criterion; the symbols are those of :mod:`sekd_fairseq.losses`."""
+    """Options of the criterion; the symbols are those of :mod:`sekd_fairseq.losses`.
 
+    ``alpha``, ``beta`` and ``difficulty`` are None where nothing was given; :func:`partners` says what
+    that means.
+    """
+
+    # Optional[...], because fairseq's parser does not know "float | None".
+    alpha: Optional[float] = field(  # type: ignore[assignment]  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "weight of the distillation loss, from 0 to 1; cross entropy has 1 - alpha. "
+            "0 is plain (label-smoothed) cross entropy (default: 1 with --integration blend, which "
+            "has the reference in its prior, else 0.7)"
+        },
+    )
     lambda_max: float = field(
         default=0.5,
         metadata={
@@ -62,28 +86,47 @@ class SelfEvolutionKDConfig(CachedTeacherConfig):
     schedule_scale: float = field(
         default=1.0, metadata={"help": "width of the linear and exp schedules, nats, above 0"}
     )
-    beta: str = field(
-        default="0.5",
+    beta: Optional[str] = field(  # noqa: UP045
+        default=None,
         metadata={
             "help": "share of the teacher in the prior, from 0 (reference only) to 1 (teacher "
-            "only), or 'confidence': the teacher's probability of the reference, token by token"
+            "only), or 'confidence': the teacher's probability of the reference, token by token "
+            "(default: 0.7 with --integration blend, else 0.5)"
         },
     )
     integration: ChoiceEnum(INTEGRATIONS) = field(  # type: ignore[valid-type]
         default="target",
         metadata={
-            "help": "mix the prior into the target, or into the student's distribution; the latter is "
-            "nearer to the paper's abstract, the former was better in every direction measured "
-            "(README.md)"
+            "help": "a reading of the paper's abstract. With D the divergence, p teacher, q student, r "
+            "prior, l the ratio and q' = (1-l) q + l r: blend is D(r || q'), evolved D(p || q) + D(q' "
+            "without gradient || q), student D(p || q'), target D((1-l) p + l r || q)"
         },
     )
-    difficulty: ChoiceEnum(DIFFICULTIES) = field(  # type: ignore[valid-type]
-        default="teacher",
+    difficulty: Optional[ChoiceEnum(DIFFICULTIES)] = field(  # type: ignore[valid-type]  # noqa: UP045
+        default=None,
         metadata={
-            "help": "difficulty is KL(teacher || student) or KL(prior || student), of the student "
-            "as it is now; with the task's --stored-difficulty, of a stored pass in training"
+            "help": "difficulty is KL(teacher || student), KL(prior || student) or the student's "
+            "cross entropy of the reference (nll), of the student as it is now; with the task's "
+            "--stored-difficulty, KL(teacher || student) of a stored pass in training (default: "
+            "prior with --integration blend, unless it is stored; else teacher)"
         },
     )
+
+
+def partners(cfg: Any, stored: bool = False) -> dict[str, Any]:
+    """``alpha``, ``beta`` and ``difficulty`` as they were given, else those that belong with the
+    integration (:data:`~sekd_fairseq.losses.self_evolution.PARTNERS`).
+
+    ``stored`` says whether difficulty comes from a stored pass, which is KL(teacher || student).
+    """
+    usual = PARTNERS[str(cfg.integration)]._asdict() | ({"difficulty": "teacher"} if stored else {})
+    given = {key: getattr(cfg, key) for key in Partners._fields}
+    found = usual | {key: value for key, value in given.items() if value is not None}
+    return {
+        "alpha": float(found["alpha"]),
+        "beta": str(found["beta"]),
+        "difficulty": str(found["difficulty"]),
+    }
 
 
 def parse_settings(cfg: Any) -> SelfEvolution:
@@ -125,18 +168,25 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
 
     def __init__(self, cfg: SelfEvolutionKDConfig, task: Any) -> None:
         with one_line_errors():
+            stored = bool(getattr(task.cfg, "stored_difficulty", None))
+            resolved = partners(cfg, stored)
+            cfg = copy.copy(cfg)
+            for key, value in resolved.items():
+                setattr(cfg, key, value)
             super().__init__(cfg, task)
             self.settings = parse_settings(cfg)
-            if task.cfg.stored_difficulty and self.settings.difficulty == "prior":
+            if stored and self.settings.difficulty != "teacher":
                 raise UserError(
                     "--stored-difficulty holds KL(teacher || student); expected --difficulty "
-                    "teacher with it, found prior"
+                    f"teacher with it, found {self.settings.difficulty}"
                 )
             if cfg.lambda_warmup_updates < 0:
                 raise UserError(
                     "--lambda-warmup-updates: expected 0 or more, found "
                     f"{cfg.lambda_warmup_updates}"
                 )
+        chosen = ", ".join(f"{key} {value}" for key, value in resolved.items())
+        logger.info("integration %s: %s", self.settings.integration, chosen)
         self.lambda_warmup_updates = int(cfg.lambda_warmup_updates)
         self.updates = 0
         self.running_quantile = (

@@ -6,17 +6,15 @@ token is for the student.  **The formulas below are this project's reading**; th
 not at hand.  Symbols: ``p`` teacher, ``q`` student, ``y`` one-hot reference, at target position
 ``i``; logs are natural.
 
-1. difficulty (self-question)     ``d_i = KL(p_i || q_i)`` or ``KL(r_i || q_i)``, no gradient
+1. difficulty (self-question)     ``d_i = KL(p_i || q_i)``, ``KL(r_i || q_i)`` or ``-log q_i[y_i]``,
+                                  no gradient
 2. hard tokens                    ``d_i > gamma``
 3. ratio                          ``lambda_i = lambda_max * s(d_i)``, no gradient
 4. prior                          ``r_i = beta p_i + (1 - beta) y_i``
-5. integration (self-evolution)   ``student``: ``D(p || (1 - lambda) q + lambda r)``
-                                  ``target``:  ``D((1 - lambda) p + lambda r || q)``
+5. integration (self-evolution)   ``blend``, ``evolved``, ``student`` or ``target``, readings that
+                                  :mod:`sekd_fairseq.losses.integration` defines
 
-``lambda_max = 0`` is word-level KD (Kim and Rush, 2016); ``student`` with ``beta = 1`` and a
-constant ratio is the skew KL of DistiLLM.  In ``student`` mode the gradient of the forward KL to
-logit ``j`` is ``-(1 - lambda) q_j (w_j - sum_v w_v q_v)``, ``w = p / q~``: a token to which the
-student gives almost nothing gets almost no gradient while its ratio is large.
+``lambda_max = 0`` is word-level KD (Kim and Rush, 2016), for ``blend`` from the prior.
 """
 
 import math
@@ -28,11 +26,28 @@ from torch import Tensor
 
 from sekd_fairseq.losses.divergences import DIVERGENCES, divergence, like, log_mix, relative_entropy
 from sekd_fairseq.losses.events import Events, check_missing_mass
+from sekd_fairseq.losses.integration import READINGS, check_integration
+from sekd_fairseq.losses.selective import batch_quantile
 
 GAMMA_TYPES = ("absolute", "quantile", "running_quantile")
 SCHEDULES = ("step", "linear", "exp")
-INTEGRATIONS = ("student", "target")
-DIFFICULTIES = ("teacher", "prior")
+INTEGRATIONS = tuple(READINGS)
+DIFFICULTIES = ("teacher", "prior", "nll")
+
+
+class Partners(NamedTuple):
+    """What belongs with a reading, where a user says nothing else: the weight of the loss beside cross
+    entropy, the teacher's share in the prior, and what measures difficulty."""
+
+    alpha: float
+    beta: float
+    difficulty: str
+
+
+#: ``blend`` has the reference in its prior, so nothing beside it, and its difficulty is what it lowers.
+PARTNERS = {name: Partners(0.7, 0.5, "teacher") for name in READINGS} | {
+    "blend": Partners(1.0, 0.7, "prior")
+}
 
 
 def _expect(name: str, value: object, choices: tuple[str, ...] | frozenset[str]) -> None:
@@ -62,9 +77,10 @@ class SelfEvolution:
     beta : float or None
         Share of the teacher in the prior, in [0, 1]; None takes the teacher's own probability of
         the reference, token by token.
-    integration : {"student", "target"}
-    difficulty : {"teacher", "prior"}
-        What the student is compared with: ``KL(p || q)`` or ``KL(r || q)``.
+    integration : {"blend", "evolved", "student", "target"}
+        See :mod:`sekd_fairseq.losses.integration`; :data:`PARTNERS` has what belongs with each.
+    difficulty : {"teacher", "prior", "nll"}
+        ``KL(p || q)``, ``KL(r || q)``, or ``-log q[y]``, each on the events of the loss.
     divergence : str
         A key of :data:`~sekd_fairseq.losses.divergences.DIVERGENCES`.
     divergence_weight : float
@@ -113,9 +129,11 @@ class SelfEvolution:
                 f"divergence weight lies above 0 and below 1; found {self.divergence_weight}"
             )
         mixes = self.divergence == "skew_forward_kl" or (
-            self.integration == "student" and self.lambda_max > 0
+            self.integration in ("blend", "student") and self.lambda_max > 0
         )
         check_missing_mass(self.missing_mass, self.divergence, mixes)
+        if self.lambda_max > 0:
+            check_integration(self.integration, self.divergence, self.missing_mass)
 
 
 class SelfEvolutionOutput(NamedTuple):
@@ -154,14 +172,20 @@ def prior(log_p: Tensor, beta: float | None) -> Tensor:
     return log_mix(log_y, log_p, beta)
 
 
-def token_difficulty(events: Events, log_prior: Tensor | None) -> Tensor:
-    """``KL(p || q)``, or ``KL(r || q)`` where a prior is given; (N,) nats, no gradient.
+def token_difficulty(events: Events, log_prior: Tensor, kind: str) -> Tensor:
+    """``KL(p || q)`` (``teacher``), ``KL(r || q)`` (``prior``) or ``-log q[y]`` (``nll``); (N,) nats, no
+    gradient.
 
     Never negative: an estimate below zero from a sampled teacher counts as zero.
     """
+    log_p, log_q, log_multiplicity = events
     with torch.no_grad():
-        log_a = events.log_p if log_prior is None else log_prior
-        return relative_entropy(log_a, events.log_q, events.log_multiplicity).clamp_min(0.0)
+        if kind == "nll":
+            value = -log_q[:, 0]
+        else:
+            log_a = log_prior if kind == "prior" else log_p
+            value = relative_entropy(log_a, log_q, log_multiplicity)
+        return value.clamp_min(0.0)
 
 
 def ratio(difficulty: Tensor, gamma: float | Tensor, settings: SelfEvolution) -> Tensor:
@@ -202,7 +226,7 @@ def self_evolution_kd(
     """
     log_prior = prior(events.log_p, settings.beta)
     if difficulty is None:
-        difficulty = token_difficulty(events, log_prior if settings.difficulty == "prior" else None)
+        difficulty = token_difficulty(events, log_prior, settings.difficulty)
     if gamma is None:
         gamma = threshold(difficulty, settings)
     gamma = like(gamma, difficulty)
@@ -212,35 +236,24 @@ def self_evolution_kd(
 
 
 def threshold(difficulty: Tensor, settings: SelfEvolution) -> float | Tensor:
-    """``gamma`` in nats: as it is (``absolute``) or the quantile of these tokens (``quantile``).
-
-    The quantile is interpolated linearly, as NumPy does; no tokens give 0.
-    """
+    """``gamma`` in nats: as it is (``absolute``) or the quantile of these tokens (``quantile``)."""
     if settings.gamma_type == "absolute":
         return settings.gamma
     if settings.gamma_type == "running_quantile":
         raise ValueError("gamma_type running_quantile expects the threshold in nats as gamma=")
-    if difficulty.numel() == 0:
-        return 0.0
-    ordered = difficulty.sort().values  # torch.quantile refuses more than 2^24 values
-    place = settings.gamma * (difficulty.numel() - 1)
-    low = int(place)
-    high = min(low + 1, difficulty.numel() - 1)
-    return torch.lerp(ordered[low], ordered[high], place - low)
+    return batch_quantile(difficulty, settings.gamma)
 
 
 def integrate(events: Events, log_prior: Tensor, weight: Tensor, settings: SelfEvolution) -> Tensor:
-    """``D(p || (1-w) q + w r)`` or ``D((1-w) p + w r || q)`` of each token; ``weight`` is (N,)."""
-    log_p, log_q = events.log_p, events.log_q
-    if settings.lambda_max > 0:
-        column = weight.unsqueeze(1)
-        if settings.integration == "student":
-            log_q = log_mix(log_q, log_prior, column)
-        else:
-            log_p = log_mix(log_p, log_prior, column)
-    return divergence(
-        settings.divergence, log_p, log_q, events.log_multiplicity, settings.divergence_weight
-    )
+    """The token losses of the reading that the settings name, at ratios ``weight``; both (N,)."""
+
+    def distance(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return divergence(
+            settings.divergence, log_a, log_b, events.log_multiplicity, settings.divergence_weight
+        )
+
+    column = weight.unsqueeze(1) if settings.lambda_max > 0 else None
+    return READINGS[settings.integration](distance, events, log_prior, column)
 
 
 class RunningQuantile:

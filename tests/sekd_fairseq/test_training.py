@@ -113,6 +113,41 @@ def test_baselines_learn(data: Path, cache: Path, tmp_path: Path, divergence: st
     assert kl[-1] < 0.8 * kl[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "alpha", "beta", "difficulty"),
+    [
+        (("--integration", "blend"), 1.0, "0.7", "prior"),
+        (("--integration", "blend", "--beta", "0.6", "--alpha", "0.9"), 0.9, "0.6", "prior"),
+        (("--integration", "evolved", "--difficulty", "nll"), 0.7, "0.5", "nll"),
+        ((), 0.7, "0.5", "teacher"),
+    ],
+)
+def test_a_reading_brings_its_partners(
+    data: Path,
+    cache: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    alpha: float,
+    beta: str,
+    difficulty: str,
+) -> None:
+    log = train(
+        data, tmp_path / "save", *SE_KD, "--teacher-cache", cache, *options, "--max-update", "20"
+    )
+    assert f"alpha {alpha}, beta {beta}, difficulty {difficulty}" in log
+    first, *_, last = (float(record["nll_loss"]) for record in records(log, ""))
+    assert last < first
+    command(
+        "sekd_fairseq.score", data, "--path", tmp_path / "save" / "checkpoint_last.pt", "--cpu",
+        "--run", tmp_path / "run",
+    )  # fmt: skip
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["method"] == f"se_kd_{options[1] if options else 'target'}"
+    criterion = record["hyperparameters"]["criterion"]
+    found = tuple(criterion[key] for key in ("alpha", "beta", "difficulty"))
+    assert found == (alpha, beta, difficulty)
+
+
 @pytest.mark.parametrize("select", ["batch", "queue"])
 def test_selective_kd_distils_its_share_and_resumes(
     data: Path, cache: Path, tmp_path: Path, select: str
@@ -503,6 +538,13 @@ def test_validation_sees_every_sentence(student: tuple[Path, str]) -> None:
             "--gamma-type quantile",
         ),
         ((*CACHED_KD, "--select", "batch", "--sekd-chunk-tokens", "8"), "--select batch"),
+        (
+            (
+                *(*SE_KD, "--teacher-cache", "CACHE", "--integration", "evolved"),
+                *("--divergence", "tvd"),
+            ),
+            "grows with the ratio",
+        ),
         ((*CACHED_KD, "--select", "batch", "--select-share", "1"), "--select-share"),
         ((*CACHED_KD, "--select", "queue", "--queue-size", "0"), "--queue-size"),
         ((*CACHED_KD, "--divergence", "jsd", "--divergence-weight", "0"), "--divergence-weight"),
