@@ -33,6 +33,7 @@ ORDER = (
     "jsd",
     "tvd",
     "selective_kd",
+    "atkd",
     "se_kd",
 )
 NAMES = {
@@ -51,6 +52,7 @@ NAMES = {
     "adaptive_kl": "adaptive KL",
     "jsd": "Jensen-Shannon",
     "tvd": "total variation",
+    "atkd": "adaptive teaching",
 }
 
 SETTINGS: dict[Any, Any] = {

@@ -39,8 +39,9 @@ from sekd_fairseq.inference import (
     too_long,
 )
 from sekd_fairseq.losses import TeacherRows, build_events, support_log_probs
+from sekd_fairseq.losses.decoupled import decoupled_kl
 from sekd_fairseq.losses.divergences import forward_kl
-from sekd_fairseq.losses.events import log_normalize
+from sekd_fairseq.losses.events import log_sum_exp
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 from sekd_fairseq.teacher_cache.format import atomic_write, hash_file
 
@@ -222,7 +223,8 @@ def token_columns(
         teacher, support_log_probs(logits, rows, teacher.ids, teacher.valid), "bucket"
     )
     kl = forward_kl(events.log_p, events.log_q)
-    kl_target, kl_nontarget = decoupled_kl(events.log_p, events.log_q)
+    kl_target, others = decoupled_kl(events.log_p, events.log_q)
+    kl_nontarget = log_sum_exp(events.log_p[:, 1:]).exp() * others
     log_q = torch.log_softmax(logits[rows], dim=-1)
     q_max, q_top = log_q.max(dim=-1)
     best_p, best_slot = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).max(dim=1)
@@ -244,19 +246,6 @@ def token_columns(
             "overlap_top5": top_overlap(teacher, log_q, 5),
         }.items()
     }
-
-
-def decoupled_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of KL(p || q) of decoupled KD (Zhao et al., 2022); event 0 is the reference.
-
-    The KL of the two-event distributions (reference, everything else), and ``1 - p_y`` times the KL
-    of the distributions over everything else. They sum to KL(p || q). Shapes (N, E) to (N,).
-    """
-    rest_p, rest_q = (torch.logsumexp(side[:, 1:], dim=1) for side in (log_p, log_q))
-    binary_p = torch.stack([log_p[:, 0], rest_p], dim=1)
-    binary_q = torch.stack([log_q[:, 0], rest_q], dim=1)
-    others = forward_kl(log_normalize(log_p[:, 1:]), log_normalize(log_q[:, 1:]))
-    return forward_kl(binary_p, binary_q), rest_p.exp() * others
 
 
 def probability_of(teacher: TeacherRows, token: Tensor, vocab_size: int) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sekd_fairseq.criterions.cached_teacher import CachedTeacherConfig, CachedTeacherCriterion
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.losses import Events
+from sekd_fairseq.losses import DIVERGENCES, Events
+from sekd_fairseq.losses.decoupled import adaptive_teaching
 from sekd_fairseq.losses.divergences import divergence, relative_entropy
 from sekd_fairseq.losses.events import check_missing_mass
 from sekd_fairseq.losses.selective import TokenQueue, hardest
@@ -23,6 +24,13 @@ SELECTIONS = ("all", "batch", "queue")
 class CachedKDConfig(CachedTeacherConfig):
     """Options of the criterion."""
 
+    divergence: ChoiceEnum((*DIVERGENCES, "atkd")) = field(  # type: ignore[valid-type]
+        default="forward_kl",
+        metadata={
+            "help": "divergence between teacher and student; atkd is the loss of adaptive teaching "
+            "(Zhong et al. 2024), decoupled KD with weights for easy and hard tokens of a batch"
+        },
+    )
     select: ChoiceEnum(SELECTIONS) = field(  # type: ignore[valid-type]
         default="all",
         metadata={
@@ -74,6 +82,11 @@ class CachedKDCriterion(CachedTeacherCriterion):
         if cfg.queue_size < 1:
             raise UserError(f"--queue-size: expected 1 or more, found {cfg.queue_size}")
         name = str(cfg.divergence)
+        if name == "atkd" and str(cfg.select) != "all":
+            raise UserError(
+                "--divergence atkd tells easy from hard tokens itself; expected --select all with "
+                f"it, found {cfg.select}"
+            )
         try:
             check_missing_mass(str(cfg.missing_mass), name, mixes_student="skew" in name)
         except ValueError as error:
@@ -82,6 +95,8 @@ class CachedKDCriterion(CachedTeacherCriterion):
     @staticmethod
     def whole_batch(cfg: CachedKDConfig) -> str:
         """The option that needs a whole batch at once, if any."""
+        if str(cfg.divergence) == "atkd":
+            return "--divergence atkd"
         return "--select batch" if str(cfg.select) == "batch" else ""
 
     def distill(
@@ -91,16 +106,15 @@ class CachedKDCriterion(CachedTeacherCriterion):
         selected = self._selected(nll)
         if self.training and self.queue is not None:
             self.queue.push(nll)
-        value = divergence(
-            self.divergence,
-            events.log_p,
-            events.log_q,
-            events.log_multiplicity,
-            self.divergence_weight,
-        )
+        value = self._distance(events)
         kl = relative_entropy(events.log_p, events.log_q.detach(), events.log_multiplicity)
         # A mask and not a factor: infinity at a token that does not distil must not become NaN.
         return value.masked_fill(~selected, 0.0), {"kl": kl.sum(), "selected": selected.sum()}
+
+    def _distance(self, events: Events) -> Tensor:
+        if self.divergence == "atkd":
+            return adaptive_teaching(events.log_p, events.log_q)
+        return divergence(self.divergence, *events, self.divergence_weight)
 
     def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
         """Let the update's tokens into the queue."""

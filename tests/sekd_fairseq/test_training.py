@@ -103,7 +103,9 @@ def test_no_ratio_is_word_level_kd_whatever_the_other_options(
         assert 0 < float(record[f"{prefix}kl"]) < 10 and f"{prefix}agreement" in record
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_forward_kl", "adaptive_kl"])
+@pytest.mark.parametrize(
+    "divergence", ["reverse_kl", "jsd", "skew_forward_kl", "adaptive_kl", "atkd"]
+)
 def test_baselines_learn(data: Path, cache: Path, tmp_path: Path, divergence: str) -> None:
     log = train(
         data, tmp_path, "--criterion", "cached_kd", "--teacher-cache", cache, "--divergence",
@@ -538,6 +540,8 @@ def test_validation_sees_every_sentence(student: tuple[Path, str]) -> None:
             "--gamma-type quantile",
         ),
         ((*CACHED_KD, "--select", "batch", "--sekd-chunk-tokens", "8"), "--select batch"),
+        ((*CACHED_KD, "--divergence", "atkd", "--sekd-chunk-tokens", "8"), "--divergence atkd"),
+        ((*CACHED_KD, "--divergence", "atkd", "--select", "queue"), "--select all"),
         (
             (
                 *(*SE_KD, "--teacher-cache", "CACHE", "--integration", "evolved"),
