@@ -5,17 +5,22 @@
 Two parts. ``criterion``: forward and backward of the criterion alone, logits given. ``model``:
 output projection, criterion and both their backward passes, which is where the chunked path lives.
 All contenders of a setting run in turn in this one process. Writes results/bench_criterion.csv,
-.json and .png. Uses the GPU (bfloat16) if there is one. Losses of TRL and torchtune are measured
-too where these are installed (pip install trl torchtune).
+.json and .png. Losses of TRL, torchtune and Liger Kernel are measured too where these are
+installed.
+
+With a GPU, in bfloat16, it measures larger settings, the most important first, beside the floor of
+a loss with a projection (its three matrix products alone), and writes bench_criterion_gpu.csv and
+.json after each. The logits of every such setting are larger than the caches of an H100 (50 MB),
+so no call finds its input there.
 """
 
 import argparse
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -23,7 +28,16 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
-from benchmarking import RESULTS, Target, Timing, peak_bytes, time_in_turn, write_results
+from benchmarking import (
+    RESULTS,
+    Deadline,
+    Target,
+    Timing,
+    keep_below,
+    peak_bytes,
+    time_in_turn,
+    write_results,
+)
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor, nn
@@ -40,10 +54,37 @@ VOCABULARIES = (8192, 32768, 131072)
 TOKENS = (512, 2048, 8192)
 SUPPORTS = (8, 16, 64)
 WIDTH = 512
-CHUNK = 256
+CHUNK = "256"
 #: Full-width losses are measured up to so many logits on a CPU: beyond, one call takes half a minute.
 FULL_WIDTH_LOGITS = 2**26
 PAD = 1
+GPU_SUPPORT = 32
+#: A GPU has more memory than this, in GiB: the rest is left to its driver and to others.
+GPU_MEMORY = 70
+
+
+class Setting(NamedTuple):
+    """What is measured: the criterion alone (width 0), or with a projection from ``width``."""
+
+    part: str
+    vocabulary: int
+    tokens: int
+    width: int = 0
+
+
+#: The most important first: they are measured while time lasts.
+GPU_SETTINGS = (
+    Setting("model", 131072, 8192, 2048),
+    Setting("criterion", 131072, 8192),
+    Setting("criterion", 32768, 2048),
+    Setting("criterion", 32768, 8192),
+    Setting("criterion", 131072, 2048),
+    Setting("model", 32768, 8192, 1024),
+    Setting("model", 131072, 4096, 1024),
+    Setting("model", 262144, 4096, 640),
+    Setting("model", 32768, 2048, 512),
+)
+SMALLEST = (Setting("model", 512, 64, 16), Setting("criterion", 512, 64))
 
 
 class Decoder(nn.Module):
@@ -96,9 +137,18 @@ def task(vocabulary: int) -> Any:
 
 def teacher_entry(teacher: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
     """A batch's teacher, as the loader makes it from a cache of ``k`` best tokens."""
-    log_p = torch.log_softmax(teacher.float(), dim=-1)
+    step = max(1, 2**28 // teacher.size(1))  # all tokens at once in float32 may not fit
+    parts = [
+        teacher_part(*part, k) for part in zip(teacher.split(step), target.split(step), strict=True)
+    ]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def teacher_part(teacher: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
+    """:func:`teacher_entry` of some tokens."""
+    log_p = torch.log_softmax(teacher, dim=-1, dtype=torch.float32)
     gold = log_p.gather(1, target.unsqueeze(1))
-    best = log_p.scatter(1, target.unsqueeze(1), -torch.inf).topk(k - 1, dim=1)
+    best = log_p.scatter_(1, target.unsqueeze(1), -torch.inf).topk(k - 1, dim=1)
     ids = torch.cat([target.unsqueeze(1), best.indices], dim=1)
     values = torch.cat([gold, best.values], dim=1)
     outside = (1 - values.double().exp().sum(dim=1)).clamp_min(0)
@@ -148,6 +198,11 @@ def other_losses() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         found["trl generalised JSD"] = lambda s, t, y: jsd(
             s.unsqueeze(0), t.unsqueeze(0), labels=y.unsqueeze(0), beta=0.5
         )
+    liger = first_of("liger_kernel.transformers:LigerJSD")
+    if liger is not None:
+        found["liger JSD"] = lambda s, t, _: liger(beta=0.5)(
+            s.log_softmax(-1, torch.float32), t.log_softmax(-1, torch.float32)
+        )
     loss = first_of(
         "torchtune.modules.loss:ForwardKLLoss", "torchtune.modules.loss.kd_losses:ForwardKLLoss"
     )
@@ -178,13 +233,17 @@ def dense_step(
     return step
 
 
-def ours(vocabulary: int, chunk: int = 0) -> SelfEvolutionKDCriterion:
-    """SE-KD with its defaults, in ``student`` mode."""
-    config = SelfEvolutionKDConfig(
-        integration="student", sekd_chunk_tokens=chunk, sentence_avg=False
-    )
+def ours(vocabulary: int, chunk: str = "0", **options: Any) -> SelfEvolutionKDCriterion | None:
+    """SE-KD with its defaults but for ``options``; None where it does not know a value of them."""
+    config = SelfEvolutionKDConfig(sentence_avg=False, **options)
     config._name = "self_evolution_kd"
-    return SelfEvolutionKDCriterion(config, task(vocabulary))
+    # As fairseq's parser gives it.
+    kind = type(config.sekd_chunk_tokens)
+    try:
+        config.sekd_chunk_tokens = kind(chunk)
+        return SelfEvolutionKDCriterion(config, task(vocabulary))
+    except (ValueError, SystemExit):
+        return None
 
 
 def fits(vocabulary: int, tokens: int, copies: int) -> bool:
@@ -193,55 +252,132 @@ def fits(vocabulary: int, tokens: int, copies: int) -> bool:
     return copies * tokens * vocabulary * 4 < 0.8 * memory
 
 
-def settings(quick: bool, device: torch.device) -> Iterator[tuple[str, int, int]]:
-    """Part, vocabulary and tokens of each measurement that this machine has the memory for."""
+def cpu_settings(quick: bool) -> Iterator[Setting]:
+    """Each measurement that this machine has the memory for."""
     for part in ("criterion", "model"):
         for vocabulary in VOCABULARIES:
             for tokens in TOKENS:
                 wanted = not quick or (vocabulary, tokens) in ((32768, 2048), (131072, 2048))
-                if wanted and (device.type != "cpu" or fits(vocabulary, tokens, copies=6)):
-                    yield part, vocabulary, tokens
+                if wanted and fits(vocabulary, tokens, copies=6):
+                    yield Setting(part, vocabulary, tokens, WIDTH if part == "model" else 0)
 
 
-def contenders(
-    part: str, vocabulary: int, tokens: int, device: torch.device
-) -> dict[str, Callable[[], None]]:
-    """Name and step of everything that is compared in a setting."""
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+class Inputs:
+    """Random inputs of a setting: the model, a teacher's logits, the batch."""
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+    def __init__(self, setting: Setting, device: torch.device) -> None:
+        _, vocabulary, tokens, width = setting
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    target = torch.randint(4, vocabulary, (tokens,), generator=generator, device=device)
-    teacher = random(tokens, vocabulary) * 3
-    sample: dict[str, Any] = {"target": target.view(1, -1), "ntokens": tokens, "net_input": {}}
-    entries = {k: teacher_entry(teacher, target, k) for k in SUPPORTS}
-    if part == "criterion":
-        model = Model(random(1, tokens, vocabulary) * 3)
-    else:
-        model = Model(random(1, tokens, WIDTH), random(vocabulary, WIDTH) * WIDTH**-0.5 * 3)
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+        self.target = torch.randint(4, vocabulary, (tokens,), generator=generator, device=device)
+        self.teacher = random(tokens, vocabulary).mul_(3)
+        self.sample: dict[str, Any] = {
+            "target": self.target.view(1, -1),
+            "ntokens": tokens,
+            "net_input": {},
+        }
+        if width:
+            weight = random(vocabulary, width).mul_(3 * width**-0.5)
+            self.model = Model(random(1, tokens, width), weight)
+        else:
+            self.model = Model(random(1, tokens, vocabulary).mul_(3))
+
+    def with_teacher(self, k: int) -> dict[str, Any]:
+        """The batch with a cached teacher."""
+        return {**self.sample, "teacher": teacher_entry(self.teacher, self.target, k)}
+
+    def dense_step(self, loss: Callable[..., Tensor]) -> Callable[[], None]:
+        """A step of a loss on logits (N, V), teacher's logits and targets."""
+        vocabulary = self.teacher.size(1)
+
+        def flat(student: Tensor, *others: Tensor) -> Tensor:
+            return loss(student.view(-1, vocabulary), *others)
+
+        return dense_step(flat, self.model, self.teacher, self.target)
+
+
+def cpu_contenders(setting: Setting) -> dict[str, Callable[[], None]]:
+    """Name and step of everything that is compared in a setting on a CPU."""
+    part, vocabulary, tokens, _ = setting
+    inputs = Inputs(setting, torch.device("cpu"))
     stock = LabelSmoothedCrossEntropyCriterion(task(vocabulary), False, 0.1)
-    found = {"stock": criterion_step(stock, model, sample)}
+    found = {"stock": criterion_step(stock, inputs.model, inputs.sample)}
     for k in SUPPORTS if part == "criterion" else SUPPORTS[-1:]:
-        found[f"cached k={k}"] = criterion_step(
-            ours(vocabulary), model, {**sample, "teacher": entries[k]}
-        )
+        criterion = ours(vocabulary, integration="student")
+        found[f"cached k={k}"] = criterion_step(criterion, inputs.model, inputs.with_teacher(k))
     if part == "model":
-        found[f"chunked k={SUPPORTS[-1]}"] = criterion_step(
-            ours(vocabulary, CHUNK), model, {**sample, "teacher": entries[SUPPORTS[-1]]}
-        )
-        return found
-    if device.type == "cpu" and tokens * vocabulary > FULL_WIDTH_LOGITS:
-        return found
-
-    def flat(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda student, *others: loss(student.view(-1, vocabulary), *others)
-
-    found["dense"] = dense_step(flat(dense_self_evolution), model, teacher, target)
-    for name, loss in other_losses().items():
-        found[name] = dense_step(flat(loss), model, teacher, target)
+        k = SUPPORTS[-1]
+        criterion = ours(vocabulary, CHUNK, integration="student")
+        found[f"chunked k={k}"] = criterion_step(criterion, inputs.model, inputs.with_teacher(k))
+    elif tokens * vocabulary <= FULL_WIDTH_LOGITS:
+        found["dense"] = inputs.dense_step(dense_self_evolution)
+        for name, loss in other_losses().items():
+            found[name] = inputs.dense_step(loss)
     return found
+
+
+def gpu_contenders(setting: Setting, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Name and step of everything that is compared in a setting on a GPU."""
+    vocabulary = setting.vocabulary
+    inputs = Inputs(setting, device)
+    cached = inputs.with_teacher(GPU_SUPPORT)
+    stock = LabelSmoothedCrossEntropyCriterion(task(vocabulary), False, 0.1)
+    found = {
+        "stock": criterion_step(stock, inputs.model, inputs.sample),
+        "torch": inputs.dense_step(
+            lambda student, _, target: nn.functional.cross_entropy(
+                student, target, reduction="sum", label_smoothing=0.1
+            )
+        ),
+        "cached": criterion_step(ours(vocabulary), inputs.model, cached),
+        "cached, student": criterion_step(
+            ours(vocabulary, integration="student"), inputs.model, cached
+        ),
+    }
+    if setting.width:
+        for chunk in ("1024", "auto"):
+            criterion = ours(vocabulary, chunk)
+            if criterion is not None:
+                found[f"chunked, {chunk}"] = criterion_step(criterion, inputs.model, cached)
+        found["floor"] = matrix_products(inputs)
+        liger = first_of("liger_kernel.transformers:LigerFusedLinearCrossEntropyLoss")
+        if liger is not None and device.type == "cuda":
+            found["liger"] = liger_step(liger(reduction="sum", label_smoothing=0.1), inputs)
+    found["dense"] = inputs.dense_step(dense_self_evolution)
+    if not setting.width and device.type == "cuda":
+        for name, loss in other_losses().items():
+            found[name] = inputs.dense_step(loss)
+    return found
+
+
+def matrix_products(inputs: Inputs) -> Callable[[], None]:
+    """What no loss with a projection can do without: features to logits, and both gradients."""
+    features = inputs.model.values.detach()[0]
+    weight = inputs.model.decoder.output_projection.weight.detach()
+    gradient = torch.randn_like(features @ weight.t())
+
+    def step() -> None:
+        features @ weight.t()
+        gradient @ weight
+        gradient.t() @ features
+
+    return step
+
+
+def liger_step(loss: Any, inputs: Inputs) -> Callable[[], None]:
+    """Forward and backward of Liger Kernel's cross entropy, which projects in chunks."""
+    model = inputs.model
+
+    def step() -> None:
+        weight = model.decoder.output_projection.weight
+        loss(weight, model.values[0], inputs.target).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -277,78 +413,151 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--quick", action="store_true", help="only the settings with a target")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    rows: list[dict[str, Any]] = []
-    for part, vocabulary, tokens in progress(
-        list(settings(args.quick, device)), desc="bench_criterion"
-    ):
-        steps = contenders(part, vocabulary, tokens, device)
-        times: dict[str, Timing] = time_in_turn(steps, device)
-        memory = {name: peak_bytes(step, device) for name, step in steps.items()}
-        for name, timing in times.items():
-            rows.append(
-                {
-                    "part": part,
-                    "vocabulary": vocabulary,
-                    "tokens": tokens,
-                    "contender": name,
-                    "seconds": round(timing.median, 6),
-                    "seconds_low": round(timing.low, 6),
-                    "seconds_high": round(timing.high, 6),
-                    "rounds": timing.rounds,
-                    "peak_mib": round(memory[name] / 2**20, 2),
-                    "time_ratio": round(timing.median / times["stock"].median, 4),
-                    "memory_ratio": round(memory[name] / memory["stock"], 4),
-                }
-            )
-
-    def ratio(part: str, vocabulary: int, name: str, key: str, base: str = "stock") -> float:
-        values = {
-            row["contender"]: row[key]
-            for row in rows
-            if (row["part"], row["vocabulary"], row["tokens"]) == (part, vocabulary, 2048)
+def measure(
+    setting: Setting, steps: dict[str, Callable[[], None]], device: torch.device, seconds: float
+) -> list[dict[str, Any]]:
+    """A setting's rows of the table, one a contender."""
+    drop_what_does_not_fit(steps)
+    times: dict[str, Timing] = time_in_turn(steps, device, seconds=seconds)
+    memory = {name: peak_bytes(step, device) for name, step in steps.items()}
+    return [
+        {
+            **setting._asdict(),
+            "contender": name,
+            "seconds": round(timing.median, 6),
+            "seconds_low": round(timing.low, 6),
+            "seconds_high": round(timing.high, 6),
+            "rounds": timing.rounds,
+            "peak_mib": round(memory[name] / 2**20, 2),
+            "time_ratio": round(timing.median / times["stock"].median, 4),
+            "memory_ratio": round(memory[name] / memory["stock"], 4),
         }
-        return float(values[name] / values[base])
+        for name, timing in times.items()
+    ]
 
-    where = "V=32768, 2048 tokens, k=64"
-    large = "V=131072, 2048 tokens, k=64"
-    targets = [
+
+def drop_what_does_not_fit(steps: dict[str, Callable[[], None]]) -> None:
+    """Call each step once, and forget those that a GPU has not the memory for."""
+    for name, step in list(steps.items()):
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            print(f"  {name}: out of memory")
+            del steps[name]
+            torch.cuda.empty_cache()
+
+
+class Figures:
+    """Looks up and divides the figures of a table."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = {
+            (Setting(*(row[name] for name in Setting._fields)), row["contender"]): row
+            for row in rows
+        }
+
+    def ratio(self, setting: Setting, name: str, key: str, base: str = "stock") -> float | None:
+        """A contender's figure over another's; None where one was not measured."""
+        found, beside = self.rows.get((setting, name)), self.rows.get((setting, base))
+        return float(found[key] / beside[key]) if found and beside else None
+
+
+def cpu_targets(figures: Figures) -> list[Target]:
+    """Limits of two settings on a CPU."""
+    alone, large = Setting("criterion", 32768, 2048), Setting("model", 131072, 2048, WIDTH)
+    where, beside = "V=32768, 2048 tokens, k=64", "V=131072, 2048 tokens, k=64"
+    return [
         Target(
-            f"time / stock criterion, {where}",
-            ratio("criterion", 32768, "cached k=64", "seconds"),
-            1.10,
+            f"time / stock criterion, {where}", figures.ratio(alone, "cached k=64", "seconds"), 1.10
         ),
         Target(
             f"peak memory / stock criterion, {where}",
-            ratio("criterion", 32768, "cached k=64", "peak_mib"),
+            figures.ratio(alone, "cached k=64", "peak_mib"),
             1.05,
         ),
         Target(
             f"time / dense online KD without its teacher's forward, {where}",
-            ratio("criterion", 32768, "cached k=64", "seconds", "dense"),
+            figures.ratio(alone, "cached k=64", "seconds", "dense"),
             0.5,
         ),
         Target(
-            f"chunked: peak memory above the model / stock, {large}",
-            ratio("model", 131072, "chunked k=64", "peak_mib"),
+            f"chunked: peak memory above the model / stock, {beside}",
+            figures.ratio(large, "chunked k=64", "peak_mib"),
             0.35,
         ),
         Target(
-            f"chunked: time / stock, {large}",
-            ratio("model", 131072, "chunked k=64", "seconds"),
+            f"chunked: time / stock, {beside}",
+            figures.ratio(large, "chunked k=64", "seconds"),
             1.15,
         ),
     ]
-    write_results("bench_criterion", rows, targets, device, args.output)
-    draw(rows, args.output / "bench_criterion.png")
+
+
+def gpu_targets(figures: Figures, settings: Sequence[Setting]) -> list[Target]:
+    """Limits on a GPU: of the criterion alone everywhere, with projection in the first setting."""
+    targets = []
+    for setting in sorted(one for one in settings if one.part == "criterion"):
+        where = f"V={setting.vocabulary}, {setting.tokens} tokens"
+        targets += [
+            Target(f"time / stock, {where}", figures.ratio(setting, "cached", "seconds"), 0.8),
+            Target(
+                f"peak memory / stock, {where}", figures.ratio(setting, "cached", "peak_mib"), 0.5
+            ),
+        ]
+    first = next(one for one in settings if one.part == "model")
+    where = f"with projection, V={first.vocabulary}, D={first.width}, {first.tokens} tokens"
+    chunked = "chunked, auto"
+    for text, contender, key, base, limit in (
+        ("time / stock", "cached", "seconds", "stock", 0.7),
+        ("time / three matrix products", "cached", "seconds", "floor", 1.3),
+        ("chunked: time / stock", chunked, "seconds", "stock", 1.0),
+        ("chunked: peak memory / stock", chunked, "peak_mib", "stock", 0.2),
+        ("chunked: time / Liger's fused linear cross entropy", chunked, "seconds", "liger", 1.0),
+    ):
+        targets.append(
+            Target(f"{text}, {where}", figures.ratio(first, contender, key, base), limit)
+        )
+    return targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--quick", action="store_true", help="CPU: only the settings with a target")
+    parser.add_argument(
+        "--smallest",
+        action="store_true",
+        help="what is measured on a GPU, at a size for any machine",
+    )
+    parser.add_argument("--minutes", type=float, help="end after about so long")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    on_gpu = device.type == "cuda" or args.smallest
+    settings = list(cpu_settings(args.quick))
+    if on_gpu:
+        settings = list(SMALLEST if args.smallest else GPU_SETTINGS)
+        keep_below(GPU_MEMORY, device)
+    name = "bench_criterion_gpu" if on_gpu else "bench_criterion"
+    deadline = Deadline(args.minutes)
+    rows: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    for number, setting in enumerate(progress(settings, desc=name)):
+        if deadline.passed():
+            print(f"time is over after {number} of {len(settings)} settings")
+            break
+        steps = gpu_contenders(setting, device) if on_gpu else cpu_contenders(setting)
+        rows += measure(setting, steps, device, deadline.share(len(settings) - number, 10.0))
+        del steps
+        if on_gpu:
+            targets = gpu_targets(Figures(rows), settings)
+            write_results(name, rows, targets, device, args.output, quiet=True)
+    if not on_gpu:
+        targets = cpu_targets(Figures(rows))
+        draw(rows, args.output / "bench_criterion.png")
+    write_results(name, rows, targets, device, args.output)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,31 @@ class Timing(NamedTuple):
     rounds: int
 
 
+class Deadline:
+    """A limit of time, in minutes from now; None is no limit."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def passed(self) -> bool:
+        """Whether time is over."""
+        return self.end is not None and time.monotonic() >= self.end
+
+    def share(self, parts: int, most: float) -> float:
+        """Seconds that each of ``parts`` may still take, ``most`` at most; some are kept for what
+        is around the measurement itself."""
+        if self.end is None:
+            return most
+        return max(0.0, min(most, 0.5 * (self.end - time.monotonic()) / parts))
+
+
+def keep_below(gib: float, device: torch.device) -> None:
+    """Let torch take no more than so much of a GPU's memory."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total))
+
+
 def time_in_turn(
     contenders: Mapping[str, Callable[[], object]],
     device: torch.device,
@@ -37,12 +62,13 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Time several functions by turns, so that a change of the machine's speed meets all alike.
 
-    Each is called once unmeasured, then in rounds, at least ``rounds[0]``, until ``seconds`` have
-    passed or ``rounds[1]`` are done.
+    Each is called unmeasured first (on a GPU a few times: kernels are compiled and chosen then),
+    then in rounds, at least ``rounds[0]``, until ``seconds`` have passed or ``rounds[1]`` are done.
     """
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for function in contenders.values():
-        function()
+        for _ in range(3 if device.type == "cuda" else 1):
+            function()
     start = time.perf_counter()
     for done in range(rounds[1]):
         if done >= rounds[0] and time.perf_counter() - start > seconds:
@@ -52,15 +78,21 @@ def time_in_turn(
     return {name: summary(values) for name, values in taken.items()}
 
 
+#: Calls that a GPU is given at once: as in training, one is prepared while another runs.
+QUEUED = 4
+
+
 def time_once(function: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, by CUDA events on a GPU."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         begin.record()
-        function()
+        for _ in range(QUEUED):
+            function()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1000
+        return begin.elapsed_time(end) / 1000 / QUEUED
     begin_time = time.perf_counter()
     function()
     return time.perf_counter() - begin_time
@@ -130,6 +162,7 @@ def write_results(
     targets: Sequence[Target],
     device: torch.device,
     folder: Path = RESULTS,
+    quiet: bool = False,
 ) -> None:
     """Write ``NAME.csv`` (measurements) and ``NAME.json`` (targets), and print the targets."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,14 +171,19 @@ def write_results(
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    write_targets(name, targets, device, folder)
-    print(f"{folder / name}.csv, .json")
+    write_targets(name, targets, device, folder, quiet)
+    if not quiet:
+        print(f"{folder / name}.csv, .json")
 
 
 def write_targets(
-    name: str, targets: Sequence[Target], device: torch.device, folder: Path = RESULTS
+    name: str,
+    targets: Sequence[Target],
+    device: torch.device,
+    folder: Path = RESULTS,
+    quiet: bool = False,
 ) -> None:
-    """Write ``NAME.json``, and print which targets were met."""
+    """Write ``NAME.json``, and print which targets were met unless ``quiet``."""
     command = shlex.join(["python", *sys.argv])
     entries = [
         {
@@ -160,7 +198,7 @@ def write_targets(
         for target in targets
     ]
     (folder / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    for target in targets:
+    for target in () if quiet else targets:
         value = "no figure" if target.value is None else f"{target.value:.3f}"
         bound = "at least" if target.at_least else "at most"
         word = "met" if target.met() else "MISSED"
