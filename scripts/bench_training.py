@@ -7,6 +7,12 @@ DATA is any fairseq data directory. Its first training sentences are trained on 
 filled up to 8,192 and 32,768 symbols; the models are not trained before, because how good they are
 makes no difference to time. The runs of a setting go in turn, some rounds of them. Writes
 results/bench_training.csv, .json and .png.
+
+    python scripts/bench_training.py --minutes 4
+
+With a GPU: a transformer-base (65 million parameters) on made-up sentences under a
+dictionary of 32,768 symbols, 16,384 tokens a batch, 4 loader workers, bfloat16, distilled from a
+teacher of three times its size. Writes bench_training_gpu.csv and .json after each round.
 """
 
 import argparse
@@ -20,13 +26,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from benchmarking import RESULTS, Target, write_results
+from benchmarking import RESULTS, Deadline, Target, keep_below, write_results
 from fairseq.data import Dictionary, data_utils, indexed_dataset
+from synthetic_training import Run, make_cache, make_teacher, write_data
+from synthetic_training import train as train_here
 
 from analysis.terminal import progress
 from sekd_fairseq.llm.vocabulary import Vocabulary
@@ -42,6 +50,7 @@ LLM = {
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }  # fmt: skip
+GPU_MEMORY = 70  # GiB that a GPU has surely
 STOCK = "stock cross entropy"
 METHODS: dict[str, list[str]] = {
     STOCK: ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"],
@@ -49,6 +58,37 @@ METHODS: dict[str, list[str]] = {
     "SE-KD, cached": ["--criterion", "self_evolution_kd", "--integration", "student"],
     "word KD, online": ["--criterion", "cached_kd"],
 }
+
+
+class Size(NamedTuple):
+    """What is trained on a GPU, or instead of it."""
+
+    vocabulary: int
+    sentences: int
+    batch_tokens: int
+    student: tuple[int, int, int]  # width, layers a side, attention heads
+    teacher: tuple[int, int, int]
+    workers: int
+    updates: int
+    warm_up: int
+
+
+GPU = Size(32768, 40_000, 16384, (512, 6, 8), (1024, 6, 16), 4, 60, 20)
+SMALLEST = Size(512, 200, 400, (16, 1, 2), (32, 1, 2), 0, 6, 2)
+#: What --minutes is spent on first comes first.
+GPU_METHODS: dict[str, list[str]] = {
+    STOCK: METHODS[STOCK],
+    "SE-KD, cached": ["--criterion", "self_evolution_kd", "--teacher-cache", "CACHE"],
+    "word KD, online": ["--criterion", "cached_kd", "--teacher-path", "TEACHER"],
+    "SE-KD, cached, chunked": [
+        "--criterion", "self_evolution_kd", "--teacher-cache", "CACHE",
+        "--sekd-chunk-tokens", "auto",
+    ],
+    "word KD, cached": ["--criterion", "cached_kd", "--teacher-cache", "CACHE"],
+    "word KD, online, teacher of the student's size": [
+        "--criterion", "cached_kd", "--teacher-path", "TWIN",
+    ],
+}  # fmt: skip
 
 
 def prepare(source: Path, folder: Path, size: int) -> str:
@@ -73,11 +113,12 @@ def prepare(source: Path, folder: Path, size: int) -> str:
     return f"{pair[0]}-{pair[1]}"
 
 
-def transformer(width: int, layers: int) -> list[str]:
+def transformer(width: int, layers: int, heads: int = 4, expansion: int = 2) -> list[str]:
     words = ["--arch", "transformer", "--share-all-embeddings", "--dropout", "0.1"]
     for side in ("encoder", "decoder"):
         words += [f"--{side}-layers", str(layers), f"--{side}-embed-dim", str(width)]
-        words += [f"--{side}-ffn-embed-dim", str(2 * width), f"--{side}-attention-heads", "4"]
+        words += [f"--{side}-ffn-embed-dim", str(expansion * width)]
+        words += [f"--{side}-attention-heads", str(heads)]
     return words
 
 
@@ -226,15 +267,114 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=200)
 
 
+def measure_on_gpu(size: Size, rounds: int, minutes: float | None, output: Path) -> None:
+    """All methods in turn, round after round while time lasts; results are written after each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_below(GPU_MEMORY, device)
+    deadline = Deadline(minutes)
+    student = [*transformer(*size.student, expansion=4), "--max-tokens", str(size.batch_tokens)]
+    found: dict[str, list[Run]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data, cache = folder / "data", folder / "cache"
+        write_data(data, size.vocabulary, size.sentences, source=25, target=25)
+        larger = [*transformer(*size.teacher, expansion=4), "--max-tokens", str(size.batch_tokens)]
+        teacher = make_teacher(data, folder / "teacher", larger)
+        twin = make_teacher(data, folder / "twin", student)
+        paths = {"CACHE": str(cache), "TEACHER": str(teacher), "TWIN": str(twin)}
+        building = make_cache(data, teacher, cache)
+        taken, refused = 0.0, set[str]()
+        for _ in range(rounds):
+            for method, words in GPU_METHODS.items():
+                # Stop where a run like the last would not end in time, but never before the first.
+                if method in refused or (found and deadline.passed(taken)):
+                    continue
+                options = [*student, *(paths.get(word, word) for word in words)]
+                options += ["--num-workers", str(size.workers)]
+                if "online" in method and device.type == "cuda":
+                    options.append("--teacher-bf16")
+                start = time.monotonic()
+                try:
+                    run = train_here(data, options, size.updates, size.warm_up)
+                except (SystemExit, torch.OutOfMemoryError) as error:
+                    print(f"  {method}: not measured ({str(error)[:80]})")
+                    refused.add(method)
+                    continue
+                taken = time.monotonic() - start
+                found.setdefault(method, []).append(run)
+                write_gpu_results(found, building, device, output, quiet=True)
+    write_gpu_results(found, building, device, output)
+
+
+def write_gpu_results(
+    found: dict[str, list[Run]],
+    building: float,
+    device: torch.device,
+    output: Path,
+    quiet: bool = False,
+) -> None:
+    """The table and the targets of what is measured so far."""
+    speeds = {
+        method: statistics.median(run.updates_a_second for run in runs)
+        for method, runs in found.items()
+    }
+    rows: list[dict[str, Any]] = [{"method": "building the cache", "seconds": round(building, 2)}]
+    for method, runs in found.items():
+        row: dict[str, Any] = {
+            "method": method,
+            "seconds": round(1 / speeds[method], 4),
+            "updates_a_second": round(speeds[method], 3),
+            "target_tokens_a_second": round(speeds[method] * float(runs[-1].log.get("wpb", "nan"))),
+            "rounds": len(runs),
+        }
+        if runs[0].peak_gib is not None:
+            row["peak_gib"] = round(max(run.peak_gib or 0.0 for run in runs), 3)
+        rows.append(row)
+
+    def ratio(method: str, base: str) -> float | None:
+        return speeds[method] / speeds[base] if {method, base} <= speeds.keys() else None
+
+    targets = [
+        Target(
+            "cached SE-KD: speed / fairseq's criterion",
+            *(ratio("SE-KD, cached", STOCK), 1.0),
+            at_least=True,
+        ),
+        Target(
+            "cached SE-KD: speed / online KD, teacher three times as large",
+            *(ratio("SE-KD, cached", "word KD, online"), 2.0),
+            at_least=True,
+        ),
+    ]
+    write_results("bench_training_gpu", rows, targets, device, output, quiet)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help="fairseq data directory")
-    parser.add_argument("--updates", type=int, default=25, help="of each run (%(default)s)")
+    parser.add_argument(
+        "data", type=Path, nargs="?", metavar="DATA", help="fairseq data directory, on a CPU"
+    )
+    parser.add_argument(
+        "--updates", type=int, default=25, help="of each run on a CPU (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of all runs (%(default)s)")
+    parser.add_argument(
+        "--smallest",
+        action="store_true",
+        help="what is measured on a GPU, at a size for any machine",
+    )
+    parser.add_argument("--minutes", type=float, help="end after about so long (on a GPU)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
+    if args.smallest or torch.cuda.is_available():
+        logging.getLogger().setLevel(logging.WARNING)
+        size = SMALLEST if args.smallest else GPU
+        measure_on_gpu(size, args.rounds, args.minutes, args.output)
+        return
+    if args.data is None:
+        parser.error("expected DATA, a fairseq data directory, on a machine without a GPU")
     logging.disable(logging.INFO)  # fairseq has everything that is imported report
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:

@@ -35,9 +35,9 @@ class Deadline:
     def __init__(self, minutes: float | None) -> None:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes
 
-    def passed(self) -> bool:
-        """Whether time is over."""
-        return self.end is not None and time.monotonic() >= self.end
+    def passed(self, ahead: float = 0.0) -> bool:
+        """Whether time is over, or will be in so many seconds."""
+        return self.end is not None and time.monotonic() + ahead >= self.end
 
     def share(self, parts: int, most: float) -> float:
         """Seconds that each of ``parts`` may still take, ``most`` at most; some are kept for what

@@ -1,0 +1,186 @@
+"""What the benchmarks of whole trainings share: data made up on the spot, and trainings in this
+process, so that no run pays for starting Python."""
+
+import gc
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fairseq_cli.train
+import numpy as np
+import torch
+from fairseq.data import Dictionary, indexed_dataset
+from numpy.typing import NDArray
+
+import sekd_fairseq.tasks  # noqa: F401 (registers)
+from sekd_fairseq import build_cache
+from sekd_fairseq.llm.vocabulary import Vocabulary
+from sekd_fairseq.teacher_cache.format import hash_symbols
+
+ROOT = Path(__file__).resolve().parents[1]
+#: fairseq reports progress here, whatever it calls the record.
+PROGRESS = "fairseq.logging.progress_bar"
+PLUGIN = ["--user-dir", str(ROOT / "sekd_fairseq"), "--task", "self_evolution_kd"]
+
+
+def write_data(
+    folder: Path, vocabulary: int, sentences: int, source: float, target: float, seed: int = 1
+) -> None:
+    """A binarised training set "xx" to "yy": sentences of random tokens.
+
+    Tokens follow Zipf's law, lengths a log-normal distribution as in news text (standard deviation
+    0.55), of these means; a translation is about as long as its source. The directory serves language
+    models too: their prompts are the source sentences.
+    """
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    dictionary = Dictionary()
+    for number in range(vocabulary - len(dictionary)):
+        dictionary.add_symbol(f"w{number}")
+    chances = 1 / (np.arange(vocabulary - dictionary.nspecial) + 2.7)
+    chances /= chances.sum()
+    length = generator.lognormal(-(0.55**2) / 2, 0.55, sentences)  # of mean 1
+    noise = generator.normal(1, 0.12, sentences).clip(0.5, 1.5)
+    for language, mean, factor in (("xx", source, 1.0), ("yy", target, noise)):
+        dictionary.save(str(folder / f"dict.{language}.txt"))
+        sizes = (mean * length * factor).round().clip(1, 6 * mean).astype(int)
+        write_side(folder / f"train.xx-yy.{language}", sizes, chances, dictionary, generator)
+    rows = list(range(vocabulary))
+    Vocabulary(rows, "", "", hash_symbols(dictionary.symbols)).save(folder)
+
+
+def write_side(
+    path: Path,
+    sizes: NDArray[Any],
+    chances: NDArray[Any],
+    dictionary: Dictionary,
+    generator: np.random.Generator,
+) -> None:
+    """One language of :func:`write_data`, each sentence with its end."""
+    tokens = generator.choice(len(chances), int(sizes.sum()), p=chances) + dictionary.nspecial
+    builder: Any = indexed_dataset.make_builder(f"{path}.bin", "mmap", vocab_size=len(dictionary))
+    for sentence in np.split(tokens, sizes.cumsum()[:-1]):
+        builder.add_item(torch.tensor([*sentence, dictionary.eos()]))
+    builder.finalize(f"{path}.idx")
+
+
+class Run(NamedTuple):
+    """A training: speed after its first updates, peak memory (of a GPU), and what it logged last."""
+
+    updates_a_second: float
+    peak_gib: float | None
+    log: dict[str, str]
+
+
+class Stamps(logging.Handler):
+    """Keeps what a training logs, and when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[tuple[float, dict[str, str]]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "train_inner":
+            self.records.append((time.perf_counter(), json.loads(record.getMessage())))
+
+
+@contextmanager
+def progress() -> Iterator[Stamps]:
+    """Let fairseq's progress be read and not be printed."""
+    logger, stamps = logging.getLogger(PROGRESS), Stamps()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(stamps)
+    logger.propagate = False
+    try:
+        yield stamps
+    finally:
+        logger.removeHandler(stamps)
+
+
+def train(data: Path, options: Sequence[str], updates: int, warm_up: int) -> Run:
+    """``fairseq-train`` in this process; its speed is that of the updates after ``warm_up``.
+
+    Raises
+    ------
+    SystemExit
+        The plugin or fairseq refuses the options.
+    """
+    on_gpu = torch.cuda.is_available()
+    # A training that logs every update waits for the GPU in every update.
+    interval = warm_up if on_gpu else 1
+    words = [
+        "fairseq-train", str(data), *PLUGIN, "--optimizer", "adam", "--lr", "1e-4", "--clip-norm",
+        "1.0", "--max-update", str(updates), "--disable-validation", "--distributed-world-size", "1",
+        "--log-format", "json", "--log-interval", str(interval), "--seed", "1", *options,
+    ]  # fmt: skip
+    if "--save-dir" not in options:
+        words.append("--no-save")
+    words.append("--bf16" if on_gpu else "--cpu")
+    free_memory()
+    held = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    arguments, sys.argv = sys.argv, words
+    try:
+        with progress() as stamps, warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # fairseq calls hydra in ways that hydra has left behind
+            fairseq_cli.train.cli_main()
+    finally:
+        sys.argv = arguments
+    peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if on_gpu else None
+    free_memory()
+    times = [
+        (at, int(log["num_updates"]))
+        for at, log in stamps.records
+        if int(log["num_updates"]) >= warm_up
+    ]
+    if len(times) < 2:
+        return Run(float("nan"), peak, {})
+    (begin, first), (end, last) = times[0], times[-1]
+    return Run((last - first) / (end - begin), peak, stamps.records[-1][1])
+
+
+def free_memory() -> None:
+    """Give back what a training has left in cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def make_teacher(data: Path, save: Path, options: Sequence[str]) -> Path:
+    """A checkpoint of an untrained model: how good a teacher is makes no difference to time."""
+    words = [*options, "--criterion", "label_smoothed_cross_entropy", "--save-dir", str(save)]
+    train(data, [*words, "--no-epoch-checkpoints"], 1, 1)
+    return save / "checkpoint_last.pt"
+
+
+def make_cache(data: Path, teacher: Path, output: Path) -> float:
+    """A teacher's cache of 32 tokens each; returns the seconds that it took."""
+    words = [str(data), "--path", str(teacher), "--output", str(output), "--subset", "train"]
+    words += ["--top-k", "32", "--allow-implausible"]
+    words += ["--bf16", "--max-tokens", "16384"] if torch.cuda.is_available() else ["--cpu"]
+    start = time.perf_counter()
+    with quiet():
+        build_cache.main(words)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Print nothing, on either stream."""
+    with open(os.devnull, "w") as nowhere:
+        streams = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = streams
