@@ -324,7 +324,7 @@ def write_gpu_results(
             "method": method,
             "seconds": round(1 / speeds[method], 4),
             "updates_a_second": round(speeds[method], 3),
-            "target_tokens_a_second": round(speeds[method] * float(runs[-1].log.get("wpb", "nan"))),
+            "target_tokens_a_second": round(speeds[method] * runs[-1].mean("wpb")),
             "rounds": len(runs),
         }
         if runs[0].peak_gib is not None:
@@ -371,7 +371,8 @@ def main() -> None:
     if args.smallest or torch.cuda.is_available():
         logging.getLogger().setLevel(logging.WARNING)
         size = SMALLEST if args.smallest else GPU
-        measure_on_gpu(size, args.rounds, args.minutes, args.output)
+        rounds = 1 if args.smallest else args.rounds
+        measure_on_gpu(size, rounds, args.minutes, args.output)
         return
     if args.data is None:
         parser.error("expected DATA, a fairseq data directory, on a machine without a GPU")

@@ -72,11 +72,16 @@ def write_side(
 
 
 class Run(NamedTuple):
-    """A training: speed after its first updates, peak memory (of a GPU), and what it logged last."""
+    """A training: speed after its first updates, peak memory (of a GPU), and what it logged of them."""
 
     updates_a_second: float
     peak_gib: float | None
-    log: dict[str, str]
+    logs: list[dict[str, str]]
+
+    def mean(self, key: str) -> float:
+        """The mean of a logged figure; NaN where nothing was logged."""
+        values = [float(log[key]) for log in self.logs]
+        return sum(values) / len(values) if values else float("nan")
 
 
 class Stamps(logging.Handler):
@@ -138,15 +143,13 @@ def train(data: Path, options: Sequence[str], updates: int, warm_up: int) -> Run
         sys.argv = arguments
     peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if on_gpu else None
     free_memory()
-    times = [
-        (at, int(log["num_updates"]))
-        for at, log in stamps.records
-        if int(log["num_updates"]) >= warm_up
-    ]
-    if len(times) < 2:
-        return Run(float("nan"), peak, {})
-    (begin, first), (end, last) = times[0], times[-1]
-    return Run((last - first) / (end - begin), peak, stamps.records[-1][1])
+    records = [(at, log) for at, log in stamps.records if int(log["num_updates"]) >= warm_up]
+    assert len(records) > 1 or updates == warm_up, f"{updates} updates, {len(records)} records"
+    if len(records) < 2:
+        return Run(float("nan"), peak, [])
+    updates_timed = int(records[-1][1]["num_updates"]) - int(records[0][1]["num_updates"])
+    seconds = records[-1][0] - records[0][0]
+    return Run(updates_timed / seconds, peak, [log for _, log in records[1:]])
 
 
 def free_memory() -> None:
