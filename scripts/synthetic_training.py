@@ -97,7 +97,7 @@ class Stamps(logging.Handler):
 
 
 @contextmanager
-def progress() -> Iterator[Stamps]:
+def progress_records() -> Iterator[Stamps]:
     """Let fairseq's progress be read and not be printed."""
     logger, stamps = logging.getLogger(PROGRESS), Stamps()
     logger.setLevel(logging.INFO)
@@ -134,7 +134,7 @@ def train(data: Path, options: Sequence[str], updates: int, warm_up: int) -> Run
         torch.cuda.reset_peak_memory_stats()
     arguments, sys.argv = sys.argv, words
     try:
-        with progress() as stamps, warnings.catch_warnings():
+        with progress_records() as stamps, warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # fairseq calls hydra in ways that hydra has left behind

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from torch import Tensor
 
 from sekd_fairseq.compat import BATCH_SIZE_MULTIPLE, collect_before_fork
 from sekd_fairseq.criterions.cached_teacher import CachedTeacherCriterion
@@ -64,6 +66,23 @@ class SelfEvolutionKDConfig(TranslationConfig):
 def paths(value: str | None) -> list[str]:
     """The paths of an option that takes several, ``a:b``; none for an option left out."""
     return utils.split_paths(value) if value else []
+
+
+def on_host(logging_outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sums to log as numbers, fetched from a GPU at once.
+
+    fairseq's meters look at each of them, some twenty times an update, and each look would wait.
+    """
+    tensors = [
+        value for log in logging_outputs for value in log.values() if isinstance(value, Tensor)
+    ]
+    if not tensors:
+        return logging_outputs
+    numbers = iter(torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist())
+    return [
+        {key: next(numbers) if isinstance(value, Tensor) else value for key, value in log.items()}
+        for log in logging_outputs
+    ]
 
 
 @register_task("self_evolution_kd", dataclass=SelfEvolutionKDConfig)
@@ -211,6 +230,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         threshold is the same however a batch was split. ``padding``, of a language model in training:
         the share of computed positions that are padding.
         """
+        logging_outputs = on_host(logging_outputs)
         super().reduce_metrics(logging_outputs, criterion)
         if "positions" in logging_outputs[0]:
             positions, padding = (
