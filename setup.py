@@ -43,7 +43,7 @@ setup(
         # installs the same folder: requiring one would overwrite a fairseq that the user has built.
         "fairseq": [
             "ve-fairseq==0.12.3",
-            "torch>=2.6",  # the first that loads checkpoints with weights_only by default
+            "torch>=2.8",  # the first that adds products in half precision to a sum in single
             "sentencepiece>=0.2",  # vocabularies
         ],
         "llm": [
@@ -58,6 +58,7 @@ setup(
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
+            "triton>=3.5; platform_system == 'Linux'",  # its interpreter proves the GPU kernels on a CPU
             "coverage>=7.10",  # follows forks and os._exit
             "ruff>=0.9",
             "mypy>=1.14",

@@ -8,6 +8,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # The kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")

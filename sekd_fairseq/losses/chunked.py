@@ -7,16 +7,31 @@ of features and projection as the plain path (recomputing logits in backward wou
 and ``(chunk, V)`` instead of ``(tokens, V)`` memory.  Liger Kernel does this for cross entropy.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sekd_fairseq.losses.known_gradient import with_gradient
+
 #: From a chunk's logits, (chunk, V), and which tokens these are: their summed loss, 0-d, and sums
-#: to log.
+#: to log. The loss's gradient may take the place of the logits in memory.
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
+
+#: Bytes of a chunk's logits where the size of chunks is not given: products of matrices are then as
+#: fast as of whole batches (measured on an H100), and a small part of the memory that these take.
+CHUNK_BYTES = 2**28
+#: Gradients to float16 logits are kept times this factor, as a loss scaler would: those of tokens that
+#: the student knows well are too small for the type.
+HALF_SCALE = 1024.0
+
+
+def tokens_per_chunk(tokens: int, vocabulary: int, element_size: int) -> int:
+    """The size of equal chunks whose logits take at most :data:`CHUNK_BYTES`, 1 or more."""
+    most = max(1, CHUNK_BYTES // (vocabulary * element_size))
+    return max(1, math.ceil(tokens / math.ceil(tokens / most))) if tokens else 1
 
 
 def chunked_loss(
@@ -24,7 +39,7 @@ def chunked_loss(
     weight: Tensor,
     bias: Tensor | None,
     loss_of: ChunkLoss,
-    chunk_tokens: int,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summed loss of logits ``features @ weight.T + bias`` that are made chunk by chunk.
 
@@ -38,8 +53,8 @@ def chunked_loss(
         and here.
     loss_of
         Called once a chunk; must be additive over tokens, so no threshold taken from the chunk.
-    chunk_tokens : int
-        Tokens a chunk, 1 or more.
+    chunk_tokens : int, optional
+        Tokens per chunk, 1 or more; by default as memory allows (:func:`tokens_per_chunk`).
 
     Returns
     -------
@@ -48,63 +63,63 @@ def chunked_loss(
     sums
         Those of ``loss_of``, added up.
     """
+    inputs = (features, weight, bias)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    device = features.device.type
+    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        if half is not None:  # once, and not once per chunk
+            features, weight = features.to(half), weight.to(half)
+            bias = None if bias is None else bias.to(half)
+        size = chunk_tokens or tokens_per_chunk(len(features), len(weight), weight.element_size())
+        scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
+        value, sums, found = _in_chunks(features, weight, bias, loss_of, size, wanted, scale)
+    return with_gradient(value, inputs, found, scale), sums
+
+
+def _in_chunks(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss_of: ChunkLoss,
+    size: int,
+    wanted: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+    """The summed loss, the sums to log, and ``scale`` times the gradients to the three, where wanted."""
     sums: dict[str, Tensor] = {}
-    with_gradient = torch.is_grad_enabled()
-    loss = _ChunkedLoss.apply(features, weight, bias, with_gradient, loss_of, chunk_tokens, sums)  # type: ignore[no-untyped-call]
-    return loss, sums
+    single = torch.promote_types(features.dtype, torch.float32)
+    total = features.new_zeros((), dtype=single)
+    # Many small parts are added up, so half precision adds in single.
+    grad_features = torch.empty_like(features) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=single) if wanted[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=single) if bias is not None and wanted[2] else None
+    # No tokens still make one (empty) chunk, which names the sums.
+    for start in range(0, max(1, len(features)), size):
+        part = slice(start, start + size)
+        logits = functional.linear(features[part], weight, bias)
+        with torch.set_grad_enabled(any(wanted)):
+            loss, found = loss_of(logits.requires_grad_(any(wanted)), part)
+        total += loss.detach()
+        for key, value in found.items():
+            sums[key] = sums[key] + value if key in sums else value
+        if not any(wanted):
+            continue
+        (gradient,) = torch.autograd.grad(loss, logits, loss.new_full((), scale))
+        if grad_features is not None:
+            torch.mm(gradient, weight, out=grad_features[part])
+        if grad_weight is not None:
+            _add_product(grad_weight, gradient.t(), features[part])
+        if grad_bias is not None:
+            grad_bias += gradient.sum(dim=0, dtype=single)
+    return total, sums, [grad_features, grad_weight, grad_bias]
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        with_gradient: bool,
-        loss_of: ChunkLoss,
-        chunk_tokens: int,
-        sums: dict[str, Tensor],
-    ) -> Tensor:
-        total = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
-        wants = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
-        grad_features = torch.empty_like(features) if wants[0] else None
-        # Many small parts are added up, so half precision adds in single.
-        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if wants[1] else None
-        grad_bias = None
-        if bias is not None and wants[2]:
-            grad_bias = torch.zeros_like(bias, dtype=total.dtype)
-        # No tokens still make one (empty) chunk, which names the sums.
-        for start in range(0, max(1, features.size(0)), chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            logits = functional.linear(features[part], weight, bias)
-            with torch.set_grad_enabled(any(wants)):
-                logits.requires_grad_(any(wants))
-                loss, found = loss_of(logits, part)
-            total += loss.detach()
-            for key, value in found.items():
-                sums[key] = sums[key] + value if key in sums else value
-            if not any(wants):
-                continue
-            (gradient,) = torch.autograd.grad(loss, logits)
-            if grad_features is not None:
-                # Not mm(out=...): for that --amp has no kernel of mixed types.
-                grad_features[part] = gradient @ weight
-            if grad_weight is not None and grad_weight.dtype == gradient.dtype:
-                grad_weight.addmm_(gradient.t(), features[part])
-            elif grad_weight is not None:
-                grad_weight += gradient.t() @ features[part]
-            if grad_bias is not None:
-                grad_bias += gradient.sum(dim=0)
-        ctx.save_for_backward(grad_features, grad_weight, grad_bias)
-        ctx.dtypes = (features.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            None if gradient is None else (gradient * upstream).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None, None, None, None)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``; products in half precision are added in single, on a GPU without a copy."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

@@ -5,21 +5,33 @@ leaves outside of them, and for label smoothing the sum of all log-probabilities
 the logits gives all of it, one pass gives the gradient, and neither keeps a ``(tokens, V)`` tensor
 besides the logits and their gradient: what plain cross entropy needs, no more.
 
-With ``S`` the support, ``q = softmax(z)`` and ``Q`` the mass of ``q`` outside ``S``, and upstream
-gradients ``g_s`` on ``log q_s``, ``h`` on ``log Q`` and ``u`` on ``sum_v log q_v``::
+With ``S`` the support, ``T`` the temperature, ``q = softmax(z / T)``, ``Q`` the mass of ``q``
+outside ``S``, and upstream gradients ``g_s`` on ``log q_s``, ``h`` on ``log Q`` and ``u`` on
+``sum_v log q_v``::
 
-    dz_v = q_v (-sum_s g_s - h - V u) + u + (g_v        if v in S
-                                             h q_v / Q  otherwise)
+    T dz_v = q_v (-sum_s g_s - h - V u) + u + (g_v        if v in S
+                                               h q_v / Q  otherwise)
 
-Outside ``S`` this is ``exp(z_v - log sum_{v not in S} exp(z_v)) * c`` with the bounded factor
+Outside ``S`` this is ``(q_v / Q) c + u`` with the bounded factor
 ``c = h + Q (-sum_s g_s - h - V u)``, which neither overflows nor cancels when ``Q`` is tiny.
+
+Logits are compared with their maximum before a logarithm is subtracted, ``(z - max) - log sum``, and
+the outside with its own maximum: so no digits are lost where logits are large, and ``Q`` does not
+underflow where the student is sure.
+
+The passes have two bodies of one signature: :mod:`sekd_fairseq.losses.support_triton` on a GPU, and
+the blocks of rows below elsewhere.
 """
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+NEG_INF = float("-inf")
 #: Elements of the scratch buffer that holds a few rows of logits at a time: about one L2 cache
 #: on a CPU (measured: 2**18 to 2**20 are alike, 2**24 is 1.5 times slower), 64 MiB on a GPU.
 SCRATCH_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
@@ -50,16 +62,39 @@ class SupportLogProbs(NamedTuple):
     max_log_q: Tensor
 
 
+class Reduced(NamedTuple):
+    """What a pass over logits leaves, for the result and for the gradient.
+
+    The first five are those of :class:`SupportLogProbs`; ``outside_top`` (N,) is the largest
+    ``z / T`` outside the support and ``outside_log_sum`` (N,) the log of the sum of
+    ``exp(z / T - outside_top)`` there; both ``-inf`` where nothing lies outside.
+    """
+
+    log_q: Tensor
+    log_outside: Tensor
+    sum_log_q: Tensor
+    allowed: Tensor
+    max_log_q: Tensor
+    outside_top: Tensor
+    outside_log_sum: Tensor
+
+
 def support_log_probs(
-    logits: Tensor, rows: Tensor, ids: Tensor, valid: Tensor, with_sum: bool = False
+    logits: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    valid: Tensor,
+    with_sum: bool = False,
+    temperature: float = 1.0,
+    overwrite: bool = False,
 ) -> SupportLogProbs:
-    """Evaluate ``log softmax(logits)`` on a support, with the exact mass outside of it.
+    """Evaluate ``log softmax(logits / temperature)`` on a support, with the exact mass outside.
 
     Parameters
     ----------
     logits : (M, V) float
         Student logits of any float type; arithmetic is float32 (float64 for float64 logits).
-        ``-inf`` marks a forbidden token. Gradient flows here.
+        ``-inf`` marks a forbidden token. Gradient flows here, in the logits' type.
     rows : (N,) int64
         The positions to evaluate (those that are not padding); each at most once.
     ids : (N, K) int64
@@ -68,71 +103,165 @@ def support_log_probs(
     valid : (N, K) bool
         Which slots count. A row has at least one.
     with_sum : bool
-        Whether ``sum_log_q`` is wanted (one more pass over the scratch buffer).
+        Whether ``sum_log_q`` and ``allowed`` are wanted.
+    temperature : float
+        Above 0.
+    overwrite : bool
+        Let the gradient take the place of the logits in memory. For a caller who made the logits and
+        has no other use for them.
     """
-    outputs = _SupportLogProbs.apply(logits, rows, ids, valid, with_sum)  # type: ignore[no-untyped-call]
+    outputs = _SupportLogProbs.apply(logits, rows, ids, valid, with_sum, temperature, overwrite)  # type: ignore[no-untyped-call]
     return SupportLogProbs(*outputs)
 
 
-def _rows_at_a_time(logits: Tensor) -> int:
-    return max(1, SCRATCH_ELEMENTS.get(logits.device.type, 2**24) // max(1, logits.size(-1)))
+@cache
+def triton_kernels() -> Any:
+    """The module of kernels, or None where Triton cannot be imported."""
+    return import_module("sekd_fairseq.losses.support_triton") if find_spec("triton") else None
 
 
-def reduce_rows(
-    scratch: Tensor, ids: Tensor, valid: Tensor, with_sum: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Reduce a scratch copy of logits, which is overwritten.
+def body_for(logits: Tensor) -> Any:
+    """What has ``reduce`` and ``gradient`` for these logits: the kernels on a GPU, else this module's
+    class of blocks."""
+    if logits.is_cuda and logits.dtype != torch.float64 and triton_kernels() is not None:
+        return triton_kernels()
+    return Blocks
 
-    Returns ``log_q, log_outside, sum_log_q, allowed, max_log_q, log_normaliser`` for its rows.
-    """
-    wide = float(scratch.size(1))
-    top = scratch.amax(dim=1, keepdim=True)  # (n, 1)
-    z_support = scratch.gather(1, ids)  # (n, K)
-    allowed = torch.full_like(top.squeeze(1), wide)
-    z_sum = torch.zeros_like(allowed)
+
+class Blocks:
+    """The passes in torch, a block of rows at a time."""
+
+    @staticmethod
+    def reduce(
+        logits: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        valid: Tensor,
+        with_sum: bool,
+        temperature: float,
+    ) -> Reduced:
+        """Arguments of :func:`support_log_probs`."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        parts: list[Reduced] = []
+        for part in blocks_of(logits, rows):
+            scratch = logits.index_select(0, rows[part]).to(dtype)
+            if temperature != 1.0:
+                scratch.div_(temperature)
+            parts.append(reduce_rows(scratch, ids[part], valid[part], with_sum))
+        if not parts:
+            column = logits.new_zeros(0, dtype=dtype)
+            return Reduced(column.new_zeros(ids.shape), *[column] * 6)
+        return Reduced(*map(torch.cat, zip(*parts, strict=True)))
+
+    @staticmethod
+    def gradient(
+        logits: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        valid: Tensor,
+        reduced: Reduced,
+        grad_log_q: Tensor,
+        grad_outside: Tensor,
+        grad_sum: Tensor | None,
+        temperature: float,
+        overwrite: bool,
+    ) -> Tensor:
+        """The gradient to the logits, (M, V) in their type; zero at other rows than ``rows``."""
+        grad = logits.detach() if overwrite else torch.empty_like(logits)
+        if rows.numel() < logits.size(0):
+            padding = torch.ones(logits.size(0), 1, dtype=torch.bool, device=logits.device)
+            grad.masked_fill_(padding.index_fill_(0, rows, False), 0.0)
+        for part in blocks_of(logits, rows):
+            scratch = logits.index_select(0, rows[part]).to(reduced.log_q.dtype)
+            if temperature != 1.0:
+                scratch.div_(temperature)
+            scratch = fill_gradient(
+                scratch,
+                ids[part],
+                valid[part],
+                Reduced(*(column[part] for column in reduced)),
+                grad_log_q[part],
+                grad_outside[part],
+                None if grad_sum is None else grad_sum[part],
+            )
+            if temperature != 1.0:
+                scratch.div_(temperature)
+            grad.index_copy_(0, rows[part], scratch.to(grad.dtype))
+        return grad
+
+
+def blocks_of(logits: Tensor, rows: Tensor) -> list[slice]:
+    """Parts of ``rows`` whose logits fill one scratch buffer."""
+    elements = SCRATCH_ELEMENTS.get(logits.device.type, 2**24)
+    step = max(1, elements // max(1, logits.size(-1)))
+    return [slice(start, start + step) for start in range(0, rows.numel(), step)]
+
+
+def reduce_rows(scratch: Tensor, ids: Tensor, valid: Tensor, with_sum: bool) -> Reduced:
+    """Reduce a scratch copy of logits, which is overwritten."""
+    z_support = scratch.gather(1, ids).masked_fill(~valid, NEG_INF)  # (n, K)
+    outside_top = scratch.scatter_(1, ids, NEG_INF).amax(dim=1)  # (n,)
+    top = torch.maximum(outside_top, z_support.amax(dim=1))
+    empty = outside_top == NEG_INF
+    scratch.sub_(outside_top.masked_fill(empty, 0.0).unsqueeze(1))
+    allowed = scratch.new_full((scratch.size(0),), float(scratch.size(1)))
     if with_sum:
-        z_sum = scratch.sum(dim=1)
-        if bool(torch.isinf(z_sum).any()):  # forbidden tokens: rare, so checked after the sum
+        # Of distances from the maximum: a sum of large logits would have no digits left.
+        distance = scratch.scatter_(1, ids, 0.0).sum(dim=1)
+        if scratch.is_cuda or bool(distance.isinf().any()):  # forbidden tokens
             finite = scratch.isfinite()
-            allowed = finite.sum(dim=1).to(z_sum)
-            z_sum = scratch.masked_fill(~finite, 0.0).sum(dim=1)
-    scratch.sub_(top).exp_().scatter_(1, ids, 0.0)
-    outside = scratch.sum(dim=1)  # (n,)
-    inside = (z_support - top).exp().masked_fill(~valid, 0.0).sum(dim=1)
-    log_total = (outside + inside).log()
-    log_normaliser = top.squeeze(1) + log_total
-    log_q = (z_support - log_normaliser.unsqueeze(1)).masked_fill(~valid, float("-inf"))
-    sum_log_q = z_sum - allowed * log_normaliser if with_sum else z_sum
-    # Not -log_total: the best token's log_q must equal it exactly, also after rounding.
-    max_log_q = top.squeeze(1) - log_normaliser
-    return log_q, outside.log() - log_total, sum_log_q, allowed, max_log_q, log_normaliser
+            allowed = finite.sum(dim=1) - (z_support == NEG_INF).logical_and_(valid).sum(dim=1)
+            allowed = allowed.to(distance)
+            distance = scratch.masked_fill(~finite, 0.0).sum(dim=1)
+        scratch.scatter_(1, ids, NEG_INF)
+    outside_log_sum = scratch.exp_().sum(dim=1).log()
+    log_outside = (outside_top - top) + outside_log_sum  # relative to the best token
+    z_support = z_support - top.unsqueeze(1)
+    log_total = (z_support.exp().sum(dim=1) + log_outside.exp()).log()
+    log_q = z_support - log_total.unsqueeze(1)
+    sum_log_q = torch.zeros_like(top)
+    if with_sum:
+        inside = log_q > NEG_INF
+        outside = allowed - inside.sum(dim=1)
+        sum_log_q = distance + outside * ((outside_top - top) - log_total).masked_fill(empty, 0.0)
+        sum_log_q = sum_log_q + log_q.masked_fill(~inside, 0.0).sum(dim=1)
+    return Reduced(
+        log_q,
+        log_outside - log_total,
+        sum_log_q,
+        allowed,
+        -log_total,
+        outside_top,
+        outside_log_sum,
+    )
 
 
 def fill_gradient(
     scratch: Tensor,
     ids: Tensor,
     valid: Tensor,
-    log_q: Tensor,
-    log_outside: Tensor,
-    log_normaliser: Tensor,
-    allowed: Tensor,
+    reduced: Reduced,
     grad_log_q: Tensor,
     grad_outside: Tensor,
     grad_sum: Tensor | None,
 ) -> Tensor:
     """Turn a scratch copy of logits into the gradient with respect to them (module docstring)."""
+    log_q, log_outside, _, allowed, _, outside_top, outside_log_sum = reduced
     forbidden = None
-    if grad_sum is not None and bool((allowed < scratch.size(1)).any()):
+    if grad_sum is not None and (
+        scratch.is_cuda or bool((allowed < scratch.size(1)).any())  # rare, so looked for first
+    ):
         forbidden = scratch.isinf()
     grad_log_q = grad_log_q.masked_fill(~valid, 0.0)
     spread = -(grad_log_q.sum(dim=1) + grad_outside)  # factor of q_v
     if grad_sum is not None:
         spread = spread - allowed * grad_sum
-    empty = torch.isinf(log_outside)
-    # Where nothing lies outside, exp(z - inf) = 0 stands in for the undefined conditional.
-    log_mass_outside = (log_normaliser + log_outside).masked_fill(empty, float("inf"))
+    empty = outside_top == NEG_INF
     factor = (grad_outside + log_outside.exp() * spread).masked_fill(empty, 0.0)
-    scratch.sub_(log_mass_outside.unsqueeze(1)).exp_().mul_(factor.unsqueeze(1))
+    # Where nothing lies outside, exp(z - inf) = 0 stands in for the undefined conditional.
+    scratch.sub_(outside_top.masked_fill(empty, float("inf")).unsqueeze(1))
+    scratch.sub_(outside_log_sum.masked_fill(empty, 0.0).unsqueeze(1))
+    scratch.exp_().mul_(factor.unsqueeze(1))
     on_support = log_q.exp() * spread.unsqueeze(1) + grad_log_q
     scratch.scatter_(1, ids, 0.0)
     scratch.scatter_add_(1, ids, on_support.masked_fill(~valid, 0.0))
@@ -146,53 +275,40 @@ def fill_gradient(
 class _SupportLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, rows: Tensor, ids: Tensor, valid: Tensor, with_sum: bool
+        ctx: Any,
+        logits: Tensor,
+        rows: Tensor,
+        ids: Tensor,
+        valid: Tensor,
+        with_sum: bool,
+        temperature: float,
+        overwrite: bool,
     ) -> tuple[Tensor, ...]:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        step = _rows_at_a_time(logits)
-        parts: list[tuple[Tensor, ...]] = []
-        for start in range(0, rows.numel(), step):
-            part = slice(start, start + step)
-            scratch = logits.index_select(0, rows[part]).to(dtype)
-            parts.append(reduce_rows(scratch, ids[part], valid[part], with_sum))
-        if parts:
-            columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        else:
-            column = logits.new_zeros(0, dtype=dtype)
-            columns = (column.new_zeros(ids.shape), column, column, column, column, column)
-        log_q, log_outside, sum_log_q, allowed, max_log_q, log_normaliser = columns
-        ctx.save_for_backward(logits, rows, ids, valid, log_q, log_outside, allowed, log_normaliser)
-        ctx.with_sum = with_sum
-        ctx.mark_non_differentiable(allowed, max_log_q)
+        logits = logits.contiguous()
+        reduced = body_for(logits).reduce(logits, rows, ids, valid, with_sum, temperature)
+        ctx.save_for_backward(logits, rows, ids, valid, *reduced)
+        ctx.options = (with_sum, temperature, overwrite)
+        ctx.mark_non_differentiable(reduced.allowed, reduced.max_log_q)
         ctx.set_materialize_grads(True)
-        return log_q, log_outside, sum_log_q, allowed, max_log_q
+        return tuple(reduced[:5])
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(
         ctx: Any, grad_log_q: Tensor, grad_outside: Tensor, grad_sum: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        logits, rows, ids, valid, log_q, log_outside, allowed, log_normaliser = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        if rows.numel() < logits.size(0):
-            padding = torch.ones(logits.size(0), dtype=torch.bool, device=logits.device)
-            padding[rows] = False
-            grad[padding] = 0.0
-        step = _rows_at_a_time(logits)
-        for start in range(0, rows.numel(), step):
-            part = slice(start, start + step)
-            scratch = logits.index_select(0, rows[part]).to(log_q.dtype)
-            scratch = fill_gradient(
-                scratch,
-                ids[part],
-                valid[part],
-                log_q[part],
-                log_outside[part],
-                log_normaliser[part],
-                allowed[part],
-                grad_log_q[part],
-                grad_outside[part],
-                grad_sum[part] if ctx.with_sum else None,
-            )
-            grad.index_copy_(0, rows[part], scratch.to(grad.dtype))
-        return grad, None, None, None, None
+        logits, rows, ids, valid, *columns = ctx.saved_tensors
+        with_sum, temperature, overwrite = ctx.options
+        gradient = body_for(logits).gradient(
+            logits,
+            rows,
+            ids,
+            valid,
+            Reduced(*columns),
+            grad_log_q,
+            grad_outside,
+            grad_sum if with_sum else None,
+            temperature,
+            overwrite,
+        )
+        return gradient, None, None, None, None, None, None

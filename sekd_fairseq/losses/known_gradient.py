@@ -1,0 +1,49 @@
+"""A value whose gradient was found along with it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def with_gradient(
+    value: Tensor,
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+    scale: float = 1.0,
+) -> Tensor:
+    """``value`` (0-d), through which ``gradients`` flow to ``inputs``, times what flows to the value.
+
+    A loss of a few numbers per token is cheaper to differentiate where it is computed than to keep a
+    graph of, and what its gradient is can then be logged. First derivatives only. Each gradient has
+    the shape of its input and is ``scale`` times too large; what flows is in the input's type. None for
+    no input or no gradient.
+    """
+    return _KnownGradient.apply(value, scale, *inputs, *gradients)  # type: ignore[no-untyped-call]
+
+
+class _KnownGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: float, *tensors: Tensor | None) -> Tensor:
+        count = len(tensors) // 2
+        ctx.scale = scale
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors[:count]]
+        ctx.save_for_backward(*tensors[count:])
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        inputs = zip(gradients, ctx.dtypes, ctx.needs_input_grad[2:], strict=False)
+        factor = upstream / ctx.scale
+        scaled = (_times(one, factor, dtype) if needed else None for one, dtype, needed in inputs)
+        return (None, None, *scaled, *[None] * len(gradients))
+
+
+def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``gradient * factor`` in another type, without a copy in the first."""
+    if gradient is None:
+        return None
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
