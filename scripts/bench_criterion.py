@@ -131,7 +131,7 @@ def task(vocabulary: int) -> Any:
         target_dictionary=dictionary(),
         cfg=config,
         teacher_temperature=1.0,
-        teacher_rows=lambda sample: teacher_rows(sample["teacher"]),
+        teacher_at=lambda sample, rows: teacher_rows(sample["teacher"]),
     )
 
 

@@ -1,12 +1,16 @@
 """The teacher itself in the training loop, for those who would rather spend compute than disk."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fairseq import utils
+from torch import Tensor
 
-from sekd_fairseq.inference import load_models, token_logits
+from sekd_fairseq.inference import load_models
 from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.losses.support import reference_first
 
 
 class OnlineTeacher:
@@ -31,16 +35,45 @@ class OnlineTeacher:
             model.to(dtype).requires_grad_(False)
 
     @torch.no_grad()
-    def rows(self, sample: dict[str, Any], pad: int) -> TeacherRows:
-        """The teacher at a batch's target tokens that are not padding."""
-        device = sample["target"].device
+    def at(self, sample: dict[str, Any], rows: Tensor) -> "DenseTeacher":
+        """The teacher at some positions of a batch's target; ``rows`` (N,) counts (B T)."""
+        logits = []
         for model in self.models:
-            model.to(device)
-        targets, log_p = zip(
-            *(
-                (target, z.log_softmax(dim=-1))
-                for target, z in token_logits(self.models, sample, pad)
-            ),
-            strict=True,
-        )
-        return TeacherRows.from_dense(torch.cat(log_p), torch.cat(targets))
+            model.to(rows.device)
+            found = model(**sample["net_input"])[0]
+            logits.append(found.reshape(-1, found.size(-1)))
+        return DenseTeacher(logits, rows, sample["target"].view(-1)[rows])
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """Full distributions at ``N`` target tokens, made a few tokens at a time.
+
+    Attributes
+    ----------
+    logits
+        (M, V) in the teacher's type, of each model of an ensemble.
+    positions : (N,) int64
+        Their rows of ``logits``.
+    target : (N,) int64
+        Their reference tokens.
+    """
+
+    logits: list[Tensor]
+    positions: Tensor
+    target: Tensor
+
+    def __getitem__(self, part: slice) -> "DenseTeacher":
+        """The teacher at some of these tokens."""
+        return DenseTeacher(self.logits, self.positions[part], self.target[part])
+
+    @torch.no_grad()
+    def rows(self, part: slice) -> TeacherRows:
+        """Distributions of some of these tokens in float32; of an ensemble the mean probability."""
+        log_p = [z.index_select(0, self.positions[part]) for z in self.logits]
+        log_p = [z.log_softmax(dim=-1, dtype=torch.float32) for z in log_p]
+        mean = log_p[0]
+        if len(log_p) > 1:
+            mean = torch.stack(log_p).logsumexp(dim=0) - math.log(len(log_p))
+        target = self.target[part]
+        return TeacherRows.whole(reference_first(mean, target), target)

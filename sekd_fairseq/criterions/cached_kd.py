@@ -9,7 +9,11 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor
 
-from sekd_fairseq.criterions.cached_teacher import CachedTeacherConfig, CachedTeacherCriterion
+from sekd_fairseq.criterions.cached_teacher import (
+    CachedTeacherConfig,
+    CachedTeacherCriterion,
+    Distilled,
+)
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.losses import DIVERGENCES, Events
 from sekd_fairseq.losses.decoupled import adaptive_teaching
@@ -99,9 +103,7 @@ class CachedKDCriterion(CachedTeacherCriterion):
             return "--divergence atkd"
         return "--select batch" if str(cfg.select) == "batch" else ""
 
-    def distill(
-        self, events: Events, nll: Tensor, teacher: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def distill(self, events: Events, nll: Tensor, teacher: dict[str, Tensor]) -> Distilled:
         """The divergence at selected tokens, zero at the others."""
         selected = self._selected(nll)
         if self.training and self.queue is not None:
@@ -109,7 +111,8 @@ class CachedKDCriterion(CachedTeacherCriterion):
         value = self._distance(events)
         kl = relative_entropy(events.log_p, events.log_q.detach(), events.log_multiplicity)
         # A mask and not a factor: infinity at a token that does not distil must not become NaN.
-        return value.masked_fill(~selected, 0.0), {"kl": kl.sum(), "selected": selected.sum()}
+        sums = {"kl": kl.sum(), "selected": selected.sum()}
+        return Distilled(value.masked_fill(~selected, 0.0), sums)
 
     def _distance(self, events: Events) -> Tensor:
         if self.divergence == "atkd":

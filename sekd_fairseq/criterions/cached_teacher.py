@@ -3,8 +3,9 @@
 import inspect
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fairseq import utils
@@ -20,11 +21,20 @@ from sekd_fairseq.losses import (
     DIVERGENCES,
     MISSING_MASS,
     Events,
+    SupportLogProbs,
     TeacherRows,
+    blockwise_loss,
     build_events,
     chunked_loss,
     support_log_probs,
 )
+from sekd_fairseq.losses.known_gradient import with_gradient
+from sekd_fairseq.losses.support import (
+    gradient_size,
+    outside_gradient_size,
+    whole_log_probs,
+)
+from sekd_fairseq.online_teacher import DenseTeacher
 from sekd_fairseq.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -62,15 +72,33 @@ class CachedTeacherConfig(FairseqDataclass):
             "(bucket), spread evenly (uniform), ignored (renormalize), estimated (sampled)"
         },
     )
-    sekd_chunk_tokens: int = field(
-        default=0,
+    sekd_chunk_tokens: str = field(
+        default="0",
         metadata={
-            "help": "apply the output projection and the loss to this many tokens at a time, so "
-            "that the logits of a whole batch are never held (256 is a good value for a large "
-            "vocabulary); 0 is off"
+            "help": "apply the output projection and the loss to so many tokens at a time, so that "
+            "the logits of a whole batch are never held: a number, or 'auto' for as many as make "
+            "some hundred megabytes of logits; 0 is off"
         },
     )
     sentence_avg: bool = II("optimization.sentence_avg")
+
+
+class Distilled(NamedTuple):
+    """What :meth:`CachedTeacherCriterion.distill` finds.
+
+    Attributes
+    ----------
+    divergence : (N,) float
+        The distillation loss of each token, nats.
+    sums
+        0-d sums over tokens, to log.
+    hard : (N,) bool, optional
+        By which the gradient that tokens receive is logged.
+    """
+
+    divergence: Tensor
+    sums: dict[str, Tensor]
+    hard: Tensor | None = None
 
 
 class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
@@ -107,14 +135,13 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         self.missing_mass = str(cfg.missing_mass)
         self.divergence = str(cfg.divergence)
         self.sentence_avg = cfg.sentence_avg
-        self.chunk_tokens = int(cfg.sekd_chunk_tokens)
+        #: Tokens per chunk; None as memory allows, 0 for no chunks.
+        self.chunk_tokens = parse_chunk_tokens(cfg.sekd_chunk_tokens)
         self._told = False
-        if self.chunk_tokens < 0:
-            raise UserError(f"--sekd-chunk-tokens: expected 0 or more, found {self.chunk_tokens}")
-        if self.chunk_tokens and self.whole_batch(cfg):
+        if self.chunk_tokens != 0 and self.whole_batch(cfg):
             raise UserError(
                 f"--sekd-chunk-tokens: expected 0 with {self.whole_batch(cfg)}, which ranks the "
-                f"tokens of a whole batch, found {self.chunk_tokens}"
+                f"tokens of a whole batch, found {cfg.sekd_chunk_tokens}"
             )
 
     @staticmethod
@@ -122,10 +149,8 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         """The option that needs all tokens of a batch at once, as typed; empty if there is none."""
         return ""
 
-    def distill(
-        self, events: Events, nll: Tensor, teacher: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The distillation loss of each token, (N,) nats, and the sums to log.
+    def distill(self, events: Events, nll: Tensor, teacher: dict[str, Tensor]) -> Distilled:
+        """The distillation loss of each token, and the sums to log.
 
         ``nll`` (N,) is cross entropy at temperature 1, ``teacher`` the batch's entry
         (:class:`~sekd_fairseq.data.TeacherDataset`).
@@ -162,75 +187,132 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                     "an adaptive softmax gives no logits that a teacher could be compared with; "
                     "leave out --adaptive-softmax-cutoff"
                 )
-        target = sample["target"]
-        rows = target.view(-1).ne(self.padding_idx).nonzero().squeeze(1)  # (N,)
-        teacher = self.task.teacher_rows(sample)
-        if self.missing_mass == "sampled" and teacher.log_weight is None:
+        target = sample["target"].view(-1)
+        # With the number of tokens given, a GPU does not have to be waited for.
+        mask = target.ne(self.padding_idx)
+        rows = torch.nonzero_static(mask, size=int(sample["ntokens"])).squeeze(1)  # (N,)
+        teacher = self.task.teacher_at(sample, rows)
+        batch = sample.get("teacher", {})
+        if self.missing_mass == "sampled" and "draws" not in batch:
             with one_line_errors():
                 raise UserError(
                     "--missing-mass sampled expects a cache of sampled supports, found another; "
                     "build it with: python -m sekd_fairseq.build_cache ... --sample N"
                 )
-        batch = sample.get("teacher", {})
         projection = self._chunked_projection(model)
-        if projection is None:
+
+        def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            every = torch.arange(len(logits), device=logits.device)
+            tensors = {key: value[part] for key, value in batch.items()}
+            return self._loss(logits, every, teacher[part], tensors, overwrite=True)
+
+        if projection is not None:
+            features = flatten(model(**sample["net_input"], features_only=True)[0])  # (B T, D)
+            features = features.index_select(0, rows)
+            weights = (projection.weight, projection.bias)
+            loss, sums = chunked_loss(features, *weights, part_loss, self.chunk_tokens)
+        else:
             logits = flatten(model(**sample["net_input"])[0])  # (B T, V)
             loss, sums = self._loss(logits, rows, teacher, batch)
-        else:
-            features = flatten(model(**sample["net_input"], features_only=True)[0])  # (B T, D)
-
-            def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-                every = torch.arange(logits.size(0), device=logits.device)
-                tensors = {key: value[part] for key, value in batch.items()}
-                return self._loss(logits, every, teacher[part], tensors)
-
-            loss, sums = chunked_loss(
-                features.index_select(0, rows),
-                projection.weight,
-                projection.bias,
-                part_loss,
-                self.chunk_tokens,
-            )
-        sample_size = target.size(0) if self.sentence_avg else sample["ntokens"]
+        sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": loss.detach(),
             "ntokens": sample["ntokens"],
-            "nsentences": target.size(0),
+            "nsentences": len(sample["target"]),
             "sample_size": sample_size,
             **sums,
         }
         return loss, sample_size, logging_output
 
     def _loss(
-        self, logits: Tensor, rows: Tensor, teacher: TeacherRows, batch: dict[str, Tensor]
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        teacher: TeacherRows | DenseTeacher,
+        batch: dict[str, Tensor],
+        overwrite: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and sums to log at some rows of logits; ``batch`` is their part of the batch's
-        entry.
+        entry, ``overwrite`` as of :func:`support_log_probs`.
 
         Cross entropy is at temperature 1. The distillation loss is at the teacher's temperature T,
         times T^2, so that its gradient keeps its size (Hinton et al., 2015).
         """
-        smooth, uniform = self.label_smoothing > 0, self.missing_mass == "uniform"
+        if isinstance(teacher, DenseTeacher):
+            # Every token of the vocabulary is looked at, so a few rows at a time.
+            def block_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+                student = whole_log_probs(logits, teacher.target[part])
+                return self._token_loss(student, student, teacher.rows(part), batch, logits)
+
+            return blockwise_loss(logits, rows, block_loss)
         temperature = self.task.teacher_temperature
-        if temperature == 1.0:
-            student = plain = support_log_probs(
-                logits, rows, teacher.ids, teacher.valid, smooth or uniform
-            )
+        smooth, uniform = self.label_smoothing > 0, self.missing_mass == "uniform"
+        ids, valid = teacher.ids, teacher.valid
+        if temperature == 1.0:  # one pass serves both parts of the loss
+            with_sum = smooth or uniform
+            student = plain = support_log_probs(logits, rows, ids, valid, with_sum, 1.0, overwrite)
         else:
-            softened = logits / temperature
-            student = support_log_probs(softened, rows, teacher.ids, teacher.valid, uniform)
-            reference = (teacher.ids[:, :1], teacher.valid[:, :1])
-            plain = support_log_probs(logits, rows, *reference, with_sum=smooth)
-        events = build_events(teacher, student, self.missing_mass)
-        token_nll = -plain.log_q[:, 0]
-        divergence, sums = self.distill(events, token_nll.detach(), batch)
-        nll = token_nll.sum()
-        cross_entropy = self._cross_entropy(nll, plain.sum_log_q, logits.size(-1))
+            student = support_log_probs(logits, rows, ids, valid, uniform, temperature)
+            plain = support_log_probs(logits, rows, ids[:, :1], valid[:, :1], smooth)
+        return self._token_loss(student, plain, teacher, batch, logits, rows, temperature)
+
+    def _token_loss(
+        self,
+        student: SupportLogProbs,
+        plain: SupportLogProbs,
+        teacher: TeacherRows,
+        batch: dict[str, Tensor],
+        logits: Tensor,
+        rows: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of some tokens; ``plain`` is the student at temperature 1, ``rows`` are the tokens'
+        rows of ``logits``, or None for all.
+
+        These are a few numbers per token. Their gradient is taken here, and once, so that it can be
+        logged too.
+        """
+        leaf = SupportLogProbs(*(column.detach() for column in student))
+        inputs = leaf[:3]  # log_q, log_outside, sum_log_q
+        for column in inputs:
+            column.requires_grad_(torch.is_grad_enabled())
+        token_nll = -plain.log_q[:, 0].detach()
+        events = build_events(teacher, leaf, self.missing_mass)
+        found = self.distill(events, token_nll, batch)
         best = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).argmax(dim=1, keepdim=True)
-        agree = student.log_q.detach().gather(1, best).squeeze(1) >= student.max_log_q
-        distillation = temperature**2 * divergence.sum()
-        loss = self.alpha * distillation + (1.0 - self.alpha) * cross_entropy
-        return loss, {"nll_loss": nll.detach(), "agree": agree.sum(), **sums}
+        agree = leaf.log_q.detach().gather(1, best).squeeze(1) >= leaf.max_log_q
+        divergence, nll = found.divergence.sum(), token_nll.sum()
+        sums = {"nll_loss": nll, "agree": agree.sum(), **found.sums}
+        # fairseq's label-smoothed cross entropy, a sum of nll and of all log-probabilities.
+        epsilon = self.label_smoothing / (logits.size(-1) - 1)
+        on_nll = (1.0 - self.alpha) * (1.0 - self.label_smoothing - epsilon)
+        on_sum = -(1.0 - self.alpha) * epsilon
+        scale = temperature**2 * self.alpha
+        value = on_nll * nll
+        if self.alpha > 0:  # an infinite divergence that has no weight must not become NaN
+            value = value + scale * divergence.detach()
+        if self.label_smoothing > 0:
+            value = value + on_sum * plain.sum_log_q.detach().sum()
+        if not torch.is_grad_enabled():
+            return value, sums
+        gradients = gradients_of(divergence, inputs)
+        if found.hard is not None:
+            size = gradient_size(leaf, gradients)
+            if self.missing_mass == "uniform" and rows is not None:
+                where = (logits, rows, teacher.ids, teacher.valid, temperature)
+                size = size + outside_gradient_size(leaf, gradients, *where)
+            size = temperature * size  # T^2 D of z / T
+            sums["easy_gradient"] = size.masked_fill(found.hard, 0.0).sum()
+            sums["hard_gradient"] = size.masked_fill(~found.hard, 0.0).sum()
+        on_log_q = torch.zeros_like(plain.log_q)
+        on_log_q[:, 0] = -on_nll
+        if self.alpha == 0:
+            gradients = tuple(map(torch.zeros_like, gradients))
+        pairs = [*zip(student[:3], (scale * gradient for gradient in gradients), strict=True)]
+        pairs += [(plain.log_q, on_log_q)]
+        if self.label_smoothing > 0:
+            pairs += [(plain.sum_log_q, torch.full_like(plain.sum_log_q, on_sum))]
+        return with_gradient(value, pairs), sums
 
     def _chunked_projection(self, model: Any) -> torch.nn.Linear | None:
         """The projection to apply in chunks, or None for the plain path."""
@@ -244,13 +326,6 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                 "that can be applied apart from it"
             )
         return projection
-
-    def _cross_entropy(self, nll: Tensor, sum_log_q: Tensor, vocab_size: int) -> Tensor:
-        """fairseq's label-smoothed cross entropy, summed over tokens."""
-        if self.label_smoothing == 0:
-            return nll
-        epsilon = self.label_smoothing / (vocab_size - 1)
-        return (1.0 - self.label_smoothing - epsilon) * nll - epsilon * sum_log_q.sum()
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
@@ -268,6 +343,26 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
     def logging_outputs_can_be_summed() -> bool:
         """Everything logged is a sum over tokens."""
         return True
+
+
+def parse_chunk_tokens(value: str) -> int | None:
+    """The value of ``--sekd-chunk-tokens``: None for ``auto``."""
+    if value == "auto":
+        return None
+    try:
+        tokens = int(value)
+    except ValueError:
+        tokens = -1
+    if tokens < 0:
+        raise UserError(f"--sekd-chunk-tokens: expected 0 or more, or auto, found {value!r}")
+    return tokens
+
+
+def gradients_of(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of ``value`` to each input; zeros where there is none."""
+    if not value.requires_grad:
+        return tuple(map(torch.zeros_like, inputs))
+    return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
 
 
 def flatten(x: Tensor) -> Tensor:

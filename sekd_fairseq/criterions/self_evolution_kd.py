@@ -5,13 +5,16 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
-import torch
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor
 
-from sekd_fairseq.criterions.cached_teacher import CachedTeacherConfig, CachedTeacherCriterion
+from sekd_fairseq.criterions.cached_teacher import (
+    CachedTeacherConfig,
+    CachedTeacherCriterion,
+    Distilled,
+)
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.losses import (
     Events,
@@ -162,8 +165,7 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
     Logged, beside what every criterion logs, in nats or as shares: ``difficulty`` (mean),
     ``hard_share``, ``hard_lambda`` (mean ratio on hard tokens), ``kl_easy`` and ``kl_hard`` (mean
     KL(p || q)), ``gamma`` (the threshold in use); in training also ``hard_gradient`` and
-    ``easy_gradient`` (mean L1 norm of the gradient of ``D`` to the logits, on the events of the
-    loss).
+    ``easy_gradient`` (mean L1 norm of the gradient of ``D`` to the logits).
     """
 
     def __init__(self, cfg: SelfEvolutionKDConfig, task: Any) -> None:
@@ -200,13 +202,11 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
         """The option that needs a whole batch at once, if any."""
         return "--gamma-type quantile" if str(cfg.gamma_type) == "quantile" else ""
 
-    def distill(
-        self, events: Events, nll: Tensor, teacher: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def distill(self, events: Events, nll: Tensor, teacher: dict[str, Tensor]) -> Distilled:
         """SE-KD of each token; difficulty is taken now, or from a stored pass where there is one."""
         gamma = self.running_quantile.value if self.running_quantile is not None else None
         output = self_evolution_kd(events, self.settings_now(), gamma, teacher.get("difficulty"))
-        return output.divergence, self._difficulty_sums(events, output)
+        return Distilled(output.divergence, difficulty_sums(events, output), output.hard)
 
     def settings_now(self) -> SelfEvolution:
         """The settings with the ``lambda_max`` of this update."""
@@ -239,33 +239,6 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
         if self.running_quantile is not None and "running_gamma" in state:
             self.running_quantile.value = state["running_gamma"]
 
-    def _difficulty_sums(self, events: Events, output: SelfEvolutionOutput) -> dict[str, Tensor]:
-        hard = output.hard.to(output.difficulty)
-        log_q = events.log_q.detach()
-        kl = relative_entropy(events.log_p, log_q, events.log_multiplicity)
-        sums = {
-            "gamma": output.gamma * kl.numel(),
-            "hard": hard.sum(),
-            "difficulty": output.difficulty.sum(),
-            "hard_lambda": (output.ratio * hard).sum(),
-            "kl_easy": (kl * (1.0 - hard)).sum(),
-            "kl_hard": (kl * hard).sum(),
-        }
-        if not torch.is_grad_enabled():  # validation has no gradient to speak of
-            return sums
-        gradient = torch.zeros_like(kl)
-        if output.divergence.requires_grad and output.divergence.numel():
-            (on_log_q,) = torch.autograd.grad(
-                output.divergence.sum(), events.log_q, retain_graph=True
-            )
-            q = log_q.exp()
-            gradient = (on_log_q - q * on_log_q.sum(dim=1, keepdim=True)).abs().sum(dim=1)
-        return {
-            **sums,
-            "easy_gradient": (gradient * (1.0 - hard)).sum(),
-            "hard_gradient": (gradient * hard).sum(),
-        }
-
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Divide the sums; a mean over no tokens is NaN."""
@@ -286,5 +259,17 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
             ("hard_gradient", hard),
         ):
             if key in logging_outputs[0]:
-                mean = total(key) / count if count > 0 else float("nan")
-                metrics.log_scalar(key, mean, count, round=4)
+                metrics.log_scalar(key, total(key) / count, count, round=4)
+
+
+def difficulty_sums(events: Events, output: SelfEvolutionOutput) -> dict[str, Tensor]:
+    """What is logged of easy and hard tokens, summed."""
+    kl = relative_entropy(events.log_p, events.log_q.detach(), events.log_multiplicity)
+    return {
+        "gamma": output.gamma * kl.numel(),
+        "hard": output.hard.sum(),
+        "difficulty": output.difficulty.sum(),
+        "hard_lambda": output.ratio.masked_fill(~output.hard, 0.0).sum(),
+        "kl_easy": kl.masked_fill(output.hard, 0.0).sum(),
+        "kl_hard": kl.masked_fill(~output.hard, 0.0).sum(),
+    }

@@ -5,7 +5,7 @@
 >>> loss = self_evolution_kd(events, SelfEvolution(gamma=1.0, gamma_type="absolute")).divergence
 """
 
-from sekd_fairseq.losses.chunked import chunked_loss
+from sekd_fairseq.losses.chunked import blockwise_loss, chunked_loss
 from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.losses.events import MISSING_MASS, Events, TeacherRows, build_events
 from sekd_fairseq.losses.self_evolution import (
@@ -25,6 +25,7 @@ __all__ = [
     "SelfEvolutionOutput",
     "SupportLogProbs",
     "TeacherRows",
+    "blockwise_loss",
     "build_events",
     "chunked_loss",
     "self_evolution_kd",

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sekd_fairseq.losses.known_gradient import with_gradient
+from sekd_fairseq.losses.support import blocks_of
 
 #: From a chunk's logits, (chunk, V), and which tokens these are: their summed loss, 0-d, and sums
 #: to log. The loss's gradient may take the place of the logits in memory.
@@ -74,7 +75,47 @@ def chunked_loss(
         size = chunk_tokens or tokens_per_chunk(len(features), len(weight), weight.element_size())
         scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
         value, sums, found = _in_chunks(features, weight, bias, loss_of, size, wanted, scale)
-    return with_gradient(value, inputs, found, scale), sums
+    return with_gradient(value, list(zip(inputs, found, strict=True)), scale), sums
+
+
+def blockwise_loss(
+    logits: Tensor, rows: Tensor, loss_of: ChunkLoss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed loss of some rows of logits, worked off in blocks (:func:`blocks_of`).
+
+    For losses that look at all of the vocabulary in single precision: beside the gradient, in the
+    logits' type, only one block of that is held.
+
+    Parameters
+    ----------
+    logits : (M, V) float
+        Gradient flows here.
+    rows : (N,) int64
+        The rows that count, each once.
+    loss_of
+        Called once a block with its logits, (n, V) in single precision.
+    """
+    sums: dict[str, Tensor] = {}
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    with torch.no_grad():
+        gradient = torch.zeros_like(logits) if wanted else None
+        total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        # No tokens still make one (empty) block, which names the sums.
+        for part in blocks_of(logits, rows) or [slice(0, 0)]:
+            block = logits.index_select(0, rows[part]).to(total.dtype)
+            with torch.set_grad_enabled(wanted):
+                loss, found = loss_of(block.requires_grad_(wanted), part)
+            total += loss.detach()
+            _add(sums, found)
+            if gradient is not None:
+                (on_block,) = torch.autograd.grad(loss, block)
+                gradient.index_copy_(0, rows[part], on_block.to(gradient.dtype))
+    return with_gradient(total, [(logits, gradient)]), sums
+
+
+def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    for key, value in found.items():
+        sums[key] = sums[key] + value if key in sums else value
 
 
 def _in_chunks(
@@ -101,8 +142,7 @@ def _in_chunks(
         with torch.set_grad_enabled(any(wanted)):
             loss, found = loss_of(logits.requires_grad_(any(wanted)), part)
         total += loss.detach()
-        for key, value in found.items():
-            sums[key] = sums[key] + value if key in sums else value
+        _add(sums, found)
         if not any(wanted):
             continue
         (gradient,) = torch.autograd.grad(loss, logits, loss.new_full((), scale))

@@ -63,6 +63,24 @@ class TeacherRows:
         )
 
     @classmethod
+    def whole(cls, log_p: Tensor, target: Tensor) -> "TeacherRows":
+        """Rows of the full distribution whose reference stands first (``reference_first``).
+
+        ``ids`` has the reference alone: what compares all tokens needs no others.
+        """
+        return cls(
+            ids=target.unsqueeze(1),
+            valid=torch.ones(1, 1, dtype=torch.bool, device=log_p.device),
+            log_p=log_p,
+            log_outside=log_p.new_full((log_p.size(0),), NEG_INF),
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all tokens of the vocabulary, in the order of :meth:`whole`."""
+        return self.ids.size(1) < self.log_p.size(1)
+
+    @classmethod
     def from_dense(cls, log_p: Tensor, target: Tensor) -> "TeacherRows":
         """Rows of the full distribution, ``k = V``, with the reference token moved to slot 0.
 
@@ -137,6 +155,8 @@ def build_events(teacher: TeacherRows, student: SupportLogProbs, missing_mass: s
     sum to one and are taken as they are.
     """
     dtype = student.log_q.dtype
+    if teacher.is_whole:  # no mass is missing
+        return Events(teacher.log_p.to(dtype), student.log_q, None)
     log_p = teacher.log_p.to(dtype).masked_fill(~teacher.valid, NEG_INF)
     log_outside = teacher.log_outside.to(dtype).unsqueeze(1)
     log_q = student.log_q

@@ -8,18 +8,16 @@ from torch import Tensor
 
 
 def with_gradient(
-    value: Tensor,
-    inputs: Sequence[Tensor | None],
-    gradients: Sequence[Tensor | None],
-    scale: float = 1.0,
+    value: Tensor, pairs: Sequence[tuple[Tensor | None, Tensor | None]], scale: float = 1.0
 ) -> Tensor:
-    """``value`` (0-d), through which ``gradients`` flow to ``inputs``, times what flows to the value.
+    """``value`` (0-d), through which a known gradient flows to each input.
 
-    A loss of a few numbers per token is cheaper to differentiate where it is computed than to keep a
-    graph of, and what its gradient is can then be logged. First derivatives only. Each gradient has
-    the shape of its input and is ``scale`` times too large; what flows is in the input's type. None for
-    no input or no gradient.
+    ``pairs`` holds inputs and gradients, which have the shape of their input and are ``scale`` times
+    too large; an input may occur twice, and what flows is in its type. None for no input or no
+    gradient. A loss of a few numbers per token is cheaper to differentiate where it is computed than
+    to keep a graph of, and what its gradient is can then be logged. First derivatives only.
     """
+    inputs, gradients = zip(*pairs, strict=True)
     return _KnownGradient.apply(value, scale, *inputs, *gradients)  # type: ignore[no-untyped-call]
 
 

@@ -23,6 +23,7 @@ The passes have two bodies of one signature: :mod:`sekd_fairseq.losses.support_t
 the blocks of rows below elsewhere.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -112,6 +113,85 @@ def support_log_probs(
     """
     outputs = _SupportLogProbs.apply(logits, rows, ids, valid, with_sum, temperature, overwrite)  # type: ignore[no-untyped-call]
     return SupportLogProbs(*outputs)
+
+
+def whole_log_probs(logits: Tensor, target: Tensor) -> SupportLogProbs:
+    """``log softmax(logits)`` of the whole vocabulary as a support, the reference token in slot 0.
+
+    Slot 0 and the reference's have changed places. For teachers that give every token.
+
+    Parameters
+    ----------
+    logits : (N, V) float32 or float64
+        Gradient flows here.
+    target : (N,) int64
+        Reference tokens.
+    """
+    log_q = reference_first(logits, target).log_softmax(dim=-1)
+    allowed = log_q > NEG_INF
+    return SupportLogProbs(
+        log_q,
+        torch.full_like(log_q[:, 0], NEG_INF),
+        log_q.masked_fill(~allowed, 0.0).sum(dim=1),
+        allowed.sum(dim=1).to(log_q.dtype),
+        log_q.detach().amax(dim=1),
+    )
+
+
+def reference_first(values: Tensor, target: Tensor) -> Tensor:
+    """A copy of (N, V) values in which those of the reference and of token 0 have changed places."""
+    place = target.unsqueeze(1)
+    reference = values.gather(1, place)
+    return values.scatter(1, place, values[:, :1]).index_copy(
+        1, torch.zeros(1, dtype=torch.long, device=values.device), reference
+    )
+
+
+def gradient_size(student: SupportLogProbs, gradients: Sequence[Tensor]) -> Tensor:
+    """L1 norm of the gradient to the softmax's input, (N,), of gradients to ``log_q``,
+    ``log_outside`` and ``sum_log_q``.
+
+    In closed form, because outside the support all entries have one sign. With a gradient to
+    ``sum_log_q`` they need not: then it is that of the support alone, and
+    :func:`outside_gradient_size` has the rest.
+    """
+    on_log_q, on_outside, on_sum = gradients
+    spread = _spread(student, gradients)
+    on_support = student.log_q.exp() * spread.unsqueeze(1) + on_log_q + on_sum.unsqueeze(1)
+    size = on_support.masked_fill(student.log_q == NEG_INF, 0.0).abs().sum(dim=1)
+    outside = on_outside + student.log_outside.exp() * spread
+    return size + outside.masked_fill(on_sum != 0, 0.0).abs()
+
+
+def outside_gradient_size(
+    student: SupportLogProbs,
+    gradients: Sequence[Tensor],
+    logits: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    valid: Tensor,
+    temperature: float,
+) -> Tensor:
+    """The part of :func:`gradient_size` outside the support where ``sum_log_q`` has a gradient, (N,):
+    one more pass over the logits."""
+    on_sum = gradients[2]
+    spread = _spread(student, gradients)
+    sizes = [spread[:0]]
+    with torch.no_grad():
+        for part in blocks_of(logits, rows):
+            z = logits.index_select(0, rows[part]).to(spread.dtype) / temperature
+            origin = z.gather(1, ids[part, :1])
+            q = (z - origin + student.log_q[part, :1]).exp()
+            entry = q * spread[part].unsqueeze(1) + on_sum[part].unsqueeze(1)
+            entry = entry.masked_fill(z == NEG_INF, 0.0).scatter(1, ids[part], 0.0)
+            sizes.append(entry.abs().sum(dim=1))
+    return torch.cat(sizes)
+
+
+def _spread(student: SupportLogProbs, gradients: Sequence[Tensor]) -> Tensor:
+    """The factor of ``q`` in the gradient to the softmax's input, (N,)."""
+    on_log_q, on_outside, on_sum = gradients
+    return -(on_log_q.sum(dim=1) + on_outside + student.allowed * on_sum)
 
 
 @cache

@@ -22,7 +22,7 @@ from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inference import half_precision
 from sekd_fairseq.losses import TeacherRows
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
-from sekd_fairseq.online_teacher import OnlineTeacher
+from sekd_fairseq.online_teacher import DenseTeacher, OnlineTeacher
 from sekd_fairseq.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -210,18 +210,12 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 self.online_teacher = OnlineTeacher(self.cfg.teacher_path, data, dtype)
         return self.criterion
 
-    def teacher_rows(self, sample: dict[str, Any]) -> TeacherRows:
-        """The teacher at a batch's target tokens that are not padding."""
+    def teacher_at(self, sample: dict[str, Any], rows: Tensor) -> TeacherRows | DenseTeacher:
+        """The teacher at a batch's target tokens that are not padding, whose places in the flattened
+        target are ``rows``, (N,)."""
         if self.online_teacher is not None:
-            return self.online_teacher.rows(sample, self.tgt_dict.pad())
+            return self.online_teacher.at(sample, rows)
         return teacher_rows(sample["teacher"])
-
-    def train_step(self, sample: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As fairseq's; of a language model's batch, also how much of it is padding."""
-        loss, sample_size, logging_output = super().train_step(sample, *args, **kwargs)
-        if "positions" in sample:
-            logging_output["positions"], logging_output["padding"] = sample["positions"]
-        return loss, sample_size, logging_output
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """Log, and end the update for a criterion that keeps a state over updates.
