@@ -117,3 +117,10 @@ def test_tokenised_data_and_prompts_are_recognised(
     ]
     evaluate(tmp_path, generated=(prompts, pieces, HYPOTHESES))
     assert capsys.readouterr().err == ""
+
+
+def test_an_instruction_is_all_that_is_printed_of_a_prompt(tmp_path: Path) -> None:
+    # A translation is one line, so of a prompt of several lines the first is printed.
+    instructions = ["Translate from English to German."] * 4
+    found = evaluate(tmp_path, generated=(instructions, TARGETS, HYPOTHESES))
+    assert found["score"] == BLEU().corpus_score(HYPOTHESES, [TARGETS]).score
