@@ -64,7 +64,7 @@ def load_models(
         ) from error
     except Exception as error:  # the unpickler's own errors share no base class
         raise UserError(
-            f"{paths[0]}: not a checkpoint that can be loaded ({str(error).splitlines()[0][:300]})"
+            f"{paths[0]}: not a checkpoint that can be loaded ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})"
         ) from error
     for model in models:
         model.eval().to(device)

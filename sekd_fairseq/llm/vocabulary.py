@@ -124,35 +124,29 @@ def with_end(rows: Sequence[int], token: int) -> list[int]:
     return swapped
 
 
-@torch.no_grad()
-def select_rows(lm: Any, rows: Sequence[int]) -> None:
-    """Put a model's embedding and output rows in the order of ``rows``; -1 makes a new row, the
-    mean of all.
-
-    Raises
-    ------
-    UserError
-        The model has fewer rows than the tokenizer has tokens.
-    """
-    embedding, projection = _layer(lm, "input"), _layer(lm, "output")
-    if max(rows) >= embedding.weight.size(0):
+def check_rows(lm: Any, rows: Sequence[int]) -> None:
+    """Refuse a model that has fewer rows than the tokenizer has tokens, or not two matrices of them."""
+    found = min(len(matrix) for matrix in vocabulary_parameters(lm).values())
+    if max(rows) >= found:
         raise UserError(
-            f"--hf-model has {embedding.weight.size(0)} vocabulary rows, the data's tokenizer at "
+            f"--hf-model has {found} vocabulary rows, the data's tokenizer at "
             f"least {max(rows) + 1} tokens: expected the tokenizer of this model; make the data "
             "again with it"
         )
-    index = torch.tensor(rows, device=embedding.weight.device)
 
-    def selected(side: str) -> Tensor:
-        old = _layer(lm, side).weight
-        new: Tensor = old[index.clamp_min(0)]
+
+@torch.no_grad()
+def select_rows(lm: Any, rows: Sequence[int]) -> None:
+    """Put a model's embedding and output rows in the order of ``rows``; -1 makes a new row, the
+    mean of all."""
+
+    def selected(side: str, old: Tensor) -> Tensor:
+        index = torch.tensor(rows, device=old.device)
+        new = old[index.clamp_min(0)]
         new[index < 0] = old.mean(dim=0)
         return new
 
-    _replace_matrices(lm, selected)
-    if getattr(projection, "bias", None) is not None:
-        projection.bias = torch.nn.Parameter(projection.bias[index.clamp_min(0)])
-    embedding.padding_idx = None
+    _replace(lm, selected)
     lm.config.bos_token_id, lm.config.eos_token_id, lm.config.pad_token_id = 0, 2, None
 
 
@@ -165,32 +159,50 @@ def restore_rows(lm: Any, rows: Sequence[int], original: Any | None) -> None:
     """
     index = torch.tensor(rows)
     known = index >= 0
+    originals = {} if original is None else vocabulary_parameters(original)
 
-    def restored(side: str) -> Tensor:
-        weight = _layer(lm, side).weight
-        if original is None:
-            full = torch.zeros(max(rows) + 1, weight.size(1))
+    def restored(side: str, old: Tensor) -> Tensor:
+        if side in originals:
+            full = originals[side].detach().clone()
         else:
-            full = _layer(original, side).weight.detach().clone()
-        full[index[known]] = weight[known].to(full.dtype)
+            full = torch.zeros(max(rows) + 1, *old.shape[1:])
+        full[index[known]] = old[known].to(full.dtype)
         return full
 
-    _replace_matrices(lm, restored)
-    for config in (lm.config, lm.generation_config):
+    _replace(lm, restored)
+    for config in filter(None, (lm.config, lm.generation_config)):
         ids = (row if row != NEW_ROW else None for row in rows[:3])
         config.bos_token_id, config.pad_token_id, config.eos_token_id = ids
 
 
-def _layer(lm: Any, side: str) -> Any:
-    """The embedding (``input``) or the output projection (``output``)."""
-    return getattr(lm, f"get_{side}_embeddings")()
+def vocabulary_parameters(lm: Any) -> dict[str, Tensor]:
+    """What has one row a token: the embedding (``input``), the output projection (``output``, the
+    same where they are tied), and the projection's ``bias`` if there is one."""
+    embedding, projection = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if not (isinstance(embedding, torch.nn.Embedding) and isinstance(projection, torch.nn.Linear)):
+        found = " and ".join(type(layer).__name__ for layer in (embedding, projection))
+        raise UserError(
+            f"{type(lm).__name__} is no model for --arch hf_causal_lm: expected an Embedding of its "
+            f"tokens and a Linear output projection, found {found}"
+        )
+    parameters = {"input": embedding.weight, "output": projection.weight}
+    return parameters if projection.bias is None else {**parameters, "bias": projection.bias}
 
 
-def _replace_matrices(lm: Any, new: Callable[[str], Tensor]) -> None:
-    """Give a model the matrices ``new("input")`` and ``new("output")``; tied ones stay tied."""
-    embedding, projection = _layer(lm, "input"), _layer(lm, "output")
-    tied = projection.weight is embedding.weight
-    embedding.weight = torch.nn.Parameter(new("input"))
-    projection.weight = embedding.weight if tied else torch.nn.Parameter(new("output"))
-    size = embedding.weight.size(0)
-    embedding.num_embeddings = projection.out_features = lm.config.vocab_size = size
+def _replace(lm: Any, new: Callable[[str, Tensor], Tensor]) -> None:
+    """Give a model ``new(name, parameter)`` for its :func:`vocabulary_parameters`, wherever it holds
+    them; tied ones stay tied."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for name, old in vocabulary_parameters(lm).items():
+        if id(old) not in made:
+            made[id(old)] = torch.nn.Parameter(new(name, old))
+    size = len(next(iter(made.values())))
+    for module in lm.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            if id(old) in made:
+                setattr(module, name, made[id(old)])
+                if isinstance(module, torch.nn.Embedding):
+                    module.num_embeddings, module.padding_idx = size, None
+                elif isinstance(module, torch.nn.Linear):
+                    module.out_features = size
+    lm.config.get_text_config().vocab_size = size

@@ -2,7 +2,7 @@
 
 The "encoder" has no parameters: it turns source tokens, which hold the whole prompt, into a
 left-padded prompt.  The "decoder" runs the model on ``[prompt | previous outputs]`` and keeps the
-logits of target positions only; in generation the prompt's keys and values are computed once and
+logits of target positions only, which are chosen here, whatever a family offers; in generation the prompt's keys and values are computed once and
 live in the incremental state.  So fairseq's datasets, criterions, beam search and generation, and
 this project's caches, serve such models unchanged.  Without gradients, what all prompts of a batch
 begin with (an instruction, k-shot examples) is computed once and kept for the next batches.
@@ -12,7 +12,10 @@ order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and p
 ``scripts/export_hf.py``.
 """
 
+import inspect
 import json
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -29,14 +32,15 @@ from omegaconf import II, open_dict
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.llm.families import Probe, Traits, find_traits, positions_of, telling_weights
 from sekd_fairseq.llm.loading import from_config, keep_layers, pretrained, read_config
-from sekd_fairseq.llm.vocabulary import Vocabulary, select_rows
+from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, check_rows, select_rows
+
+logger = logging.getLogger(__name__)
 
 CACHE = "hf_key_value_cache"
 #: Prompts that begin alike share the computation of a beginning at least this long, in tokens.
 SHARED_PREFIX = 16
-#: Options of a config that change logits after the output projection.
-LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @dataclass
@@ -115,12 +119,20 @@ class PromptEncoder(FairseqEncoder):  # type: ignore[misc]
 
 
 class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
-    """Runs the language model on the prompt and the previous outputs."""
+    """Runs the language model on the prompt and the previous outputs.
+
+    Attributes
+    ----------
+    traits
+        What is right for this model (:func:`sekd_fairseq.llm.families.find_traits`).
+    """
 
     def __init__(self, dictionary: Any, model: Any, positions: int) -> None:
         super().__init__(dictionary)
         self.model = model
         self.positions = positions
+        self.traits = Traits()
+        self.shared_prefix = SHARED_PREFIX
         self._prefix: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
 
     def train(self, mode: bool = True) -> "CausalLMDecoder":
@@ -130,11 +142,14 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         return self
 
     @property
+    def lm(self) -> Any:
+        """The model without the shell of adapters."""
+        return getattr(self.model, "get_base_model", lambda: self.model)()
+
+    @property
     def output_projection(self) -> Any:
-        """The layer from features to logits; None where something else follows it."""
-        if any(getattr(self.model.config, name, None) for name in LOGIT_OPTIONS):
-            return None
-        return self.model.get_output_embeddings()
+        """The layer from features to logits; None where something lies between."""
+        return None if self.traits.body is None else self.lm.get_output_embeddings()
 
     #: The logits are ``output_projection`` of the features, where that is not None.
     plain_projection = True
@@ -153,80 +168,126 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         ``prev_output_tokens`` (B, T) begin with fairseq's end-of-sentence token, for which the
         prompt's last token stands in. ``longest`` is the number of tokens of the longest prompt and
         translation together, where the batch knows it; counting it on a GPU would wait for the GPU.
+        Features are there where :attr:`output_projection` is.
         """
         prompt = encoder_out["encoder_out"][0]
-        length = prev_output_tokens.size(1)
-        outputs = prev_output_tokens[:, 1:]
-        mask = torch.cat(
-            [prompt.ne(self.dictionary.pad()), outputs.ne(self.dictionary.pad())], dim=1
-        )
+        padding = encoder_out["encoder_padding_mask"][0]
+        real = prev_output_tokens.ne(self.dictionary.pad())
+        full = None
         if incremental_state is not None:
-            # Generated tokens may be anything, padding too; they are attended to all the same.
-            mask[:, prompt.size(1) :] = True
+            # Generated tokens may be anything, padding too; they are read all the same.
+            real = torch.ones_like(real)
+            # A row that has come to the last position ends there.
+            if prompt.size(1) + prev_output_tokens.size(1) > self.positions:
+                full = (~padding).sum(dim=1) + prev_output_tokens.size(1) > self.positions
+        if incremental_state is not None and self.traits.cache:
+            features = self._step(prompt, padding, prev_output_tokens[:, 1:], incremental_state)
         else:
-            if longest is None:
-                longest = mask.size(1)
-                if longest > self.positions:
-                    longest = int(mask.sum(dim=1).max())
-            if longest > self.positions:
+            rows, places = self._join(prompt, padding, prev_output_tokens, real, longest)
+            if rows.size(1) > self.positions and incremental_state is None:
                 with one_line_errors():
                     raise UserError(
-                        f"a prompt and a translation of {longest} tokens together: "
-                        f"the model has {self.positions} positions; shorten the prompt (fewer "
-                        "--shots) or leave out long sentences"
+                        f"a prompt and a translation of {rows.size(1)} tokens together: the model "
+                        f"has {self.positions} positions; shorten the prompt (fewer --shots) or "
+                        "leave out long sentences"
                     )
-            if self.output_projection is not None:
-                prefix = None if torch.is_grad_enabled() else self._shared_prefix(prompt)
-                features = self._features(prompt, outputs, longest, prefix)
-                logits = features if features_only else self.output_projection(features)
-                return logits, {"attn": [None]}
-        options: dict[str, Any] = {
-            "input_ids": torch.cat([prompt, outputs], dim=1),
-            "attention_mask": mask.long(),
-            "position_ids": (mask.long().cumsum(dim=1) - 1).clamp_min(0),
-            "use_cache": incremental_state is not None,
-        }
-        if incremental_state is not None:
-            cache = self.get_incremental_state(incremental_state, CACHE)
-            if cache is None:
-                from transformers import DynamicCache
-
-                cache = {"cache": DynamicCache()}
-                self.set_incremental_state(incremental_state, CACHE, cache)
-            else:  # the prompt and all but the last token are in the cache
-                for name in ("input_ids", "position_ids"):
-                    options[name] = options[name][:, -1:]
-            options["past_key_values"] = cache["cache"]
-        # A row that has come to the last position ends there.
-        full = None
-        if incremental_state is not None and mask.size(1) >= self.positions:
-            options["position_ids"] = options["position_ids"].clamp_max(self.positions - 1)
-            full = mask.sum(dim=1).ge(self.positions)
-        keep = length if incremental_state is None else 1
+            if incremental_state is not None:
+                rows = rows[:, : self.positions]
+                places = places[:, -1:].clamp_max(rows.size(1) - 1)
+            features = self._read(rows, places, prompt.size(1) - padding.sum(dim=1))
         if features_only:
-            return self._body(**options).last_hidden_state[:, -keep:], {"attn": [None]}
-        logits = self.model(**options, logits_to_keep=keep).logits
+            return features, {"attn": [None]}
+        logits = features if self.output_projection is None else self.output_projection(features)
         if full is not None:
             others = torch.arange(logits.size(-1), device=logits.device).ne(self.dictionary.eos())
             logits = logits.masked_fill(full.view(-1, 1, 1) & others, -torch.inf)
         return logits, {"attn": [None]}
 
-    def _body(self, **options: Any) -> Any:
-        """The model without its output projection, and without the shell of adapters."""
-        lm = getattr(self.model, "get_base_model", lambda: self.model)()
-        # Gemma 3 has "model" too, and names another as its base (transformers 4.57).
-        return getattr(lm, "model", lm.base_model)(**options)
+    def _join(
+        self,
+        prompt: Tensor,
+        padding: Tensor,
+        previous: Tensor,
+        real: Tensor,
+        longest: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Each prompt with what follows it, padded on the right, (B, L); and the places in them
+        that give the logits, (B, T), anything for padding.
 
-    def _shared_prefix(self, prompt: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-        """What all prompts (B, P) begin with, and its keys and values; None if that is little."""
-        lengths = prompt.ne(self.dictionary.pad()).sum(dim=1)
-        shortest = int(lengths.min())
-        # Each row from its first token, as far as the shortest goes; the last token of a prompt
-        # is never shared, because its output predicts the translation's first token.
-        columns = torch.arange(shortest - 1, device=prompt.device)
-        starts = prompt.gather(1, columns + (prompt.size(1) - lengths).unsqueeze(1))
+        No causal model sees what comes after a token, so padding there changes nothing, whatever a
+        family makes of masks, positions, windows and states; and without a mask the fastest
+        attention can run.
+        """
+        number = real.long().cumsum(dim=1)  # 1 for the token that the prompt's last stands in for
+        keep = torch.cat([~padding, real & number.gt(1)], dim=1)
+        lengths = keep.sum(dim=1, keepdim=True)
+        width = int(lengths.max()) if longest is None else longest
+        order = (~keep).long().argsort(dim=1, stable=True)[:, :width]
+        rows = torch.cat([prompt, previous], dim=1).gather(1, order)
+        inside = torch.arange(rows.size(1), device=rows.device) < lengths
+        rows = rows.masked_fill(~inside, self.dictionary.pad())
+        places = number + (~padding).sum(dim=1, keepdim=True) - 2
+        return rows, places.clamp(0, rows.size(1) - 1)
+
+    def _read(self, rows: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+        """Features at some places of rows (B, L), or the logits where there are no features;
+        ``lengths`` (B,) are those of the prompts."""
+        if self.traits.body is None:
+            return take(self._run(self.lm, input_ids=rows, use_cache=False).logits, places)
+        if self.traits.cache and not torch.is_grad_enabled():
+            prefix = self._shared_prefix(rows, int(lengths.min()))
+            if prefix is not None:
+                return self._after_prefix(rows, places, *prefix)
+        return take(self._body(input_ids=rows, use_cache=False).last_hidden_state, places)
+
+    def _step(
+        self, prompt: Tensor, padding: Tensor, outputs: Tensor, incremental_state: dict[str, Any]
+    ) -> Tensor:
+        """Features or logits at the last place, from the keys and values of those before it."""
+        mask = torch.cat([~padding, torch.ones_like(outputs, dtype=torch.bool)], dim=1)
+        tokens = torch.cat([prompt, outputs], dim=1)
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(0, self.positions - 1)
+        cache = self.get_incremental_state(incremental_state, CACHE)
+        if cache is None:
+            from transformers import DynamicCache
+
+            cache = {"cache": DynamicCache()}
+            self.set_incremental_state(incremental_state, CACHE, cache)
+        else:  # the prompt and all but the last token are in the cache
+            tokens, positions = tokens[:, -1:], positions[:, -1:]
+        options = {
+            "input_ids": tokens,
+            "attention_mask": mask.long(),
+            "position_ids": positions,
+            "past_key_values": cache["cache"],
+            "use_cache": True,
+        }
+        if self.traits.body is None:
+            logits: Tensor = self._run(self.lm, **options).logits[:, -1:]
+            return logits
+        features: Tensor = self._body(**options).last_hidden_state[:, -1:]
+        return features
+
+    def _body(self, **options: Any) -> Any:
+        """The model without its output projection."""
+        assert self.traits.body is not None
+        return self._run(getattr(self.lm, self.traits.body), **options)
+
+    def _run(self, module: Any, **options: Any) -> Any:
+        """Run the model or its body with those options that the family knows."""
+        known = inspect.signature(type(self.lm).forward).parameters
+        return module(**{name: value for name, value in options.items() if name in known})
+
+    def _shared_prefix(
+        self, rows: Tensor, shortest: int
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+        """What all prompts, at the beginning of the rows (B, L) and of ``shortest`` tokens or more,
+        begin with, and its keys and values; None if that is little."""
+        # The last token of a prompt is never shared, because its output predicts the
+        # translation's first token.
+        starts = rows[:, : max(shortest - 1, 0)]
         same = int(starts.eq(starts[0]).all(dim=0).long().cumprod(dim=0).sum())
-        if same < SHARED_PREFIX:
+        if same < self.shared_prefix:
             return None
         tokens = starts[0, :same]
         if self._prefix is not None:
@@ -244,42 +305,26 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         self._prefix = tokens, layers
         return self._prefix
 
-    def _features(
-        self,
-        prompt: Tensor,
-        outputs: Tensor,
-        longest: int,
-        prefix: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None,
+    def _after_prefix(
+        self, rows: Tensor, places: Tensor, prefix: Tensor, layers: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """Features at target positions, (B, T, features), after a prefix's keys and values if any.
-
-        The translation follows its prompt at once and padding comes last, where causal attention
-        does not see it. So the model needs no mask and no positions, which lets the fastest
-        attention run, and reads ``longest`` columns instead of the longest prompt's and the longest
-        translation's. (Padding in between would also shift sliding windows.)
-        """
+        """Features at some places of rows (B, L), from the prefix's keys and values."""
         from transformers import DynamicCache
 
-        joined = torch.cat([prompt, outputs], dim=1)
-        keep = joined.ne(self.dictionary.pad())
-        known = 0
-        options: dict[str, Any] = {"use_cache": False}
-        if prefix is not None:
-            known = prefix[0].numel()
-            keep &= keep.long().cumsum(dim=1).gt(known)
-            options = {"use_cache": True, "past_key_values": DynamicCache()}
-            for layer, states in enumerate(prefix[1]):
-                rows = (state.expand(len(prompt), -1, -1, -1) for state in states)
-                options["past_key_values"].update(*rows, layer)
-        # Stable: what is kept goes to the left, in order.
-        order = (~keep).long().argsort(dim=1, stable=True)[:, : longest - known]
-        tokens = joined.gather(1, order)
-        hidden = self._body(input_ids=tokens, **options).last_hidden_state
-        last = prompt.ne(self.dictionary.pad()).sum(dim=1) - known - 1
-        places = last.unsqueeze(1) + torch.arange(outputs.size(1) + 1, device=tokens.device)
-        places = places.clamp_max(tokens.size(1) - 1)  # of padding, whose features nobody uses
-        features: Tensor = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.size(2)))
-        return features
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(layers):
+            cache.update(
+                key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer
+            )
+        positions = torch.arange(prefix.numel(), rows.size(1), device=rows.device)
+        hidden = self._body(
+            input_ids=rows[:, prefix.numel() :],
+            attention_mask=torch.ones_like(rows),
+            position_ids=positions.expand(len(rows), -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return take(hidden, (places - prefix.numel()).clamp_min(0))
 
     def reorder_incremental_state(
         self, incremental_state: dict[str, Any], new_order: Tensor
@@ -306,9 +351,28 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
     def build_model(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
         """Load pretrained weights, or make a model from a configuration."""
         with one_line_errors():
-            lm, rows = load_language_model(cfg, task)
-        dictionary = task.target_dictionary
-        positions = int(getattr(lm.config, "max_position_embeddings", 10**6))
+            return cls._built(cfg, task)
+
+    @classmethod
+    def _built(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
+        lm, rows = load_language_model(cfg, task)
+        kept = weights_in_checkpoint(cfg)
+        fresh = kept or not cfg.hf_model
+        # In evaluation: dropout would make every row another.
+        lm.eval()
+        with telling_weights(lm, restore=not kept) if fresh else nullcontext():
+            size = len(task.target_dictionary)
+            probe = Probe.of(lm, range(size) if fresh else rows)
+            if not fresh:
+                select_rows(lm, rows)
+            decoder = CausalLMDecoder(task.target_dictionary, lm, positions_of(lm))
+            find_traits(decoder, probe)
+        if not decoder.traits.cache:
+            logger.info(
+                "%s: its key-value cache does not serve padded batches, so generation reads the "
+                "whole prefix at every step",
+                type(lm).__name__,
+            )
         if cfg.hf_gradient_checkpointing:
             lm.gradient_checkpointing_enable()
         if cfg.lora_r > 0:
@@ -317,12 +381,9 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
             adapters = LoraConfig(
                 r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules="all-linear"
             )
-            lm = get_peft_model(lm, adapters)
-        return cls(
-            PromptEncoder(task.source_dictionary, positions),
-            CausalLMDecoder(dictionary, lm, positions),
-            rows,
-        )
+            decoder.model = get_peft_model(lm, adapters)
+        encoder = PromptEncoder(task.source_dictionary, decoder.positions)
+        return cls(encoder, decoder, torch.tensor(rows))
 
     @property
     def joint_positions(self) -> int:
@@ -345,8 +406,17 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
                 state_dict.setdefault(key, value)
 
 
-def load_language_model(cfg: HFCausalLMConfig, task: Any) -> tuple[Any, Tensor]:
-    """The transformers model with its rows in the dictionary's order, and the rows; (V,) int64."""
+def weights_in_checkpoint(cfg: HFCausalLMConfig) -> bool:
+    """Whether a checkpoint is about to be loaded that holds all weights, and not adapters alone."""
+    return bool(cfg.hf_state) and not cfg.lora_r
+
+
+def load_language_model(cfg: HFCausalLMConfig, task: Any) -> tuple[Any, list[int]]:
+    """The transformers model, and its row of each symbol of the dictionary.
+
+    The rows of a pretrained model are where it has them; one made from a configuration has the
+    dictionary's.
+    """
     size = len(task.target_dictionary)
     if cfg.lora_r > 0 and not cfg.hf_model:
         raise UserError(
@@ -354,9 +424,8 @@ def load_language_model(cfg: HFCausalLMConfig, task: Any) -> tuple[Any, Tensor]:
             "checkpoint holds the adapters alone, and other weights drawn at random would not be "
             "drawn again"
         )
-    if cfg.hf_state and not (cfg.hf_model and cfg.lora_r > 0):
-        # From a checkpoint, whose weights are about to be loaded.
-        return from_config(json.loads(cfg.hf_state), size), torch.full((size,), -1)
+    if weights_in_checkpoint(cfg):
+        return from_config(json.loads(cfg.hf_state or ""), size), [NEW_ROW] * size
     if not (cfg.hf_model or cfg.hf_config):
         raise UserError(
             "--arch hf_causal_lm expects --hf-model FOLDER (pretrained) or --hf-config FILE (from "
@@ -367,11 +436,16 @@ def load_language_model(cfg: HFCausalLMConfig, task: Any) -> tuple[Any, Tensor]:
         lm = pretrained(cfg.hf_model, cfg.hf_gguf_file)
         if cfg.hf_layers:
             keep_layers(lm, cfg.hf_layers)
-        select_rows(lm, vocabulary.rows)
+        check_rows(lm, vocabulary.rows)
     else:
         assert cfg.hf_config is not None
         lm = from_config(read_config(Path(cfg.hf_config)), size)
-    return lm, torch.tensor(vocabulary.rows)
+    return lm, vocabulary.rows
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """Some places (B, T) of a sequence (B, L, D), as (B, T, D)."""
+    return x.gather(1, places.unsqueeze(2).expand(-1, -1, x.size(2)))
 
 
 def remember_configuration(cfg: Any, model: Any) -> None:

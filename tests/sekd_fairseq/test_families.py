@@ -1,0 +1,130 @@
+"""Families of causal language models, tiny and random, against transformers' model alone.
+
+The table of all families is ``scripts/llm_families.py``; it runs here with ``--slow``.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from .conftest import ROOT
+
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(ROOT / "scripts"))
+try:
+    import llm_families
+finally:
+    sys.path.remove(str(ROOT / "scripts"))
+
+#: Learned and rotary positions, alibi, windows, caps, experts, a state in place of a cache.
+SOME = (
+    "opt", "xglm", "gptj", "gpt_neo", "gpt_neox", "bloom", "llama", "qwen2", "gemma2",
+    "gemma3_text", "mixtral", "mamba", "bert", "roberta",
+)  # fmt: skip
+
+
+def check(result: llm_families.Result) -> None:
+    assert result.outcome in ("right", "refused", "not configurable"), result
+    if result.outcome == "refused":
+        assert result.reason.startswith("error: ") and "\n" not in result.reason
+
+
+@pytest.mark.parametrize("model_type", SOME)
+def test_a_padded_batch_is_what_the_model_says_alone(model_type: str) -> None:
+    result = llm_families.judge(model_type)
+    assert result.outcome == "right", result
+    assert result.key_value_cache == (model_type not in ("mamba", "roberta", "xglm"))
+    # Chunks of the output projection: not where something follows it (a cap) or goes before.
+    assert (result.body is None) == (model_type in ("gemma2", "bert", "roberta"))
+
+
+@pytest.mark.slow
+def test_every_family_is_right_or_refused() -> None:
+    results = [llm_families.judge(model_type) for model_type in llm_families.TYPES]
+    for result in results:
+        check(result)
+    configured = {r.model_class for r in results if r.outcome != "not configurable"}
+    right = {r.model_class for r in results if r.outcome == "right"}
+    assert len(configured) >= 50 and len(right) >= 35
+
+
+def build(folder: Path, **options: Any) -> Any:
+    """A model of the architecture made from a configuration."""
+    dictionary = Dictionary()
+    for token in range(4, llm_families.VOCABULARY):
+        dictionary.add_symbol(str(token))
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    rows = list(range(llm_families.VOCABULARY))
+    symbols = llm_families.hash_symbols(dictionary.symbols)
+    llm_families.Vocabulary(rows, "", "", symbols).save(folder)
+    cfg = llm_families.HFCausalLMConfig(data=str(folder), **options)
+    return llm_families.HFCausalLM.build_model(cfg, task)
+
+
+def test_a_model_that_looks_ahead_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = llm_families.small_config("bert")
+    config.is_decoder = False
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    with pytest.raises(SystemExit, match=r"BertLMHeadModel.*tokens before.*is_decoder"):
+        build(tmp_path, hf_config=str(tmp_path / "config.json"))
+
+
+def test_what_is_right_for_a_new_model_does_not_change_its_start(tmp_path: Path) -> None:
+    """Weights by which mistakes show are there for the trial alone; a cap that a new model's small
+    logits hide is seen."""
+    config = json.loads(llm_families.small_config("gemma2").to_json_string(use_diff=False))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    model = build(tmp_path, hf_config=str(tmp_path / "config.json"))
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    from sekd_fairseq.llm.loading import from_config
+
+    plain = from_config(config, llm_families.VOCABULARY)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(model.decoder.lm.get_parameter(name), parameter)
+    assert torch.equal(drawn, torch.rand(3))
+    assert model.decoder.traits.body is None and model.decoder.output_projection is None
+    assert model.decoder._prefix is None
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_either_side_of_targets_may_be_padded(tmp_path: Path, left: bool) -> None:
+    (tmp_path / "config.json").write_text(
+        llm_families.small_config("llama").to_json_string(use_diff=False)
+    )
+    model = build(tmp_path, hf_config=str(tmp_path / "config.json")).eval()
+    source = torch.tensor([[1, 1, 9, 8, 2], [7, 6, 5, 4, 2]])
+    row = [2, 11, 12]
+    previous = torch.tensor([[1, 1, *row] if left else [*row, 1, 1], [2, 21, 22, 23, 24]])
+    logits, _ = model(source, None, previous)
+    places = slice(2, None) if left else slice(0, 3)
+    alone = model.decoder.lm(input_ids=torch.tensor([[9, 8, 11, 12]])).logits[0, 1:]
+    torch.testing.assert_close(logits[0, places], alone)
+
+
+def test_rows_and_bias_come_back(tmp_path: Path) -> None:
+    """Everything that has one row a token is put in another order and back."""
+    from sekd_fairseq.llm.vocabulary import restore_rows, select_rows
+
+    for model_type in ("gptj", "bert"):  # a bias; a bias that the model holds twice
+        folder = tmp_path / model_type
+        llm_families.save_tiny(model_type, folder)
+        original = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        lm = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        rows = [0, -1, *reversed(range(2, 90))]
+        select_rows(lm, rows)
+        bias = lm.get_output_embeddings().bias
+        torch.testing.assert_close(bias[1], original.get_output_embeddings().bias.mean())
+        assert lm.config.vocab_size == len(rows) == len(bias)
+        restore_rows(lm, rows, original)
+        ids = torch.arange(10).unsqueeze(0)
+        torch.testing.assert_close(lm(ids).logits, original(ids).logits)
