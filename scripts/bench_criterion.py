@@ -417,8 +417,9 @@ def measure(
     setting: Setting, steps: dict[str, Callable[[], None]], device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
     """A setting's rows of the table, one a contender."""
-    drop_what_does_not_fit(steps)
-    times: dict[str, Timing] = time_in_turn(steps, device, seconds=seconds)
+    drop_what_fails(steps)
+    rounds = (3, 20) if device.type == "cuda" else (5, 20)
+    times: dict[str, Timing] = time_in_turn(steps, device, rounds, seconds)
     memory = {name: peak_bytes(step, device) for name, step in steps.items()}
     return [
         {
@@ -436,15 +437,17 @@ def measure(
     ]
 
 
-def drop_what_does_not_fit(steps: dict[str, Callable[[], None]]) -> None:
-    """Call each step once, and forget those that a GPU has not the memory for."""
+def drop_what_fails(steps: dict[str, Callable[[], None]]) -> None:
+    """Call each step once, and forget those that this machine cannot run: one that a GPU has not the
+    memory for, another project's that does not know this version of something."""
     for name, step in list(steps.items()):
         try:
             step()
-        except torch.OutOfMemoryError:
-            print(f"  {name}: out of memory")
+        except Exception as error:
+            print(f"  {name}: not measured ({type(error).__name__}: {str(error)[:80]!r})")
             del steps[name]
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 class Figures:

@@ -277,7 +277,7 @@ def main() -> None:
         write_data(data, vocabulary, size.sentences, source=60, target=25)
         batches = Batches(data, folder, size)
         words = ["--arch", "hf_causal_lm", "--hf-model", str(folder), "--max-tokens", "4096"]
-        teacher = make_teacher(data, temporary / "teacher", [*words, "--no-save-optimizer-state"])
+        teacher = make_teacher(data, temporary / "teacher", words)
         make_cache(data, teacher, cache)
         paths = {"CACHE": str(cache)}
 

@@ -71,16 +71,16 @@ bench() {
     part "$1" "$2" "$python" "scripts/$1.py" $smallest --minutes LIMIT --output "$folder"
 }
 if "$python" -c 'import pytest' 2>/dev/null; then
-    part tests 20 "$python" -m pytest -m gpu -q -p no:cacheprovider
+    part tests 15 "$python" -m pytest tests/losses tests/sekd_fairseq -m gpu -q -p no:cacheprovider
     tail -n 1 "$folder/tests.log" | cut -c 1-100
 else
     echo "tests: left out, $python has no pytest"
-    left=80
+    left=85
 fi
 bench bench_criterion 25
 bench bench_training 30
 if "$python" -c 'import transformers' 2>/dev/null; then
-    bench bench_llm 25
+    bench bench_llm 30
 else
     echo "bench_llm: left out, $python has no transformers"
 fi

@@ -162,7 +162,7 @@ def free_memory() -> None:
 def make_teacher(data: Path, save: Path, options: Sequence[str]) -> Path:
     """A checkpoint of an untrained model: how good a teacher is makes no difference to time."""
     words = [*options, "--criterion", "label_smoothed_cross_entropy", "--save-dir", str(save)]
-    train(data, [*words, "--no-epoch-checkpoints"], 1, 1)
+    train(data, [*words, "--no-epoch-checkpoints", "--no-save-optimizer-state"], 1, 1)
     return save / "checkpoint_last.pt"
 
 

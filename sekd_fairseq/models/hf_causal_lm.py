@@ -92,13 +92,12 @@ class PromptEncoder(FairseqEncoder):  # type: ignore[misc]
     def forward(
         self, src_tokens: Tensor, src_lengths: Tensor | None = None, **_: Any
     ) -> dict[str, list[Tensor]]:
-        """``{"encoder_out": [prompt (B, P)], "encoder_padding_mask": [pad (B, P)]}``."""
+        """``{"encoder_out": [prompt (B, S)], "encoder_padding_mask": [pad (B, S)]}``."""
         keep = src_tokens.ne(self.dictionary.pad()) & src_tokens.ne(self.dictionary.eos())
         # Stable: what is not kept goes to the left, the rest stays in order.
         order = keep.long().argsort(dim=1, stable=True)
-        longest = int(keep.sum(dim=1).max())
+        # As wide as the source: how long the longest prompt is, a GPU would have to be waited for.
         prompt = src_tokens.masked_fill(~keep, self.dictionary.pad()).gather(1, order)
-        prompt = prompt[:, prompt.size(1) - longest :]
         return {
             "encoder_out": [prompt],
             "encoder_padding_mask": [prompt.eq(self.dictionary.pad())],
