@@ -1,6 +1,5 @@
 """Translation quality: sacreBLEU's scores, intervals and significance tests, by its own code."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from sacrebleu.significance import PairedTest
 
 from analysis.judge import Options
 from analysis.languages import Tokenizer, bleu_tokenizer, installed_tokenizer, languages_of
-from analysis.runs import Run
+from analysis.runs import Run, read_scores
 from analysis.stats import Floats, Resamples, hierarchical, holm
 from analysis.study import Direction, Texts, couples, partner
 from analysis.terminal import progress, warn
@@ -112,13 +111,12 @@ def load_quality(direction: Direction, subset: str) -> Quality | None:
 def _tokenizer(run: Run, subset: str) -> Tokenizer:
     """The tokenizer that scores.json was made with, else the target language's."""
     try:
-        scores = json.loads((run.path / "scores.json").read_text(encoding="utf-8"))
-        signature = scores[subset]["bleu"]["signature"]
+        signature = read_scores(run.path)[0][subset]["bleu"]["signature"]
         # MeCab's versions stand behind its tokenizers' names: tok:ja-mecab-0.996-IPA.
         if found := re.search(rf"tok:({'|'.join(BLEU.TOKENIZERS)})[-|]", signature):
             return installed_tokenizer(found[1])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the file is not needed: everything is scored again from the translations
+    except (KeyError, TypeError):
+        pass  # the scores are not needed: everything is scored again from the translations
     return bleu_tokenizer(languages_of(run.direction)[1])
 
 

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analysis.errors import RecordError, one_line
-from analysis.runs import FORMAT_VERSION
+from analysis.integrity import DamagedFile, is_sealed
+from analysis.runs import FORMAT_VERSION, UNSEALED_VERSION
 
 #: Columns of the token records and their kind. ``int``, ``float`` and ``text`` (dictionary-encoded).
 COLUMNS: dict[str, str] = {
@@ -60,6 +61,7 @@ class TokenSet:
     position, token : (N,) int32
     teacher : fingerprint of the teacher cache
     digest : of all of it; two files of one digest can be compared row by row
+    sealed : whether the file carries a checksum, which it matches
     """
 
     sentences: NDArray[np.int64]
@@ -68,18 +70,23 @@ class TokenSet:
     token: NDArray[np.int32]
     teacher: str
     digest: str
+    sealed: bool = False
 
 
-def open_records(path: Path) -> pq.ParquetFile:
-    """Open a token record file and check its footer and columns."""
+def open_records(path: Path) -> tuple[pq.ParquetFile, bool]:
+    """Open a token record file; check its checksum, its footer and its columns.
+
+    Returns the file and whether it has a checksum: those of an earlier version have none.
+    """
     with _readable(path):
+        sealed = is_sealed(path)  # before anything in it is believed
         file = pq.ParquetFile(path)
     footer = {
         key.decode(errors="replace"): value.decode(errors="replace")
         for key, value in (file.metadata.metadata or {}).items()
     }
     expected = {
-        "sekd.format_version": str(FORMAT_VERSION),
+        "sekd.format_version": str(FORMAT_VERSION if sealed else UNSEALED_VERSION),
         "sekd.subset": path.parent.name,
         "sekd.step": path.stem,
     }
@@ -99,14 +106,16 @@ def open_records(path: Path) -> pq.ParquetFile:
             )
     if file.metadata.num_rows == 0:
         raise RecordError(f"{path}: expected token records, found no row; score the run again")
-    return file
+    return file, sealed
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Name the file where Arrow finds it damaged: at opening, or only when it comes to a page."""
+    """Name the file where its checksum, or without one Arrow, finds it damaged."""
     try:
         yield
+    except DamagedFile as error:
+        raise RecordError(f"{error}; score the checkpoint again") from error
     except (OSError, pa.ArrowException) as error:
         raise RecordError(
             f"{path}: expected a complete Parquet file, {one_line(error)}; score the checkpoint again"
@@ -122,7 +131,7 @@ def _is_kind(found: pa.DataType, kind: str) -> bool:
 
 def read_token_set(path: Path) -> TokenSet:
     """Read which tokens a file holds; checks that rows are sorted by (sentence, position)."""
-    file = open_records(path)
+    file, sealed = open_records(path)
     with _readable(path):
         columns = [
             _numbers(path, file.read(columns=[name]), name)
@@ -145,9 +154,8 @@ def read_token_set(path: Path) -> TokenSet:
     teacher = (file.metadata.metadata or {}).get(b"sekd.cache_fingerprint", b"").decode()
     digest.update(teacher.encode())
     index = np.repeat(np.arange(len(starts), dtype=np.int32), np.diff(starts, append=len(sentence)))
-    return TokenSet(
-        sentence[starts].astype(np.int64), index, position, token, teacher, digest.hexdigest()
-    )
+    sentences = sentence[starts].astype(np.int64)
+    return TokenSet(sentences, index, position, token, teacher, digest.hexdigest(), sealed)
 
 
 def iterate_columns(path: Path, names: Sequence[str], rows: int = 1 << 18) -> Iterator[Columns]:
@@ -160,7 +168,7 @@ def iterate_columns(path: Path, names: Sequence[str], rows: int = 1 << 18) -> It
         columns are read together) a row where kl is not kl_target + kl_nontarget; the sentence is
         named.
     """
-    file = open_records(path)
+    file, _ = open_records(path)
     with _readable(path):
         for batch in file.iter_batches(batch_size=rows, columns=["sentence", "position", *names]):
             columns = {
@@ -179,7 +187,7 @@ def read_columns(path: Path, names: Sequence[str]) -> Columns:
 def read_pieces(path: Path, name: str) -> tuple[list[str], NDArray[np.int64]]:
     """Read a text column as (distinct pieces, (N,) index of each row's piece)."""
     with _readable(path):
-        column = open_records(path).read(columns=[name]).column(0)
+        column = open_records(path)[0].read(columns=[name]).column(0)
     if column.null_count:
         raise RecordError(f"{path}: expected no missing {name}, found {column.null_count}")
     if not pa.types.is_dictionary(column.type):

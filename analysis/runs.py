@@ -5,7 +5,6 @@ A run directory holds ``run.json`` (what was trained), ``tokens/<subset>/<step>.
 and fairseq's ``train.jsonl``.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from analysis.errors import AnalysisError, one_line
+from analysis.integrity import DamagedFile, read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Of files of an earlier version, which have no checksum.
+UNSEALED_VERSION = 1
+#: Key of the checksums of a split's texts in ``scores.json``, by file name (``hash_lines``).
+LINES = "sha256_of_lines"
 #: Folders of a run directory in which no other run directory is looked for.
 INNER_FOLDERS = {"checkpoints", "tokens", "hyps"}
 
@@ -24,7 +28,7 @@ class Run:
     """One ``run.json`` with the directory that holds it.
 
     ``label`` is the directory's path below the runs root and so unique; ``updates`` counts
-    optimiser updates.
+    optimiser updates; ``sealed`` is whether the record has a checksum.
     """
 
     path: Path
@@ -35,6 +39,7 @@ class Run:
     updates: int
     hyperparameters: Mapping[str, Any]
     parameters: int | None
+    sealed: bool = False
 
     def steps(self, subset: str) -> list[int]:
         """Updates at which token records of ``subset`` exist, ascending."""
@@ -98,12 +103,7 @@ def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:
 def read_run(path: Path, label: str) -> Run:
     """Read and check ``run.json`` in the directory ``path``."""
     file = path / "run.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AnalysisError(f"{file}: expected a JSON file, {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise AnalysisError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    content, sealed = _read_json(file, "score the run")
     for key, kind in {
         "format_version": int,
         "method": str,
@@ -116,10 +116,12 @@ def read_run(path: Path, label: str) -> Run:
             raise AnalysisError(
                 f"{file}: expected {key!r} of type {kind.__name__}, found {value!r}"
             )
-    if content["format_version"] != FORMAT_VERSION:
+    expected = FORMAT_VERSION if sealed else UNSEALED_VERSION
+    if content["format_version"] != expected:
         raise AnalysisError(
-            f"{file}: expected format_version {FORMAT_VERSION}, found {content['format_version']}; "
-            "score the run again with the same version of both packages"
+            f"{file}: expected format_version {expected} {'with' if sealed else 'without'} a "
+            f"checksum, found {content['format_version']}; score the run again with the same "
+            "version of both packages"
         )
     if "-" not in content["direction"]:
         raise AnalysisError(
@@ -135,4 +137,36 @@ def read_run(path: Path, label: str) -> Run:
         updates=content["updates"],
         hyperparameters=hyperparameters if isinstance(hyperparameters, dict) else {},
         parameters=content["parameters"] if isinstance(content.get("parameters"), int) else None,
+        sealed=sealed,
     )
+
+
+def read_scores(path: Path) -> tuple[dict[str, Any], bool]:
+    """The splits in ``scores.json`` of the run directory ``path``, and whether it has a checksum;
+    nothing where there is no such file.
+
+    Raises
+    ------
+    AnalysisError
+        It is damaged, or was edited.
+    """
+    file = path / "scores.json"
+    if not file.exists():
+        return {}, False
+    content, sealed = _read_json(file, "delete the file and evaluate the run")
+    for subset, scores in content.items():
+        if not isinstance(scores, dict):
+            raise AnalysisError(
+                f"{file}: expected the scores of a split at {subset!r}, found {scores!r}; evaluate "
+                "the run again"
+            )
+    return content, sealed
+
+
+def _read_json(file: Path, mend: str) -> tuple[dict[str, Any], bool]:
+    try:
+        return read_json(file)
+    except OSError as error:
+        raise AnalysisError(f"{file}: expected a JSON file, {one_line(error)}") from error
+    except DamagedFile as error:
+        raise AnalysisError(f"{error}; {mend} again") from error

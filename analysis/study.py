@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from analysis.errors import AnalysisError
+from analysis.integrity import hash_lines
 from analysis.lines import read_lines
 from analysis.records import TokenSet, read_token_set
-from analysis.runs import LeftOut, Run, discover
-from analysis.terminal import progress
+from analysis.runs import LINES, LeftOut, Run, discover, read_scores
+from analysis.terminal import progress, warn
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Translations with their references and sources, line by line, each of equal length."""
+    """Translations with their references and sources, line by line, each of equal length; ``sealed``
+    is whether ``scores.json`` holds their checksums."""
 
     hypotheses: list[str]
     references: list[str]
     sources: list[str] | None
+    sealed: bool = False
 
     @property
     def digest(self) -> str:
@@ -38,6 +41,7 @@ class Direction:
     tokens : the reference tokens that all ``scored`` runs hold; None where no run has records
     scored : label to the step whose records stand for the finished run
     texts : label to translations
+    unsealed : labels of runs with files that have no checksum
     """
 
     name: str
@@ -45,6 +49,7 @@ class Direction:
     tokens: TokenSet | None = None
     scored: dict[str, int] = field(default_factory=dict)
     texts: dict[str, Texts] = field(default_factory=dict)
+    unsealed: set[str] = field(default_factory=set)
 
     def scored_runs(self) -> list[Run]:
         """The runs with token records."""
@@ -92,7 +97,13 @@ def load_study(root: Path, subset: str) -> Study:
             f"{root}: expected at least one run with token records of {subset!r} "
             f"(tokens/{subset}/STEP.parquet), found none; score a run first ({reasons})"
         )
-    return Study(subset, directions, left_out)
+    study = Study(subset, directions, left_out)
+    if unsealed := sorted(label for one in directions for label in one.unsealed):
+        warn(
+            f"{len(unsealed)} of {len(study.runs)} runs, {unsealed[0]} the first, have files without a "
+            "checksum, as earlier versions and other programs write them: damage to these goes unseen"
+        )
+    return study
 
 
 def _load_direction(
@@ -113,6 +124,8 @@ def _load_direction(
         except AnalysisError as error:
             _leave_out(direction, run, str(error), left_out)
             continue
+        if not all(file.sealed for file in (run, texts, sets.get(run.label)) if file):
+            direction.unsealed.add(run.label)
         if not texts and step is None:
             _leave_out(direction, run, f"no token records or translations of {subset}", left_out)
     by_label = {run.label: run for run in runs}
@@ -181,12 +194,15 @@ def read_texts(run: Run, subset: str) -> Texts | None:
     Raises
     ------
     AnalysisError
-        References are missing, or the files have different numbers of lines.
+        References are missing, the files have different numbers of lines, or they are not those that
+        were scored: ``scores.json`` holds a checksum of each.
     """
     folder = run.path / "hyps"
     path = folder / f"{subset}.txt"
     if not path.exists():
         return None
+    scores, sealed = read_scores(run.path)
+    checksums = scores.get(subset, {}).get(LINES, {}) if sealed else {}
     lines: dict[str, list[str]] = {}
     for suffix in ("", ".ref", ".src"):
         file = folder / f"{subset}{suffix}.txt"
@@ -198,7 +214,12 @@ def read_texts(run: Run, subset: str) -> Texts | None:
                 f"{file}: expected {len(lines[''])} lines as in {path.name}, found "
                 f"{len(lines[suffix])}; evaluate the run again"
             )
-    return Texts(lines[""], lines[".ref"], lines.get(".src"))
+        if checksums and hash_lines(lines[suffix]) != checksums.get(file.name):
+            raise AnalysisError(
+                f"{file}: the lines do not match their checksum in scores.json, so they were edited "
+                "or damaged; evaluate the run again"
+            )
+    return Texts(lines[""], lines[".ref"], lines.get(".src"), bool(checksums))
 
 
 def name_variants(runs: Sequence[Run]) -> list[Run]:

@@ -1,7 +1,6 @@
 """Simulated runs, for tests and benchmarks of the analysis: a teacher and students over a small vocabulary, with real distributions behind
 every column, so that the records keep their identities."""
 
-import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from analysis.integrity import sealed_json, sealed_parquet
+from analysis.runs import FORMAT_VERSION
 
 VOCABULARY = 12
 PIECES = [
@@ -131,7 +132,7 @@ def write_records(
             ids = columns["token" if item.name == "piece" else item.name.removesuffix("_piece")]
             arrays.append(pa.DictionaryArray.from_arrays(pa.array(ids, pa.int32()), names))
     footer = {
-        "sekd.format_version": "1",
+        "sekd.format_version": str(FORMAT_VERSION),
         "sekd.subset": path.parent.name,
         "sekd.step": path.stem,
         "sekd.cache_fingerprint": cache,
@@ -139,7 +140,7 @@ def write_records(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(footer))
-    pq.write_table(table, path, row_group_size=rows)
+    path.write_bytes(sealed_parquet(table, row_group_size=rows))
 
 
 def make_texts(sentences: int, seed: int, run_seed: int, wrong: float) -> dict[str, list[str]]:
@@ -182,7 +183,7 @@ def write_run_record(
     """Make a run directory with its ``run.json``; ``content`` adds to it or replaces."""
     path.mkdir(parents=True)
     record = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "name": path.name,
         "method": method,
         "seed": seed,
@@ -195,7 +196,7 @@ def write_run_record(
         "parameters": 1000,
         **content,
     }
-    (path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    (path / "run.json").write_bytes(sealed_json(record))
 
 
 def write_run_directory(

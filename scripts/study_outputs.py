@@ -36,6 +36,7 @@ import yaml
 from benchmarking import Target, write_targets
 from snakemake.utils import update_config
 
+from analysis.integrity import DamagedFile, is_sealed, read_json, sealed_parquet
 from analysis.languages import languages_of
 from analysis.records import COLUMNS
 
@@ -77,7 +78,7 @@ class Study:
 def keep_records(path: Path, place: Path, shared_file: Path, earlier: bool) -> None:
     """Token records that say the same to the analysis, in a tenth of the space: rounded numbers, and of
     each piece only whether it begins a word; of an ``earlier`` update only the KL to the teacher."""
-    table = pq.read_table(path)
+    table = read_whole(path)
     columns: dict[str, pa.Array] = {}
     for item in table.schema:
         column = table.column(item.name)
@@ -91,7 +92,7 @@ def keep_records(path: Path, place: Path, shared_file: Path, earlier: bool) -> N
     shared = pa.table({name: columns.pop(name) for name in SHARED})
     if not shared_file.exists():
         write_compressed(shared, shared_file)
-    elif not pq.read_table(shared_file).equals(shared):
+    elif not read_whole(shared_file).equals(shared):
         sys.exit(
             f"error: {path}: expected the tokens and the teacher of {shared_file}, found others; "
             "score the run again, or delete what is kept of another study"
@@ -116,7 +117,7 @@ def markers(pieces: Sequence[str]) -> list[str]:
 
 def restore_records(place: Path, shared: pa.Table) -> None:
     """Turn kept token records into whole ones, in place; what was not kept is NaN, -1 or empty."""
-    kept = pq.read_table(place)
+    kept = read_whole(place)
     columns = {name: kept.column(name) for name in kept.column_names}
     if "kl" not in columns:
         columns["kl"] = pa.compute.add(columns["kl_target"], columns["kl_nontarget"])
@@ -131,10 +132,19 @@ def restore_records(place: Path, shared: pa.Table) -> None:
     write_compressed(table.replace_schema_metadata(kept.schema.metadata), place)
 
 
+def read_whole(path: Path) -> pa.Table:
+    """A Parquet file, after a look at its checksum."""
+    try:
+        is_sealed(path)
+        return pq.read_table(path)
+    except (DamagedFile, OSError, pa.ArrowException) as error:
+        sys.exit(f"error: {path}: expected a whole Parquet file ({' '.join(str(error).split())})")
+
+
 def write_compressed(table: pa.Table, path: Path) -> None:
     """Write a Parquet file as small as zstd makes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", compression_level=19)
+    path.write_bytes(sealed_parquet(table, compression="zstd", compression_level=19))
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
@@ -207,7 +217,7 @@ def save(study: Study, output: Path, records: bool = True) -> None:
         (target / "hyps").mkdir(exist_ok=True)
         text = Path("hyps", f"{study.subset}.txt")
         shutil.copyfile(run / text, target / text)
-        last = json.loads(record.read_text(encoding="utf-8"))["updates"]
+        last = read_json(record)[0]["updates"]
         for path in sorted((run / "tokens" / study.subset).glob("*.parquet")) if records else ():
             place, shared = target / path.relative_to(run), target.parent / SHARED_FILE
             keep_records(path, place, shared, earlier=path.stem != str(last))
@@ -259,8 +269,8 @@ def summarise(study: Study, output: Path) -> None:
     steps = pd.read_csv(output / "steps.csv") if (output / "steps.csv").exists() else None
     rows = []
     for path in sorted((output / "runs").glob("*/*/scores.json")):
-        run, scores = path.parent, json.loads(path.read_text(encoding="utf-8"))
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        run, (scores, _) = path.parent, read_json(path)
+        record, _ = read_json(run / "run.json")
         label = run.relative_to(output / "runs").as_posix()
         row = {key: record[key] for key in ("direction", "method", "seed", "updates", "parameters")}
         row["run"] = label
@@ -315,7 +325,7 @@ def restore(study: Study, output: Path) -> None:
         subset = study.subset
         kept = sorted(path for path in direction.iterdir() if path.is_dir())
         runs = [study.runs / direction.name / run.name for run in kept]
-        shared = pq.read_table(direction / SHARED_FILE)
+        shared = read_whole(direction / SHARED_FILE)
         for place in runs:
             shutil.copytree(direction / place.name, place, dirs_exist_ok=True)
             for records in (place / "tokens" / subset).glob("*.parquet"):

@@ -306,19 +306,25 @@ def _begin(directory: Path, settings: dict[str, Any]) -> None:
     """Record what is being built, so that another build cannot go on in the same directory."""
     path = directory / SETTINGS
     if path.exists():
-        try:
-            begun, sealed = read_json(path)
-        except DamagedFile as error:
-            raise CacheError(f"{error}; delete {directory} and build it again") from error
-        if not sealed:
-            raise CacheError(
-                f"{path}: expected settings with a checksum, found none (an earlier version began "
-                f"here); delete {directory} and build it again"
-            )
-        _check_same(directory, settings, begun)
+        _check_same(directory, settings, read_settings(directory))
     else:
         with atomic_write(path) as stream:
             stream.write(sealed_json(settings))
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What an unfinished build in ``directory`` is of; ``CacheError`` where that is damaged."""
+    path = directory / SETTINGS
+    try:
+        settings, sealed = read_json(path)
+    except DamagedFile as error:
+        raise CacheError(f"{error}; delete {directory} and build it again") from error
+    if not sealed:
+        raise CacheError(
+            f"{path}: expected settings with a checksum, found none (an earlier version began "
+            f"here); delete {directory} and build it again"
+        )
+    return settings
 
 
 def _check_same(directory: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from fairseq.data import (
     BaseWrapperDataset,
@@ -18,6 +16,8 @@ from fairseq.data import (
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analysis.errors import AnalysisError
+from analysis.records import read_columns, read_token_set
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.losses import TeacherRows
 from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
@@ -136,19 +136,16 @@ class StoredDifficulty:
                 "--teacher-cache CACHE --run RUN"
             )
         try:
-            table = pq.read_table(path, columns=["sentence", "token", "kl"])
-        except (pa.ArrowException, OSError) as error:
+            records = read_token_set(path)
+            self.values = read_columns(path, ["kl"])["kl"].astype(np.float32)  # nats
+        except AnalysisError as error:
             raise UserError(
-                f"--stored-difficulty: {path} holds no token records ({error}); expected what "
-                "python -m sekd_fairseq.score wrote"
+                f"--stored-difficulty: {path} holds no token records that can be used ({error})"
             ) from error
         self.path = path
-        metadata = table.schema.metadata or {}
-        self.cache_fingerprint = metadata.get(b"sekd.cache_fingerprint", b"").decode()
-        self.values = table["kl"].to_numpy().astype(np.float32)  # nats, sentence after sentence
-        self.tokens = table["token"].to_numpy()
-        sentences = table["sentence"].to_numpy()
-        self.lengths = np.bincount(sentences) if len(sentences) else np.zeros(0, np.int64)
+        self.cache_fingerprint = records.teacher
+        self.tokens = records.token
+        self.lengths = np.bincount(records.sentences[records.sentence])
         self.ends = self.lengths.cumsum()
 
     def check_targets(self, hashes: NDArray[np.uint64], where: str) -> None:

@@ -11,7 +11,6 @@ writes ``hyps/<subset>.txt`` (with ``.ref.txt`` and ``.src.txt`` beside it) and 
 import argparse
 import html
 import itertools
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +19,10 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
+from analysis.integrity import hash_lines, sealed_json
 from analysis.languages import bleu_tokenizer
 from analysis.lines import read_lines
+from analysis.runs import LINES, read_scores
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.teacher_cache.format import atomic_write
@@ -59,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = args.run / "hyps"
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, lines in (("", hypotheses), (".ref", references), (".src", sources)):
-            with atomic_write(folder / f"{args.subset}{suffix}.txt") as stream:
+            path = folder / f"{args.subset}{suffix}.txt"
+            with atomic_write(path) as stream:
                 stream.write("".join(f"{line}\n" for line in lines).encode())
-        path = args.run / "scores.json"
-        everything = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        everything[args.subset] = scores
-        with atomic_write(path) as stream:
-            stream.write((json.dumps(everything, indent=1) + "\n").encode())
+            scores.setdefault(LINES, {})[path.name] = hash_lines(read_lines(path))
+        everything = read_scores(args.run)[0] | {args.subset: scores}
+        with atomic_write(args.run / "scores.json") as stream:
+            stream.write(sealed_json(everything))
         print(
             f"{args.run.name} {args.subset}: {len(hypotheses)} sentences, "
             f"BLEU {scores['bleu']['score']:.2f}, chrF {scores['chrf']['score']:.2f}"

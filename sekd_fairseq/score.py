@@ -7,7 +7,6 @@ writes ``runs/NAME/tokens/<subset>/<updates>.parquet``, one row a reference toke
 """
 
 import argparse
-import json
 import platform
 import re
 from collections.abc import Sequence
@@ -17,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from torch import Tensor
 
 import sekd_fairseq
+from analysis.integrity import sealed_json, sealed_parquet
+from analysis.runs import FORMAT_VERSION
 from analysis.terminal import progress
 from sekd_fairseq.criterions.self_evolution_kd import partners
 from sekd_fairseq.data import TeacherDataset, teacher_rows
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 score_checkpoint(path, args, device, scored)
         args.run.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.run / "run.json") as stream:
-            stream.write((json.dumps(record, indent=1) + "\n").encode())
+            stream.write(sealed_json(record))
 
 
 def earlier_checkpoints(path: Path) -> dict[int, Path]:
@@ -166,7 +166,7 @@ def score_checkpoint(
         columns = score_split(models[0], scored.dataset, device, args.max_tokens, args.subset)
         columns["frequency"] = scored.frequencies[columns["token"]]
         metadata = {
-            "sekd.format_version": "1",
+            "sekd.format_version": str(FORMAT_VERSION),
             "sekd.subset": args.subset,
             "sekd.step": str(step),
             "sekd.cache_fingerprint": scored.cache.manifest.fingerprint,
@@ -305,7 +305,7 @@ def write_records(
     table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
-        pq.write_table(table, stream, compression="zstd")
+        stream.write(sealed_parquet(table, compression="zstd"))
 
 
 def cache_record(cache: TeacherCache) -> dict[str, Any]:
@@ -329,7 +329,7 @@ def run_record(
     if config.criterion._name == "self_evolution_kd":
         criterion |= partners(config.criterion)
     return {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "name": args.run.name,
         "method": args.method or method_name(config.criterion),
         "seed": int(config.common.seed),

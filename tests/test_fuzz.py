@@ -1,33 +1,32 @@
 """Whatever a file holds, the answer is an error that names it or a right result."""
 
-import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis.errors import AnalysisError
-from analysis.records import read_columns, read_token_set
+from analysis.integrity import sealed_json
 from analysis.runs import read_run
 from analysis.study import read_texts
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.llm.prompts import Template
 from sekd_fairseq.llm.vocabulary import symbol_of, token_of
-from sekd_fairseq.teacher_cache import SentenceRows, TeacherCache, write_shard
-from sekd_fairseq.teacher_cache.finish import finish_cache
-from sekd_fairseq.teacher_cache.format import MANIFEST, payload_dtypes
+from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teacher_cache.format import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from parallel_text import DataError, read_aligned, read_pairs
+from robustness import Kind, make_cache, make_kinds, search
 from simulated_runs import write_run_directory
 
-SENTENCES = 7
 quick = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -45,65 +44,34 @@ ODD = st.text(
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small cache of two shards."""
     folder = tmp_path_factory.mktemp("fuzz") / "train"
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    rows = []
-    for _ in range(SENTENCES):
-        tokens, support = int(rng.integers(1, 6)), 3
-        p = rng.dirichlet(np.ones(support + 1), tokens)
-        rows.append(
-            SentenceRows(
-                {
-                    "support_size": np.full(tokens, support),
-                    "gold_logprob": np.log(p[:, 0]),
-                    "outside_mass": p[:, support],
-                    "entropy": np.ones(tokens),
-                    "token_id": np.tile([4, 5, 6], tokens),
-                    "logprob": np.log(p[:, :support]).ravel(),
-                }
-            )
-        )
-    hashes = np.arange(SENTENCES, dtype=np.uint64)
-    dtypes = payload_dtypes(20, 16, counts=False)
-    for index in range(2):
-        part = slice(index * 4, (index + 1) * 4)
-        write_shard(folder, index, rows[part], hashes[part], dtypes)
-    wanted = {
-        "split": "train", "vocab_size": 20, "dictionary_hash": "d", "dataset_hash": "h",
-        "sentences": SENTENCES, "shard_sentences": 4, "temperature": 1.0,
-        "truncation": {"rule": "top_k", "k": 3}, "teacher": {"files": ["t"], "arch": "x"},
-    }  # fmt: skip
-    finish_cache(folder, wanted, dtypes, {}, allow_implausible=True)
+    make_cache(folder)
     return folder
 
 
-def content(cache: TeacherCache) -> list[list[bytes]]:
-    return [[np.asarray(v).tobytes() for v in row] for row in cache]
+def test_damaged_files(tmp_path: Path) -> None:
+    """A sample; scripts/robustness.py damages many more."""
+    for kind in make_kinds(tmp_path):
+        counts = search(kind, 150, seed=15)
+        found = {result for _, result in counts}
+        assert found <= {"refused", "unchanged"}, (kind.name, counts)
+        assert sum(counts[how, "refused"] for how, _ in counts) > 0, kind.name
 
 
-@given(data=st.data())
-@quick
-def test_damaged_cache_files(cache: Path, tmp_path: Path, data: st.DataObject) -> None:
-    whole = content(TeacherCache.open(cache))
-    copy = tmp_path / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(cache, copy)
-    name = data.draw(st.sampled_from(sorted(path.name for path in cache.iterdir())))
-    raw = bytearray((copy / name).read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    if data.draw(st.booleans()):
-        raw = raw[: data.draw(st.integers(0, len(raw)))]
-    (copy / name).write_bytes(raw)
-    try:
-        opened = TeacherCache.open(copy)
-        # As every use does: the hashes of the sentences are held against the data's.
-        opened.check_targets(np.arange(SENTENCES, dtype=np.uint64), "data")
-        read = content(opened)
-    except CacheError as error:
-        assert str(copy) in str(error) and "\n" not in str(error)
-    else:
-        assert read == whole
+def test_what_kills_a_reader_is_counted_and_the_search_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(50))
+
+    def read() -> int:
+        damaged = sum(path.read_bytes())
+        if damaged % 7 == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if damaged % 7 == 2:
+            raise KeyError
+        return damaged % 7 == 3
+
+    counts = search(Kind("test", path, read), 120, seed=1)
+    assert counts.total() == 120
+    assert {result for _, result in counts} == {"killed", "other", "changed", "unchanged"}
 
 
 json_values = st.recursive(
@@ -130,11 +98,10 @@ def test_manifests_that_somebody_wrote(cache: Path, tmp_path: Path, data: st.Dat
         )
     else:
         manifest[key] = data.draw(json_values)
-    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (copy / MANIFEST).write_text(json.dumps({**manifest, "checksum": checksum}))
+    (copy / MANIFEST).write_bytes(sealed_json(manifest))
     try:
         opened = TeacherCache.open(copy)
-        content(opened)
+        list(opened)
     except CacheError as error:
         assert str(copy) in str(error)
     else:
@@ -153,28 +120,6 @@ def test_run_records(tmp_path: Path, value: Any) -> None:
         assert "run.json" in str(error)
     else:
         assert "-" in run.direction and isinstance(run.seed, int)
-
-
-@given(data=st.data())
-@settings(quick, max_examples=60)
-def test_damaged_token_records(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "run" / "tokens" / "test" / "100.parquet"
-    if not (tmp_path / "whole").exists():
-        write_run_directory(tmp_path, "run", "word_kd", sentences=6)
-        shutil.copyfile(path, tmp_path / "whole")
-    raw = bytearray((tmp_path / "whole").read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    if data.draw(st.booleans()):
-        raw = raw[: data.draw(st.integers(0, len(raw)))]
-    path.write_bytes(raw)
-    try:
-        read_token_set(path)
-        columns = read_columns(path, ["kl", "kl_target", "kl_nontarget", "p_gold", "q_gold"])
-    except AnalysisError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-    else:  # damage that no check can see leaves numbers that can be
-        assert all(np.isfinite(values).all() for values in columns.values())
 
 
 @given(text=ODD, source=ODD)

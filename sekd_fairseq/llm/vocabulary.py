@@ -7,7 +7,6 @@ matrix) have no symbol, so models of one family whose matrices are padded differ
 dictionary.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from analysis.integrity import read_json, sealed_json
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.teacher_cache.format import atomic_write, hash_symbols
 
@@ -49,14 +49,14 @@ class Vocabulary:
     def save(self, directory: Path) -> None:
         """Write it beside the dictionary."""
         with atomic_write(directory / FILE) as stream:
-            stream.write((json.dumps(asdict(self)) + "\n").encode())
+            stream.write(sealed_json(asdict(self), indent=None))
 
     @classmethod
     def load(cls, directory: Path, symbols: Sequence[str]) -> "Vocabulary":
         """Read it; ``UserError`` if the directory was not made for a language model."""
         path = directory / FILE
         try:
-            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            found = cls(**read_json(path)[0])
         except FileNotFoundError:
             raise UserError(
                 f"{directory}: expected data made for a language model ({FILE}), found none; make "

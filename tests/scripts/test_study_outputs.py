@@ -15,6 +15,7 @@ import study_outputs
 from simulated_runs import write_study
 
 from analysis import report, transfer
+from analysis.integrity import sealed_parquet
 
 MARKS = ("train.done", "test.out", "score.test.done")
 
@@ -115,7 +116,8 @@ def test_runs_of_another_teacher_are_not_mixed_in(
     table = pq.read_table(path)
     place = table.schema.get_field_index("p_gold")
     half = pa.array(table["p_gold"].to_numpy() / 2)
-    pq.write_table(table.set_column(place, table.schema.field(place), half), path)
+    table = table.set_column(place, table.schema.field(place), half)
+    path.write_bytes(sealed_parquet(table))
     with pytest.raises(SystemExit, match="expected the tokens and the teacher"):
         command(monkeypatch, "save", "tiny.yaml", "results/study")
 
@@ -194,7 +196,7 @@ def test_a_study_beside_the_main_one(study: Path, monkeypatch: pytest.MonkeyPatc
         for path in (run / "tokens" / "valid").iterdir():
             table = pq.read_table(path)
             named = {**table.schema.metadata, b"sekd.subset": b"valid"}
-            pq.write_table(table.replace_schema_metadata(named), path)
+            path.write_bytes(sealed_parquet(table.replace_schema_metadata(named)))
         for text in (run / "hyps").iterdir():
             text.rename(text.with_name(text.name.replace("test", "valid")))
     for text in Path("data/tiny/en-de").glob("test.*"):
