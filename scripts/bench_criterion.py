@@ -48,7 +48,6 @@ from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDConfig,
     SelfEvolutionKDCriterion,
 )
-from sekd_fairseq.data import teacher_rows
 
 VOCABULARIES = (8192, 32768, 131072)
 TOKENS = (512, 2048, 8192)
@@ -131,7 +130,7 @@ def task(vocabulary: int) -> Any:
         target_dictionary=dictionary(),
         cfg=config,
         teacher_temperature=1.0,
-        teacher_at=lambda sample, rows: teacher_rows(sample["teacher"]),
+        teacher_at=lambda sample, rows: sample["teacher"],
     )
 
 

@@ -1,5 +1,6 @@
 """The criterion ``cached_kd``: the baselines, on the same cache and code path as SE-KD."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from sekd_fairseq.criterions.cached_teacher import (
     Distilled,
 )
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.losses import DIVERGENCES, Events
+from sekd_fairseq.losses import DIVERGENCES, Events, SelfEvolution
 from sekd_fairseq.losses.decoupled import adaptive_teaching
 from sekd_fairseq.losses.divergences import divergence, relative_entropy
 from sekd_fairseq.losses.events import check_missing_mass
@@ -118,6 +119,18 @@ class CachedKDCriterion(CachedTeacherCriterion):
         if self.divergence == "atkd":
             return adaptive_teaching(events.log_p, events.log_q)
         return divergence(self.divergence, *events, self.divergence_weight)
+
+    def one_kernel(self) -> tuple[SelfEvolution, float] | None:
+        """Word-level KD of all tokens, with the outside as one event: SE-KD without hard tokens."""
+        usual = (self.divergence, self.missing_mass) == ("forward_kl", "bucket")
+        if not usual or self.select != "all":
+            return None
+        return SelfEvolution(lambda_max=0.0), math.inf
+
+    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Any]:
+        """The mean KL; no token is hard."""
+        own = {"kl": sums["kl_easy"], "selected": torch.full_like(sums["kl_easy"], tokens)}
+        return {"nll_loss": sums["nll_loss"], "agree": sums["agree"], **own}
 
     def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
         """Let the update's tokens into the queue."""

@@ -16,11 +16,13 @@ from fairseq.models.transformer import TransformerDecoderBase
 from omegaconf import II
 from torch import Tensor
 
+from sekd_fairseq.data import teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.losses import (
     DIVERGENCES,
     MISSING_MASS,
     Events,
+    SelfEvolution,
     SupportLogProbs,
     TeacherRows,
     blockwise_loss,
@@ -31,6 +33,7 @@ from sekd_fairseq.losses import (
 from sekd_fairseq.losses.known_gradient import with_gradient
 from sekd_fairseq.losses.support import (
     gradient_size,
+    one_kernel,
     outside_gradient_size,
     whole_log_probs,
 )
@@ -157,6 +160,15 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         """
         raise NotImplementedError
 
+    def one_kernel(self) -> tuple[SelfEvolution, float] | None:
+        """The settings and the threshold in nats by which one kernel computes the whole loss
+        (:mod:`~sekd_fairseq.losses.token_loss_triton`); None where it cannot."""
+        return None
+
+    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Any]:
+        """What is logged of the sums that the kernel gives, as :meth:`distill` names it."""
+        raise NotImplementedError
+
     def check_cache(self, cache: TeacherCache) -> None:
         """Refuse a cache that this loss has no value for."""
         skipped = cache.manifest.quality["one_hot"]
@@ -192,8 +204,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         mask = target.ne(self.padding_idx)
         rows = torch.nonzero_static(mask, size=int(sample["ntokens"])).squeeze(1)  # (N,)
         teacher = self.task.teacher_at(sample, rows)
-        batch = sample.get("teacher", {})
-        if self.missing_mass == "sampled" and "draws" not in batch:
+        if self.missing_mass == "sampled" and "draws" not in sample.get("teacher", {}):
             with one_line_errors():
                 raise UserError(
                     "--missing-mass sampled expects a cache of sampled supports, found another; "
@@ -203,8 +214,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
 
         def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             every = torch.arange(len(logits), device=logits.device)
-            tensors = {key: value[part] for key, value in batch.items()}
-            return self._loss(logits, every, teacher[part], tensors, overwrite=True)
+            return self._loss(logits, every, at_tokens(teacher, part), overwrite=True)
 
         if projection is not None:
             features = flatten(model(**sample["net_input"], features_only=True)[0])  # (B T, D)
@@ -213,7 +223,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             loss, sums = chunked_loss(features, *weights, part_loss, self.chunk_tokens)
         else:
             logits = flatten(model(**sample["net_input"])[0])  # (B T, V)
-            loss, sums = self._loss(logits, rows, teacher, batch)
+            loss, sums = self._loss(logits, rows, teacher)
         sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": loss.detach(),
@@ -228,12 +238,11 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         self,
         logits: Tensor,
         rows: Tensor,
-        teacher: TeacherRows | DenseTeacher,
-        batch: dict[str, Tensor],
+        teacher: dict[str, Tensor] | DenseTeacher,
         overwrite: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and sums to log at some rows of logits; ``batch`` is their part of the batch's
-        entry, ``overwrite`` as of :func:`support_log_probs`.
+        """Loss and sums to log at some rows of logits; ``teacher`` is what the task has of these
+        tokens, ``overwrite`` as of :func:`support_log_probs`.
 
         Cross entropy is at temperature 1. The distillation loss is at the teacher's temperature T,
         times T^2, so that its gradient keeps its size (Hinton et al., 2015).
@@ -242,19 +251,25 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             # Every token of the vocabulary is looked at, so a few rows at a time.
             def block_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
                 student = whole_log_probs(logits, teacher.target[part])
-                return self._token_loss(student, student, teacher.rows(part), batch, logits)
+                return self._token_loss(student, student, teacher.rows(part), {}, logits)
 
             return blockwise_loss(logits, rows, block_loss)
         temperature = self.task.teacher_temperature
+        threshold = self.one_kernel() if temperature == 1.0 else None
+        if threshold is not None and (kernel := one_kernel(logits)) is not None:
+            weights = (self.alpha, self.label_smoothing)
+            loss, sums = kernel(logits, rows, teacher, *threshold, *weights, overwrite)
+            return loss, self.sums_of_kernel(sums, rows.numel())
         smooth, uniform = self.label_smoothing > 0, self.missing_mass == "uniform"
-        ids, valid = teacher.ids, teacher.valid
+        cached = teacher_rows(teacher)
+        ids, valid = cached.ids, cached.valid
         if temperature == 1.0:  # one pass serves both parts of the loss
             with_sum = smooth or uniform
             student = plain = support_log_probs(logits, rows, ids, valid, with_sum, 1.0, overwrite)
         else:
             student = support_log_probs(logits, rows, ids, valid, uniform, temperature)
             plain = support_log_probs(logits, rows, ids[:, :1], valid[:, :1], smooth)
-        return self._token_loss(student, plain, teacher, batch, logits, rows, temperature)
+        return self._token_loss(student, plain, cached, teacher, logits, rows, temperature)
 
     def _token_loss(
         self,
@@ -343,6 +358,15 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
     def logging_outputs_can_be_summed() -> bool:
         """Everything logged is a sum over tokens."""
         return True
+
+
+def at_tokens(
+    teacher: dict[str, Tensor] | DenseTeacher, part: slice
+) -> dict[str, Tensor] | DenseTeacher:
+    """The teacher at some of a batch's tokens."""
+    if isinstance(teacher, DenseTeacher):
+        return teacher[part]
+    return {key: value[part] for key, value in teacher.items()}
 
 
 def parse_chunk_tokens(value: str) -> int | None:

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
+import torch
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
@@ -208,6 +209,22 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
         output = self_evolution_kd(events, self.settings_now(), gamma, teacher.get("difficulty"))
         return Distilled(output.divergence, difficulty_sums(events, output), output.hard)
 
+    def one_kernel(self) -> tuple[SelfEvolution, float] | None:
+        """Settings and threshold, if the loss is the forward KL with the outside as one event."""
+        settings = self.settings_now()
+        usual = (settings.divergence, settings.missing_mass) == ("forward_kl", "bucket")
+        if not usual or settings.gamma_type == "quantile":
+            return None
+        running = self.running_quantile
+        return settings, settings.gamma if running is None else running.value
+
+    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Any]:
+        """All of them, and the threshold in use."""
+        _, gamma = self.one_kernel() or (None, 0.0)
+        if not torch.is_grad_enabled():
+            sums = {key: value for key, value in sums.items() if "gradient" not in key}
+        return {"gamma": gamma * tokens, **sums}
+
     def settings_now(self) -> SelfEvolution:
         """The settings with the ``lambda_max`` of this update."""
         if self.updates >= self.lambda_warmup_updates:
@@ -259,7 +276,8 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
             ("hard_gradient", hard),
         ):
             if key in logging_outputs[0]:
-                metrics.log_scalar(key, total(key) / count, count, round=4)
+                mean = total(key) / count if count > 0 else float("nan")
+                metrics.log_scalar(key, mean, count, round=4)
 
 
 def difficulty_sums(events: Events, output: SelfEvolutionOutput) -> dict[str, Tensor]:

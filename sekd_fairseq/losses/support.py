@@ -23,7 +23,7 @@ The passes have two bodies of one signature: :mod:`sekd_fairseq.losses.support_t
 the blocks of rows below elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -195,17 +195,26 @@ def _spread(student: SupportLogProbs, gradients: Sequence[Tensor]) -> Tensor:
 
 
 @cache
-def triton_kernels() -> Any:
-    """The module of kernels, or None where Triton cannot be imported."""
-    return import_module("sekd_fairseq.losses.support_triton") if find_spec("triton") else None
+def triton_module(name: str) -> Any:
+    """A module of kernels of this package; None where Triton cannot be imported."""
+    return import_module(f"sekd_fairseq.losses.{name}") if find_spec("triton") else None
+
+
+def kernels_for(logits: Tensor, name: str) -> Any:
+    """A module of kernels where these logits are on a GPU that runs them, else None."""
+    return triton_module(name) if logits.is_cuda and logits.dtype != torch.float64 else None
 
 
 def body_for(logits: Tensor) -> Any:
     """What has ``reduce`` and ``gradient`` for these logits: the kernels on a GPU, else this module's
     class of blocks."""
-    if logits.is_cuda and logits.dtype != torch.float64 and triton_kernels() is not None:
-        return triton_kernels()
-    return Blocks
+    return kernels_for(logits, "support_triton") or Blocks
+
+
+def one_kernel(logits: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]] | None:
+    """:func:`~sekd_fairseq.losses.token_loss_triton.token_loss` where it can run, else None."""
+    module = kernels_for(logits, "token_loss_triton")
+    return None if module is None else module.token_loss
 
 
 class Blocks:

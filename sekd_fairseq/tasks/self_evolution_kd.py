@@ -17,10 +17,9 @@ from torch import Tensor
 
 from sekd_fairseq.compat import BATCH_SIZE_MULTIPLE, collect_before_fork
 from sekd_fairseq.criterions.cached_teacher import CachedTeacherCriterion
-from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDataset, teacher_rows
+from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDataset
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inference import half_precision
-from sekd_fairseq.losses import TeacherRows
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
 from sekd_fairseq.online_teacher import DenseTeacher, OnlineTeacher
 from sekd_fairseq.teacher_cache import TeacherCache
@@ -78,7 +77,7 @@ def on_host(logging_outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     if not tensors:
         return logging_outputs
-    numbers = iter(torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist())
+    numbers = iter(torch.stack([tensor.reshape(()) for tensor in tensors]).tolist())
     return [
         {key: next(numbers) if isinstance(value, Tensor) else value for key, value in log.items()}
         for log in logging_outputs
@@ -210,12 +209,13 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 self.online_teacher = OnlineTeacher(self.cfg.teacher_path, data, dtype)
         return self.criterion
 
-    def teacher_at(self, sample: dict[str, Any], rows: Tensor) -> TeacherRows | DenseTeacher:
+    def teacher_at(self, sample: dict[str, Any], rows: Tensor) -> dict[str, Tensor] | DenseTeacher:
         """The teacher at a batch's target tokens that are not padding, whose places in the flattened
-        target are ``rows``, (N,)."""
+        target are ``rows``, (N,): the batch's entry, or the teacher beside the student."""
         if self.online_teacher is not None:
             return self.online_teacher.at(sample, rows)
-        return teacher_rows(sample["teacher"])
+        entry: dict[str, Tensor] = sample["teacher"]
+        return entry
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """Log, and end the update for a criterion that keeps a state over updates.
