@@ -14,6 +14,7 @@ from sekd_fairseq.losses import (
     self_evolution_kd,
     support_log_probs,
 )
+from sekd_fairseq.losses.chunked import tokens_per_chunk
 
 # Steps, because gradcheck would see the ratio move with the student, which is no gradient.
 SETTINGS = SelfEvolution(gamma=2.0, gamma_type="absolute", lambda_max=0.6, schedule="step")
@@ -81,6 +82,18 @@ def test_value_sums_and_gradient_equal_the_plain_path(chunk: int, with_bias: boo
     torch.testing.assert_close(
         found, gradients(lambda *x: plain(*arguments(x), teacher)[0], *leaves)
     )
+
+
+def test_chunks_are_as_large_as_memory_allows() -> None:
+    assert tokens_per_chunk(8192, 131072, 2) == 1024  # 256 MiB of logits in half precision
+    assert tokens_per_chunk(1025, 131072, 2) == 513  # two alike, and not a large and a tiny one
+    assert tokens_per_chunk(100, 1000, 4) == 100
+    assert tokens_per_chunk(5, 2**30, 4) == tokens_per_chunk(0, 1000, 4) == 1
+    features, weight, bias, teacher = problem(torch.float64)
+    loss, _ = chunked_loss(
+        features, weight, bias, lambda logits, part: token_loss(logits, teacher[part])
+    )
+    torch.testing.assert_close(loss, plain(features, weight, bias, teacher)[0])
 
 
 def test_gradcheck() -> None:

@@ -1,0 +1,157 @@
+"""Numbers of the criterions at their limits: gradients that are logged, half precision, temperature."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sekd_fairseq.criterions.cached_kd import CachedKDConfig, CachedKDCriterion
+from sekd_fairseq.criterions.self_evolution_kd import (
+    SelfEvolutionKDConfig,
+    SelfEvolutionKDCriterion,
+)
+from sekd_fairseq.data import teacher_rows
+from sekd_fairseq.losses import build_events, chunked_loss, support_log_probs
+from sekd_fairseq.losses.divergences import DIVERGENCES
+
+TOKENS, VOCABULARY = 9, 31
+
+
+def task(temperature: float = 1.0) -> Any:
+    """What the criterions ask of a task."""
+    dictionary = type("Dictionary", (), {"pad": lambda _: 1, "__len__": lambda _: VOCABULARY})
+    return SimpleNamespace(
+        target_dictionary=dictionary(),
+        cfg=SimpleNamespace(teacher_cache="here", stored_difficulty=None),
+        teacher_temperature=temperature,
+        teacher_at=lambda sample, rows: sample["teacher"],
+    )
+
+
+class Logits(nn.Module):
+    """A model that gives these logits."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.decoder = SimpleNamespace()
+
+    def forward(self) -> tuple[Tensor, None]:
+        return self.logits, None
+
+
+def batch(slots: int = 4, sampled: bool = False) -> dict[str, Any]:
+    """A batch of one sentence with a teacher's entry."""
+    generator = torch.Generator().manual_seed(2)
+    log_p = (torch.randn(TOKENS, VOCABULARY, generator=generator) * 2).log_softmax(-1)
+    target = torch.randint(4, VOCABULARY, (TOKENS,), generator=generator)
+    rest = log_p.scatter(1, target.unsqueeze(1), -torch.inf).topk(slots - 1, dim=1)
+    ids = torch.cat([target.unsqueeze(1), rest.indices], dim=1)
+    kept = log_p.gather(1, ids)
+    entry = {
+        "ids": ids,
+        "size": torch.full_like(target, slots),
+        "log_p": kept.half(),
+        "gold_log_p": kept[:, 0].double(),
+        "outside_mass": 1 - kept.double().exp().sum(dim=1),
+    }
+    if sampled:
+        entry["draws"] = torch.randint(1, 4, ids.shape, generator=generator, dtype=torch.int32)
+        entry["samples"] = torch.full_like(target, 8)
+    return {
+        "target": target.view(1, -1),
+        "ntokens": TOKENS,
+        "net_input": {},
+        "teacher": entry,
+    }
+
+
+def self_evolution(temperature: float = 1.0, **options: Any) -> SelfEvolutionKDCriterion:
+    config = SelfEvolutionKDConfig(sentence_avg=False, gamma=0.5, gamma_type="absolute", **options)
+    config._name = "self_evolution_kd"
+    return SelfEvolutionKDCriterion(config, task(temperature))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("missing_mass", ["bucket", "uniform", "renormalize", "sampled"])
+def test_logged_gradient_is_the_norm_that_the_logits_receive(
+    temperature: float, missing_mass: str
+) -> None:
+    """Of the distillation loss, T^2 D(z / T), by autograd over all of the vocabulary."""
+    sample = batch(sampled=missing_mass == "sampled")
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(1, TOKENS, VOCABULARY, generator=generator)
+    if missing_mass == "sampled":
+        config = CachedKDConfig(sentence_avg=False, missing_mass="sampled", alpha=1.0)
+        config._name = "cached_kd"
+        criterion: Any = CachedKDCriterion(config, task(temperature))
+        distill = criterion.distill
+        # Selective KD does not log the gradient; every token counts as hard here.
+        criterion.distill = lambda events, nll, teacher: distill(events, nll, teacher)._replace(
+            hard=torch.ones(TOKENS, dtype=torch.bool)
+        )
+    else:
+        criterion = self_evolution(temperature, missing_mass=missing_mass, alpha=1.0)
+    model = Logits(logits.clone())
+    loss, _, log = criterion(model, sample)
+    loss.backward()  # alpha is 1: the distillation loss alone
+    expected = model.logits.grad.abs().sum()
+    found = (log["easy_gradient"] + log["hard_gradient"]).item()
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_float16_chunks_keep_what_a_loss_scale_would_keep() -> None:
+    """Near convergence the gradient to most logits is below what float16 holds. Scaled by 128, as
+    fairseq begins, the plain path keeps it for every row of the projection; so do chunks."""
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(64, 8, generator=generator).half()
+    weight = (torch.randn(400, 8, generator=generator) * 0.2).half()
+    target = torch.randint(0, 400, (64,), generator=generator)
+    bias = torch.zeros(400).half()
+
+    def loss_of(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        # A student that is nearly right: the rest of the softmax is scaled down.
+        ids = target[part].unsqueeze(1)
+        sure = logits + torch.zeros_like(logits).scatter(1, ids, 9.0)
+        rows, valid = torch.arange(len(ids)), torch.ones_like(ids, dtype=torch.bool)
+        return -support_log_probs(sure, rows, ids, valid).log_q.sum() * 1e-3, {}
+
+    shares = []
+    for chunked in (False, True):
+        leaf = weight.clone().requires_grad_()
+        if chunked:
+            loss, _ = chunked_loss(features, leaf, bias, loss_of, 16)
+        else:
+            loss, _ = loss_of(nn.functional.linear(features, leaf, bias), slice(None))
+        (loss * 128).backward()
+        shares.append(float((leaf.grad == 0).all(dim=1).float().mean()))
+    assert shares[1] <= shares[0] < 0.05
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+def test_a_sure_student_at_low_temperature(divergence: str) -> None:
+    """30 nats at temperature 0.25 are 120, whose exponential is zero in float32: values and
+    gradients are those of float64, and finite."""
+    entry = batch()["teacher"]
+    entry["gold_log_p"] = entry["gold_log_p"].fill_(-math.log(31))
+    entry["log_p"] = torch.full_like(entry["log_p"], -math.log(31))
+    entry["outside_mass"] = entry["outside_mass"].fill_(27 / 31)
+    teacher = teacher_rows(entry)
+    logits = torch.full((TOKENS, VOCABULARY), -30.0).scatter(1, entry["ids"][:, :1], 0.0)
+    rows = torch.arange(TOKENS)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = logits.to(dtype).requires_grad_()
+        student = support_log_probs(leaf, rows, teacher.ids, teacher.valid, temperature=0.25)
+        events = build_events(teacher, student, "bucket")
+        value = DIVERGENCES[divergence](events.log_p, events.log_q)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        assert value.isfinite().all() and gradient.isfinite().all()
+        results.append((value.double(), gradient.double()))
+    torch.testing.assert_close(*results, rtol=2e-3, atol=1e-5)
+    if divergence == "forward_kl":  # one token at 0, thirty at -120, beside 1/31 for each
+        by_hand = 30 / 31 * 120 - math.log(31)
+        assert results[1][0][0].item() == pytest.approx(by_hand, rel=1e-3)  # stored in float16
