@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
+from fairseq.distributed.utils import all_gather, get_data_parallel_group
 from fairseq.logging import metrics
 from torch import Tensor
+from torch.nn import functional
 
 from sekd_fairseq.criterions.cached_teacher import (
     CachedTeacherConfig,
@@ -40,7 +42,8 @@ class CachedKDConfig(CachedTeacherConfig):
         default="all",
         metadata={
             "help": "which tokens distil: all, or those of largest cross entropy in the batch "
-            "(batch) or against a queue of past tokens (queue), as Wang et al. 2021"
+            "(batch) or against a queue of past tokens (queue; all in the first update), as "
+            "Wang et al. 2021"
         },
     )
     select_share: float = field(
@@ -107,7 +110,7 @@ class CachedKDCriterion(CachedTeacherCriterion):
     def distill(self, events: Events, nll: Tensor, teacher: dict[str, Tensor]) -> Distilled:
         """The divergence at selected tokens, zero at the others."""
         selected = self._selected(nll)
-        if self.training and self.queue is not None:
+        if self.training and self.counted and self.queue is not None:
             self.queue.push(nll)
         value = self._distance(events)
         kl = relative_entropy(events.log_p, events.log_q.detach(), events.log_multiplicity)
@@ -132,14 +135,19 @@ class CachedKDCriterion(CachedTeacherCriterion):
         own = {"kl": sums["kl_easy"], "selected": torch.full_like(sums["kl_easy"], tokens)}
         return {"nll_loss": sums["nll_loss"], "agree": sums["agree"], **own}
 
-    def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
-        """Let the update's tokens into the queue."""
+    def begin_update(self) -> None:
+        """Forget the tokens of an update that was skipped."""
         if self.queue is not None:
-            self.queue.commit()
+            self.queue.take_pending()
+
+    def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
+        """Let the update's tokens into the queue, those of all processes."""
+        if self.queue is not None:
+            self.queue.commit(of_all_processes(self.queue.take_pending()))
 
     def running_state(self) -> dict[str, Any]:
         """The queue."""
-        return {} if self.queue is None else {"queue": self.queue.values}
+        return {} if self.queue is None else {"queue": self.queue.values.cpu()}
 
     def load_running_state(self, state: dict[str, Any]) -> None:
         """Restore the queue."""
@@ -161,3 +169,17 @@ class CachedKDCriterion(CachedTeacherCriterion):
         for key in ("kl", "selected"):
             total = sum(log[key] for log in logging_outputs)
             metrics.log_scalar(key, total / tokens, tokens, round=4)
+
+
+def of_all_processes(values: Tensor) -> Tensor:
+    """The values of every process that trains, one process after the other: (N,) of each.
+
+    Every process then has the same queue, and a checkpoint, which one of them writes, is whole.
+    """
+    if not torch.distributed.is_initialized():
+        return values
+    group = get_data_parallel_group()
+    sizes = torch.cat(all_gather(values.new_tensor([values.numel()], dtype=torch.long), group))
+    longest = functional.pad(values, (0, int(sizes.max()) - values.numel()))
+    parts = zip(all_gather(longest, group), sizes.tolist(), strict=True)
+    return torch.cat([part[:size] for part, size in parts])

@@ -30,6 +30,7 @@ from sekd_fairseq.losses import (
     chunked_loss,
     support_log_probs,
 )
+from sekd_fairseq.losses.divergences import in_float32
 from sekd_fairseq.losses.known_gradient import with_gradient
 from sekd_fairseq.losses.support import (
     gradient_size,
@@ -108,7 +109,8 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
     """``sum_i alpha D_i + (1 - alpha) CE_i`` over target tokens that are not padding.
 
     A subclass says what ``D_i`` is (:meth:`distill`) and what it logs besides ``loss``,
-    ``nll_loss`` (both in bits), ``ppl`` and ``agreement`` (share of tokens with equal best token).
+    ``nll_loss`` (both in bits), ``ppl`` and ``agreement`` (share of tokens with equal best token;
+    not of a sampled cache, whose best token is the best of those drawn).
     """
 
     def __init__(self, cfg: CachedTeacherConfig, task: Any) -> None:
@@ -118,9 +120,10 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             if not 0 <= getattr(cfg, option) <= 1:
                 flag = option.replace("_", "-")
                 raise UserError(f"--{flag}: expected 0 to 1, found {getattr(cfg, option)}")
-        if not 0 < cfg.divergence_weight < 1:
+        if not 0 < in_float32(cfg.divergence_weight) < 1:
             raise UserError(
-                f"--divergence-weight: expected above 0 and below 1, found {cfg.divergence_weight}"
+                "--divergence-weight: expected above 0 and below 1 (in float32), found "
+                f"{cfg.divergence_weight}"
             )
         if not hasattr(task.cfg, "teacher_cache"):
             raise UserError(
@@ -140,6 +143,8 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         self.sentence_avg = cfg.sentence_avg
         #: Tokens per chunk; None as memory allows, 0 for no chunks.
         self.chunk_tokens = parse_chunk_tokens(cfg.sekd_chunk_tokens)
+        #: False for a batch that fills up a process's share of an update and is not learnt from.
+        self.counted = True
         self._told = False
         if self.chunk_tokens != 0 and self.whole_batch(cfg):
             raise UserError(
@@ -179,11 +184,20 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                 "where the teacher gives no probability; choose another, or take these sentences out"
             )
 
+    def train(self, mode: bool = True) -> "CachedTeacherCriterion":
+        """As torch's. fairseq calls it when an update begins, and not between its parts."""
+        self.begin_update()
+        return super().train(mode)
+
+    def begin_update(self) -> None:
+        """Called before each update, also where the one before was skipped (an overflow)."""
+
     def end_update(self, logging_outputs: list[dict[str, Any]]) -> None:
-        """Called after each update, with the sums of all its parts and processes."""
+        """Called after each update that was not skipped, with the sums of all its parts and
+        processes."""
 
     def running_state(self) -> dict[str, Any]:
-        """What is remembered from past updates, for a checkpoint."""
+        """What is remembered from past updates, for a checkpoint: numbers and tensors."""
         return {}
 
     def load_running_state(self, state: dict[str, Any]) -> None:
@@ -294,10 +308,13 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         token_nll = -plain.log_q[:, 0].detach()
         events = build_events(teacher, leaf, self.missing_mass)
         found = self.distill(events, token_nll, batch)
-        best = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).argmax(dim=1, keepdim=True)
-        agree = leaf.log_q.detach().gather(1, best).squeeze(1) >= leaf.max_log_q
         divergence, nll = found.divergence.sum(), token_nll.sum()
-        sums = {"nll_loss": nll, "agree": agree.sum(), **found.sums}
+        sums = {"nll_loss": nll}
+        if teacher.log_weight is None:
+            best = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).argmax(1, keepdim=True)
+            agree = leaf.log_q.detach().gather(1, best).squeeze(1) >= leaf.max_log_q
+            sums["agree"] = agree.sum()
+        sums |= found.sums
         # fairseq's label-smoothed cross entropy, a sum of nll and of all log-probabilities.
         epsilon = self.label_smoothing / (logits.size(-1) - 1)
         on_nll = (1.0 - self.alpha) * (1.0 - self.label_smoothing - epsilon)
@@ -345,14 +362,16 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Divide the sums that every criterion logs."""
-        sample_size, tokens, loss, nll, agree = (
+        sample_size, tokens, loss, nll = (
             sum(log[key] for log in logging_outputs)
-            for key in ("sample_size", "ntokens", "loss", "nll_loss", "agree")
+            for key in ("sample_size", "ntokens", "loss", "nll_loss")
         )
         metrics.log_scalar("loss", loss / sample_size / math.log(2), sample_size, round=3)
         metrics.log_scalar("nll_loss", nll / tokens / math.log(2), tokens, round=3)
         metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
-        metrics.log_scalar("agreement", agree / tokens, tokens, round=4)
+        if "agree" in logging_outputs[0]:
+            agree = sum(log["agree"] for log in logging_outputs)
+            metrics.log_scalar("agreement", agree / tokens, tokens, round=4)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

@@ -167,6 +167,11 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
     ``hard_share``, ``hard_lambda`` (mean ratio on hard tokens), ``kl_easy`` and ``kl_hard`` (mean
     KL(p || q)), ``gamma`` (the threshold in use); in training also ``hard_gradient`` and
     ``easy_gradient`` (mean L1 norm of the gradient of ``D`` to the logits).
+
+    With ``--missing-mass sampled`` the mean difficulty is unbiased. Which tokens are hard is
+    told by draws, but where difficulty is stored (in training): elsewhere ``hard_share``, the means
+    over hard and easy tokens, and with ``lambda_max > 0`` the validation loss are those of draws and
+    not of the teacher.
     """
 
     def __init__(self, cfg: SelfEvolutionKDConfig, task: Any) -> None:
@@ -183,6 +188,7 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
                     "--stored-difficulty holds KL(teacher || student); expected --difficulty "
                     f"teacher with it, found {self.settings.difficulty}"
                 )
+            self._check_draws(stored)
             if cfg.lambda_warmup_updates < 0:
                 raise UserError(
                     "--lambda-warmup-updates: expected 0 or more, found "
@@ -197,6 +203,18 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
             if self.settings.gamma_type == "running_quantile"
             else None
         )
+
+    def _check_draws(self, stored: bool) -> None:
+        """Refuse a ratio that is taken from the draws that it weighs."""
+        settings = self.settings
+        from_teacher = settings.difficulty in ("teacher", "prior") and not stored
+        if settings.missing_mass == "sampled" and settings.lambda_max > 0 and from_teacher:
+            raise UserError(
+                "--missing-mass sampled: the difficulty of a token would come from the same draws "
+                "as its loss and make both biased; expected --stored-difficulty FILE, --difficulty "
+                "nll or --lambda-max 0 (word-level distillation), found none; or take a cache of the "
+                "best tokens (build_cache --top-k)"
+            )
 
     @staticmethod
     def whole_batch(cfg: SelfEvolutionKDConfig) -> str:
@@ -236,16 +254,12 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
         """Count the update and move the running threshold of difficulty."""
         self.updates += 1
         if self.running_quantile is not None:
-            hard, tokens = (
-                float(sum(log[key] for log in logging_outputs)) for key in ("hard", "ntokens")
-            )
+            hard, tokens = (sum(log[key] for log in logging_outputs) for key in ("hard", "ntokens"))
             self.running_quantile.update(hard, tokens)
 
     def running_state(self) -> dict[str, Any]:
-        """The count of updates, where it matters, and the running threshold."""
-        state: dict[str, Any] = {}
-        if self.lambda_warmup_updates:
-            state["updates"] = self.updates
+        """The count of updates and the running threshold."""
+        state: dict[str, Any] = {"updates": self.updates}
         if self.running_quantile is not None:
             state["running_gamma"] = self.running_quantile.value
         return state

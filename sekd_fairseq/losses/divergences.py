@@ -22,6 +22,11 @@ from torch import Tensor
 NEG_INF = float("-inf")
 
 
+def in_float32(value: float) -> float:
+    """A setting as the losses compute with it: what is just below 1 may be 1 there."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
 def log_mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> Tensor:
     """``log((1 - weight) a + weight b)``, the mixture of probabilities (not of their logs).
 

@@ -14,7 +14,9 @@ A truncated teacher knows ``p`` on a support ``S`` (the reference token always i
     is free.  Here for comparison with toolkits that do so.
 ``sampled``
     ``S`` was drawn from the teacher; stored importance weights make the forward KL and its
-    gradient unbiased estimates.  The reference token is not sampled but exact.
+    gradient unbiased estimates.  The reference token is not sampled but exact.  Whatever else is
+    taken from the same draws and multiplied with the loss, such as a ratio that follows the
+    difficulty, would make it biased.
 """
 
 from dataclasses import dataclass

@@ -32,8 +32,8 @@ class TokenQueue:
     """The last ``size`` values of past updates, and the threshold that they give.
 
     Values that :meth:`push` takes count from the next :meth:`commit` on, which belongs at the end
-    of an update: the threshold is then the same for every part of an accumulated batch.  Each
-    process has a queue of its own.
+    of an update: the threshold is then the same for every part of an accumulated batch.  All
+    tensors stay on the device of the values, and nothing here waits for it.
 
     Parameters
     ----------
@@ -47,27 +47,35 @@ class TokenQueue:
         self.size = size
         self.share = share
         self.values = torch.zeros(0)
-        self._new: list[Tensor] = []
-        self._threshold: float | None = None
+        self._pending: list[Tensor] = []
+        self._threshold: Tensor | None = None
 
     def push(self, values: Tensor) -> None:
-        """Note the values of a batch, (N,)."""
-        self._new.append(values.detach().float().cpu())
+        """Note the values of a part of an update, (N,)."""
+        self._pending.append(values.detach().float())
 
-    def commit(self) -> None:
-        """End an update: noted values enter, the oldest leave, the threshold moves."""
-        if self._new:
-            self.load(torch.cat([self.values, *self._new])[-self.size :])
-            self._new = []
+    def take_pending(self) -> Tensor:
+        """The values noted since an update began, (N,), which are noted no longer."""
+        pending, self._pending = self._pending, []
+        return torch.cat(pending) if pending else self.values.new_zeros(0)
+
+    def commit(self, values: Tensor) -> None:
+        """End an update: its values enter, the oldest leave, the threshold moves."""
+        if values.numel():
+            self.load(torch.cat([self.values.to(values), values])[-self.size :])
 
     def load(self, values: Tensor) -> None:
         """Replace all values, oldest first."""
         self.values = values
         place = max(1, round((1.0 - self.share) * values.numel()))
-        self._threshold = float(values.kthvalue(place).values) if values.numel() else None
+        self._threshold = values.kthvalue(place).values if values.numel() else None
 
     def select(self, nll: Tensor) -> Tensor:
-        """Tokens above the threshold, bool (N,); while the queue is empty, the batch decides."""
+        """Tokens above the threshold, bool (N,); all of them while the queue is empty.
+
+        Nothing else would be the same however an update is cut into parts.
+        """
         if self._threshold is None:
-            return hardest(nll, self.share)
+            return torch.ones_like(nll, dtype=torch.bool)
+        self._threshold = self._threshold.to(nll.device)  # of a checkpoint, on the CPU
         return nll.detach() > self._threshold

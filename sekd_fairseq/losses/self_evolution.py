@@ -24,7 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sekd_fairseq.losses.divergences import DIVERGENCES, divergence, like, log_mix, relative_entropy
+from sekd_fairseq.losses.divergences import (
+    DIVERGENCES,
+    divergence,
+    forward_kl,
+    in_float32,
+    like,
+    log_mix,
+)
 from sekd_fairseq.losses.events import Events, check_missing_mass
 from sekd_fairseq.losses.integration import READINGS, check_integration
 from sekd_fairseq.losses.selective import batch_quantile
@@ -114,19 +121,23 @@ class SelfEvolution:
                 f"gamma with gamma_type {self.gamma_type} is a quantile, above 0 and below 1; "
                 f"found {self.gamma} (for a threshold in nats use gamma_type absolute)"
             )
-        if not 0 <= self.lambda_max < 1:
+        if not 0 <= in_float32(self.lambda_max) < 1:
             raise ValueError(
-                f"lambda_max is a ratio, 0 or more and below 1; found {self.lambda_max}"
+                "lambda_max is a ratio, 0 or more and below 1 (in float32); found "
+                f"{self.lambda_max}"
             )
-        if not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ValueError(f"schedule scale is in nats, above 0; found {self.scale}")
+        if not 0 < in_float32(self.scale) < math.inf:
+            raise ValueError(
+                f"schedule scale is in nats, above 0 and finite (in float32); found {self.scale}"
+            )
         if self.beta is not None and not 0 <= self.beta <= 1:
             raise ValueError(
                 f"beta is a share, from 0 to 1 (or 'confidence', None here); found {self.beta}"
             )
-        if not 0 < self.divergence_weight < 1:
+        if not 0 < in_float32(self.divergence_weight) < 1:
             raise ValueError(
-                f"divergence weight lies above 0 and below 1; found {self.divergence_weight}"
+                "divergence weight lies above 0 and below 1 (in float32); found "
+                f"{self.divergence_weight}"
             )
         mixes = self.divergence == "skew_forward_kl" or (
             self.integration in ("blend", "student") and self.lambda_max > 0
@@ -176,16 +187,14 @@ def token_difficulty(events: Events, log_prior: Tensor, kind: str) -> Tensor:
     """``KL(p || q)`` (``teacher``), ``KL(r || q)`` (``prior``) or ``-log q[y]`` (``nll``); (N,) nats, no
     gradient.
 
-    Never negative: an estimate below zero from a sampled teacher counts as zero.
+    Of a sampled teacher an unbiased estimate, which may be negative.
     """
     log_p, log_q, log_multiplicity = events
     with torch.no_grad():
         if kind == "nll":
-            value = -log_q[:, 0]
-        else:
-            log_a = log_prior if kind == "prior" else log_p
-            value = relative_entropy(log_a, log_q, log_multiplicity)
-        return value.clamp_min(0.0)
+            return (-log_q[:, 0]).clamp_min(0.0)
+        log_a = log_prior if kind == "prior" else log_p
+        return forward_kl(log_a, log_q, log_multiplicity)
 
 
 def ratio(difficulty: Tensor, gamma: float | Tensor, settings: SelfEvolution) -> Tensor:

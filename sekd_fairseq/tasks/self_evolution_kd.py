@@ -13,6 +13,7 @@ from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from omegaconf import II
 from torch import Tensor
 
 from sekd_fairseq.compat import BATCH_SIZE_MULTIPLE, collect_before_fork
@@ -60,6 +61,7 @@ class SelfEvolutionKDConfig(TranslationConfig):
             "and not from the student as it is now. With bin1:bin2 as many files (file1:file2)"
         },
     )
+    bf16: bool = II("common.bf16")
 
 
 def paths(value: str | None) -> list[str]:
@@ -99,6 +101,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     def __init__(self, cfg: SelfEvolutionKDConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
         self.criterion: FairseqCriterion | None = None
+        #: What the criterion of a loaded checkpoint had learnt, for the one that is built next.
+        self._learnt: dict[str, Any] = {}
         self.online_teacher: OnlineTeacher | None = None
         #: Temperature of the teacher's distributions; the caches', once one is open.
         self.teacher_temperature = 1.0
@@ -189,19 +193,25 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """Build the model; a language model leaves its configuration in ``cfg``, which fairseq
-        keeps in the checkpoint."""
+        keeps in the checkpoint.
+
+        One that is loaded takes ``--bf16``, of which fairseq's generation and validation know
+        nothing.
+        """
         model = super().build_model(cfg, from_checkpoint)
+        if from_checkpoint and self.cfg.bf16:
+            model.bfloat16()
         self.joint_positions = getattr(model, "joint_positions", math.inf)
         if isinstance(model, HFCausalLM) and not from_checkpoint:
             remember_configuration(cfg, model)
         return model
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> FairseqCriterion:
-        """Build the criterion, and load the teacher where it is not a cache.
-
-        What the criterion learns over updates belongs to the task's saved state.
-        """
+        """Build the criterion, with what it learnt before the checkpoint that the task was loaded
+        from, and load the teacher where it is not a cache."""
         self.criterion = super().build_criterion(cfg, from_checkpoint=from_checkpoint)
+        if self._learnt and isinstance(self.criterion, CachedTeacherCriterion):
+            self.criterion.load_running_state(self._learnt)
         if self.cfg.teacher_path and isinstance(self.criterion, CachedTeacherCriterion):
             dtype = half_precision(self.cfg.teacher_fp16, self.cfg.teacher_bf16)
             data = paths(self.cfg.data)[0]
@@ -216,6 +226,25 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             return self.online_teacher.at(sample, rows)
         entry: dict[str, Tensor] = sample["teacher"]
         return entry
+
+    def train_step(
+        self,
+        sample: dict[str, Any],
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+    ) -> Any:
+        """As fairseq's. A criterion is told of a batch that is there to fill up an update; of a
+        language model's batch is also logged how much of it is padding."""
+        criterion.counted = not ignore_grad
+        loss, sample_size, logging_output = super().train_step(
+            sample, model, criterion, optimizer, update_num, ignore_grad
+        )
+        if "positions" in sample:
+            logging_output["positions"], logging_output["padding"] = sample["positions"]
+        return loss, sample_size, logging_output
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """Log, and end the update for a criterion that keeps a state over updates.
@@ -234,17 +263,28 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         if criterion.training and isinstance(criterion, CachedTeacherCriterion):
             criterion.end_update(logging_outputs)
 
+    # A checkpoint keeps what the criterion learnt twice, because fairseq hands a training that
+    # resumes the one (after it has built the criterion), and every other command the other (before).
+
     def get_checkpoint_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the model: the criterion's state over updates."""
-        if not isinstance(self.criterion, CachedTeacherCriterion):
-            return {}
-        state = self.criterion.running_state()
+        """The criterion's state over updates, for a training that resumes."""
+        state = self.state_dict().get("criterion")
         return {type(self).__name__: state} if state else {}
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`get_checkpoint_dict` when a training resumes."""
+        """Restore :meth:`get_checkpoint_dict`."""
         if isinstance(self.criterion, CachedTeacherCriterion):
             self.criterion.load_running_state(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The criterion's state over updates, for ``fairseq-validate`` and its like."""
+        if not isinstance(self.criterion, CachedTeacherCriterion):
+            return {}
+        return {"criterion": self.criterion.running_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep :meth:`state_dict` for :meth:`build_criterion`."""
+        self._learnt = state.get("criterion", {})
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """Before the loader workers of an epoch are forked."""

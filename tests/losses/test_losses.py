@@ -1,5 +1,6 @@
 """The torch losses against the independent float64 version, and at their limits."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from sekd_fairseq.losses import (
     support_log_probs,
 )
 from sekd_fairseq.losses.divergences import WEIGHTED, forward_kl, jsd, log_mix, tvd
-from sekd_fairseq.losses.self_evolution import INTEGRATIONS, ratio
+from sekd_fairseq.losses.self_evolution import INTEGRATIONS, ratio, token_difficulty
 from tests import reference
 
 INF = float("inf")
@@ -405,6 +406,11 @@ def test_sampled_support_estimates_the_forward_kl_without_bias() -> None:
     truth.backward()
     error = loss.std() / trials**0.5
     assert abs(loss.mean() - truth) < 4 * error
+    student = support_log_probs(wide, torch.arange(trials), teacher.ids, teacher.valid)
+    events = build_events(teacher, student, "sampled")
+    difficulty = token_difficulty(events, events.log_p, "teacher")
+    assert difficulty.min() < 0  # a clamp would raise the mean
+    assert abs(difficulty.mean() - truth) < 4 * error
     per_draw = wide.grad * trials  # (trials, V)
     error = per_draw.std(dim=0) / trials**0.5
     assert ((per_draw.mean(dim=0) - exact.grad[0]).abs() < 4.5 * error).all()
@@ -414,13 +420,18 @@ def test_sampled_support_estimates_the_forward_kl_without_bias() -> None:
     ("options", "words"),
     [
         ({"lambda_max": 1.0}, "below 1"),
+        ({"lambda_max": 1 - 1e-8}, "float32"),  # 1 there, and the loss of a hard token infinite
         ({"lambda_max": -0.1}, "0 or more"),
         ({"gamma": -0.1, "gamma_type": "absolute"}, "0 or more"),
         ({"gamma": 1.5}, "quantile"),
         ({"scale": 0.0}, "above 0"),
+        ({"scale": 1e-46}, "above 0"),  # 0 in float32
+        ({"scale": 1e39}, "finite"),
         ({"beta": 1.2}, "from 0 to 1"),
         ({"divergence": "kl"}, "forward_kl"),
         ({"divergence_weight": 1.0, "divergence": "jsd"}, "below 1"),
+        ({"divergence_weight": 1 - 1e-8, "divergence": "skew_forward_kl"}, "float32"),
+        ({"divergence_weight": 1e-46, "divergence": "jsd"}, "float32"),
         ({"missing_mass": "uniform", "integration": "student"}, "linear"),
         ({"missing_mass": "uniform", "integration": "blend"}, "linear"),
         ({"missing_mass": "uniform", "integration": "evolved"}, "bucket"),
@@ -436,6 +447,21 @@ def test_sampled_support_estimates_the_forward_kl_without_bias() -> None:
 def test_settings_without_meaning_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         SelfEvolution(**options)
+
+
+def test_the_largest_ratio_that_is_taken_gives_a_finite_loss() -> None:
+    """Near a ratio of 1 the mixture is the reference, and the rest of the student still counts."""
+    largest = 1 - 2.0**-24  # the last float32 below 1
+    options = SelfEvolution(
+        lambda_max=largest, beta=0.0, integration="student", schedule="step", gamma=0.0,
+        gamma_type="absolute",
+    )  # fmt: skip
+    logits = torch.tensor([[30.0, 0.0, -30.0]], requires_grad=True)
+    log_p = torch.tensor([[0.2, 0.3, 0.5]]).log()
+    loss = token_losses(logits, TeacherRows.from_dense(log_p, torch.tensor([0])), options)
+    loss.sum().backward()
+    assert loss.isfinite().all() and logits.grad is not None and logits.grad.isfinite().all()
+    assert (logits.grad != 0).any()
 
 
 @given(
@@ -466,6 +492,8 @@ def test_running_quantile_finds_the_quantile() -> None:
     before = tracker.value
     tracker.update(0.0, 0.0)
     assert tracker.value == before
+    tracker.update(3.0, 4.0)  # by hand: 0.75 of the tokens were hard, 0.3 should be
+    assert tracker.value == pytest.approx(before * math.exp(0.5 * 0.45), rel=1e-12)
 
 
 def test_batch_quantile_is_numpys() -> None:

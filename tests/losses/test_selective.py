@@ -16,15 +16,15 @@ def test_hardest_by_hand() -> None:
 def test_queue_by_hand() -> None:
     queue = TokenQueue(size=4, share=0.5)
     nll = torch.tensor([1.0, 2.0])
-    assert queue.select(nll).tolist() == [False, True]  # empty: the batch decides
+    assert queue.select(nll).tolist() == [True, True]  # empty: all, however an update is cut
     queue.push(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert queue.select(torch.tensor([9.0, 8.0])).tolist() == [True, False]  # not committed yet
-    queue.commit()
+    assert queue.select(torch.tensor([9.0, 0.5])).tolist() == [True, True]  # not committed yet
+    queue.commit(queue.take_pending())
     # Half of 1, 2, 3, 4 lies above 2.
     assert queue.select(torch.tensor([2.0, 2.5, 9.0])).tolist() == [False, True, True]
     queue.push(torch.tensor([10.0, 20.0]))
     queue.push(torch.tensor([30.0]))
-    queue.commit()
+    queue.commit(queue.take_pending())
     assert queue.values.tolist() == [4.0, 10.0, 20.0, 30.0]  # first in, first out
     assert queue.select(torch.tensor([10.0, 11.0])).tolist() == [False, True]
     other = TokenQueue(size=4, share=0.5)
@@ -35,7 +35,6 @@ def test_queue_by_hand() -> None:
 def test_a_long_queue_selects_its_share() -> None:
     generator = torch.Generator().manual_seed(0)
     queue = TokenQueue(size=10_000, share=0.3)
-    queue.push(torch.randn(20_000, generator=generator).exp())
-    queue.commit()
+    queue.commit(torch.randn(20_000, generator=generator).exp())
     fresh = torch.randn(20_000, generator=generator).exp()
     assert abs(queue.select(fresh).float().mean().item() - 0.3) < 0.02

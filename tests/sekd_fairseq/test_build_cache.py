@@ -243,11 +243,24 @@ def test_sampled_cache_trains_with_sampled_loss_only(
     log = train(
         data, tmp_path / "save", *kd, "--teacher-cache", folder, "--max-update", "30"
     )  # fmt: skip
-    assert 'num_updates": "30' in log
+    assert 'num_updates": "30' in log and '"kl"' in log
+    assert "agreement" not in log  # the best of the tokens drawn is not the teacher's best
     # Its supports are distributions too, so the other losses take them.
     train(data, tmp_path / "b", "--criterion", "self_evolution_kd", "--teacher-cache", folder)
     line = error_line(train(data, tmp_path / "no", *kd, "--teacher-cache", cache, check=False))
     assert "--sample N" in line
+    # A ratio from the same draws as the loss would make it biased.
+    draws = ("--criterion", "self_evolution_kd", "--missing-mass", "sampled", "--max-update", "2")
+    drawn = (*draws, "--teacher-cache", folder)
+    line = error_line(train(data, tmp_path / "no", *drawn, check=False))
+    assert "same draws" in line and "--stored-difficulty" in line
+    train(data, tmp_path / "c", *drawn, "--lambda-max", "0")
+    command(
+        "sekd_fairseq.score", data, "--path", teacher, "--teacher-cache", folder, "--run",
+        tmp_path / "run", "--cpu", "--subset", "train",
+    )  # fmt: skip
+    (stored,) = (tmp_path / "run" / "tokens" / "train").iterdir()
+    train(data, tmp_path / "d", *drawn, "--stored-difficulty", stored)
 
 
 def test_implausible_teachers_are_refused(
