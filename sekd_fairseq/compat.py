@@ -1,8 +1,8 @@
 """What fairseq 0.12 needs to work with current Python, torch and NumPy; each with its reason.
 
 This registers types with torch, gives the task what it calls, and puts functions in place of fairseq's:
-checkpoints are copied whole or not at all, a damaged one is named, and a training that has ended is not
-trained on when it is started again.
+checkpoints are copied whole or not at all, a damaged one is named, a training that has ended is not
+trained on when it is started again, ``--bf16`` is for GPUs too, and ``--amp`` scales gradients back once.
 """
 
 import argparse
@@ -12,13 +12,15 @@ import gc
 import logging
 import os
 import shutil
+import sys
 import zipfile
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as fairseq_distributed
+from fairseq.optim import AMPOptimizer
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
@@ -98,6 +100,8 @@ def resume_as_left() -> None:
 
     @functools.wraps(load)
     def load_as_left(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
+        with one_line_errors():
+            check_precision(trainer)
         loaded = load(cfg, trainer, **kwargs)
         updates, last = trainer.get_num_updates(), trainer.cfg.optimization.max_update
         if 0 < last <= updates:
@@ -112,6 +116,49 @@ def resume_as_left() -> None:
 
     load_as_left.as_left = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint = load_as_left
+
+
+def check_precision(trainer: Any) -> None:
+    """Refuse two options on a CPU: fairseq's ``--fp16`` asks CUDA for a device there, and its
+    ``--amp`` trains in float32 in silence."""
+    common = trainer.cfg.common
+    asked = {"--fp16": common.fp16 and not common.memory_efficient_fp16, "--amp": common.amp}
+    for option, given in asked.items():
+        if given and not trainer.cuda:
+            raise UserError(
+                f"{option}: expected a GPU, found {'--cpu' if common.cpu else 'none'}; leave it out, "
+                "or give --bf16, which works on a CPU too"
+            )
+
+
+def train_in_half_precision() -> None:
+    """Put right what fairseq does with two of its options.
+
+    ``--bf16`` makes it take the machine for a TPU, and ask a package for one that is not there.
+    With ``--amp`` gradients are divided by the loss scale twice: once when they are clipped, for
+    torch's optimiser, and again in the step, for fairseq's, which the scaler takes for another.
+    """
+    AMPOptimizer.step = _step_unscaled
+    parse = options.parse_args_and_arch
+    if getattr(parse, "knows_gpus", False):
+        return
+
+    @functools.wraps(parse)
+    def parse_for_gpus(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
+        parsed = parse(parser, input_args, *args, **kwargs)
+        found = parsed[0] if isinstance(parsed, tuple) else parsed
+        if getattr(found, "tpu", False):
+            found.tpu = "--tpu" in (sys.argv if input_args is None else input_args)
+        return parsed
+
+    parse_for_gpus.knows_gpus = True  # type: ignore[attr-defined]
+    options.parse_args_and_arch = parse_for_gpus
+
+
+def _step_unscaled(optimizer: AMPOptimizer) -> None:
+    """fairseq's ``AMPOptimizer.step``, for the optimiser whose gradients have been scaled back."""
+    optimizer.scaler.step(optimizer.optimizer)
+    optimizer.scaler.update()
 
 
 def _copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:

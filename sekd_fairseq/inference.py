@@ -48,6 +48,7 @@ def load_models(
         if not Path(path).is_file():
             raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
     training_only = dict.fromkeys(("teacher_cache", "teacher_path", "stored_difficulty"))
+    training_only["bf16"] = False
     try:
         models, config, task = checkpoint_utils.load_model_ensemble_and_task(
             list(paths), arg_overrides={"data": data, **training_only}

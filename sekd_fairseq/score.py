@@ -30,6 +30,7 @@ from sekd_fairseq.data import TeacherDataset, teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import (
     default_device,
+    half_precision,
     load_models,
     load_split,
     position_limits,
@@ -98,6 +99,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--max-tokens", type=int, default=4096, help="padded tokens a batch (default: %(default)s)"
     )
+    half = out.add_mutually_exclusive_group()
+    half.add_argument("--fp16", action="store_true", help="run the student in float16 (GPU)")
+    half.add_argument("--bf16", action="store_true", help="run the student in bfloat16")
     out.add_argument("--cpu", action="store_true", help="do not use a GPU")
     return out
 
@@ -153,6 +157,7 @@ def score_checkpoint(
     """Write the token records of one checkpoint; returns the content of ``run.json`` and, for the
     run's other checkpoints, what it was scored on (None without ``--teacher-cache``)."""
     models, config, task = load_models([str(path)], args.data, device)
+    models[0].to(half_precision(args.fp16, args.bf16))
     checkpoint = torch.load(path, map_location="cpu")
     step = int(checkpoint["optimizer_history"][-1]["num_updates"])
     record = run_record(config, models[0], args, step, task)

@@ -7,3 +7,4 @@ from sekd_fairseq.tasks import self_evolution_kd  # noqa: F401
 compat.allow_checkpoint_types()
 compat.keep_checkpoints_whole()
 compat.resume_as_left()
+compat.train_in_half_precision()

@@ -1,0 +1,161 @@
+"""Half precision: fairseq's options where there is no GPU (test_cuda.py has those where there is)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fairseq import options
+from fairseq.optim import AMPOptimizer
+from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
+
+from sekd_fairseq.data import TeacherDataset
+from sekd_fairseq.inference import load_models, load_split
+from sekd_fairseq.teacher_cache import TeacherCache
+
+from .conftest import ROOT, command, error_line, train, train_arguments
+
+SE_KD = ("--criterion", "self_evolution_kd")
+
+
+def last_record(log: str, key: str) -> dict[str, Any]:
+    """The last JSON record of a log that has ``key``."""
+    line = [line for line in log.splitlines() if "{" in line and f'"{key}"' in line][-1]
+    return dict(json.loads(line[line.index("{") :]))
+
+
+@pytest.mark.parametrize(
+    ("parser", "words"),
+    [
+        (options.get_training_parser, ["--arch", "transformer_tiny", "--optimizer", "adam"]),
+        (options.get_validation_parser, ["--task", "translation"]),
+        (options.get_generation_parser, []),
+        (options.get_interactive_generation_parser, []),
+    ],
+    ids=["train", "validate", "generate", "interactive"],
+)
+@pytest.mark.parametrize("option", ["--bf16", "--memory-efficient-bf16"])
+def test_bf16_is_no_tpu(
+    parser: Callable[[], Any], words: list[str], option: str, data: Path
+) -> None:
+    def parse(*more: str) -> Any:
+        return options.parse_args_and_arch(parser(), [str(data), *words, *more])
+
+    assert parse(option).bf16 and not parse(option).tpu
+    assert parse(option, "--tpu").tpu
+    explicit = options.parse_args_and_arch(
+        parser(), [str(data), *words, option], suppress_defaults=True
+    )
+    assert not getattr(explicit, "tpu", False)
+
+
+def test_bf16_from_the_command_line(data: Path, cache: Path, tmp_path: Path) -> None:
+    """On the CPU, in an interpreter of its own: fairseq imports the plugin before it parses."""
+    log = command(
+        *train_arguments(
+            data, tmp_path, *SE_KD, "--teacher-cache", cache, "--bf16", "--max-update", "40",
+            "--validate-after-updates", "40",
+        ),
+        fresh=True,
+    )  # fmt: skip
+    first = next(line for line in log.splitlines() if '"num_updates": "1"' in line)
+    start = float(json.loads(first[first.index("{") :])["loss"])
+    told = last_record(log, "valid_loss")
+    assert float(told["valid_loss"]) < 0.7 * start
+    best = tmp_path / "checkpoint_best.pt"
+    plugin = ("--user-dir", ROOT / "sekd_fairseq", "--task", "self_evolution_kd")
+    out = command(
+        "fairseq_cli.validate", data, *plugin, "--path", best, "--cpu", "--log-format", "json",
+        "--max-tokens", "300",
+    )  # fmt: skip
+    found = last_record(out, "valid_loss")  # in bfloat16, as in training
+    assert {key: found[key] for key in ("valid_loss", "valid_kl_hard")} == {
+        key: told[key] for key in ("valid_loss", "valid_kl_hard")
+    }
+    generate = (
+        "fairseq_cli.generate",
+        data,
+        *plugin,
+        "--path",
+        best,
+        "--cpu",
+        "--gen-subset",
+        "test",
+    )
+    single, half = (
+        [line.split("\t")[1] for line in command(*generate, *more).splitlines() if line[:2] == "H-"]
+        for more in ((), ("--bf16",))
+    )
+    assert len(single) == len(half) == 13 and single != half  # rounded: --bf16 is not ignored
+    score = ("sekd_fairseq.score", data, "--path", best, "--teacher-cache", cache, "--cpu")
+    means = []
+    for precision in ("--bf16", "--fp16"):
+        out = command(*score, "--run", tmp_path / precision, precision)
+        means.append(float(out.rsplit("teacher ")[-1].split()[0]))
+    assert means[0] == pytest.approx(means[1], rel=0.02)
+
+
+@pytest.mark.parametrize("option", ["--fp16", "--amp"])
+def test_float16_on_a_cpu_is_refused(option: str, data: Path, cache: Path, tmp_path: Path) -> None:
+    line = error_line(train(data, tmp_path, *SE_KD, "--teacher-cache", cache, option, check=False))
+    assert f"{option}: expected a GPU, found --cpu" in line and "--bf16" in line
+
+
+def test_amp_scales_gradients_back_once() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    cfg = OmegaConf.create(
+        {
+            "common": {"fp16_init_scale": 128, "min_loss_scale": 1e-4},
+            "optimizer": {"_name": "sgd", "lr": [1.0], "momentum": 0.0, "weight_decay": 0.0},
+        }
+    )
+    optimizer = AMPOptimizer.build_optimizer(cfg, [parameter])
+    optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=128.0)  # fairseq's is for CUDA
+    optimizer.zero_grad()
+    optimizer.backward((parameter * torch.tensor([1.0, 2.0, 3.0])).sum())
+    optimizer.clip_grad_norm(0.0)
+    optimizer.step()
+    assert parameter.tolist() == [0.0, -1.0, -2.0]  # fairseq: 0.992, 0.984, 0.977
+
+
+class Zeros:
+    """Stored difficulty of nothing."""
+
+    def check_targets(self, hashes: Any, where: str) -> None:
+        """Any targets will do."""
+
+    def check_teacher(self, cache: TeacherCache) -> None:
+        """Any teacher will do."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+
+    def __getitem__(self, sentence: int) -> Any:
+        return np.full(len(self.cache[sentence].entropy), 1 / 3, np.float32)
+
+
+@pytest.mark.parametrize("option", ["fp16", "bf16"])
+def test_fairseq_rounds_nothing_of_the_teacher(
+    option: str, data: Path, teacher: Path, cache: Path
+) -> None:
+    """Its trainer casts every float32 tensor of a batch, and the criterion must not see that."""
+    _, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
+    opened = TeacherCache.open(cache / "valid")
+    difficulty: Any = [Zeros(opened)]
+    dataset = TeacherDataset(load_split(task, "valid", str(data)), [opened], "valid", difficulty)
+    sample = dataset.collater([dataset[index] for index in range(5)])
+    trainer = object.__new__(Trainer)
+    trainer.cfg = SimpleNamespace(
+        common=SimpleNamespace(**{"fp16": False, "bf16": False, option: True})
+    )
+    cast = trainer._fp_convert_sample(sample)
+    assert sample["teacher"].keys() == cast["teacher"].keys() and "difficulty" in cast["teacher"]
+    for key, tensor in sample["teacher"].items():
+        assert cast["teacher"][key].dtype == tensor.dtype and cast["teacher"][key].equal(tensor), (
+            key
+        )
