@@ -4,6 +4,8 @@ import os
 
 # Before torch is there: the tests fork, and a fork of a process with OpenMP threads hangs in them.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Asking whether there is CUDA must not start it, for the same reason.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import pytest
 import torch

@@ -6,7 +6,6 @@ import random
 import runpy
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -40,20 +39,9 @@ def command(*arguments: object, check: bool = True, cwd: Path = ROOT, fresh: boo
     In a fork of this process, which has imported fairseq already (that takes 7 seconds), or in a
     ``fresh`` interpreter, as a user does.
     """
-    words = list(map(str, arguments))
     with tempfile.TemporaryFile("w+") as output:
-        if fresh:
-            status = subprocess.run(
-                [sys.executable, "-m", *words],
-                cwd=cwd,
-                env=ENVIRONMENT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=300,
-            ).returncode
-        else:
-            child = fork_module(words, cwd, output)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        child = fork_module(list(map(str, arguments)), cwd, output, fresh)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         output.seek(0)
         printed = output.read()
     assert (status == 0) == check, printed[-3000:]
@@ -66,21 +54,25 @@ def start_command(*arguments: object) -> int:
         return fork_module(list(map(str, arguments)), ROOT, output)
 
 
-def fork_module(words: list[str], cwd: Path, output: IO[str]) -> int:
+def fork_module(words: list[str], cwd: Path, output: IO[str], fresh: bool = False) -> int:
     """Fork a child that becomes ``python -m words``; returns its process id."""
+    # A fork of a process that has used CUDA cannot use it.
+    fresh = fresh or torch.cuda.is_initialized()
     child = os.fork()
     if child == 0:
-        run_module(words, cwd, output)
+        run_module(words, cwd, output, fresh)
     return child
 
 
-def run_module(words: list[str], cwd: Path, output: IO[str]) -> NoReturn:
+def run_module(words: list[str], cwd: Path, output: IO[str], fresh: bool) -> NoReturn:
     """In a forked child: become ``python -m words``, with both streams to ``output``."""
     status = 1
     try:
         os.chdir(cwd)
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
+        if fresh:
+            os.execve(sys.executable, [sys.executable, "-m", *words], ENVIRONMENT)
         sys.stdin = open(os.devnull)  # noqa: SIM115 (the process ends here)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         for handler in list(logging.root.handlers):  # pytest's; a command sets up its own

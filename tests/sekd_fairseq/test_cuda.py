@@ -1,0 +1,202 @@
+"""Every command on a GPU, in every precision, for a Transformer and a language model.
+
+The commands run in forks, which can use CUDA as long as this process has not (conftest.py).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import sentencepiece
+import torch
+
+from sekd_fairseq.teacher_cache import TeacherCache
+
+from .conftest import ROOT, command, sentence_pairs, train_arguments, write_text
+
+pytestmark = pytest.mark.gpu
+
+PRECISIONS = ("--fp16", "--bf16", "--amp", "--memory-efficient-fp16", "--memory-efficient-bf16")
+PLUGIN = ("--user-dir", ROOT / "sekd_fairseq", "--task", "self_evolution_kd")
+UPDATES = 40
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a kind of model trains on, with the options that make one."""
+
+    data: Path
+    cache: Path
+    teacher: Path
+    options: tuple[object, ...]
+
+    def arguments(self, save: Path, *more: object) -> list[object]:
+        """A training of SE-KD on the GPU."""
+        words = train_arguments(
+            self.data, save, "--criterion", "self_evolution_kd", "--teacher-cache", self.cache,
+            "--max-update", UPDATES, "--validate-after-updates", UPDATES, *self.options, *more,
+        )  # fmt: skip
+        if "hf_causal_lm" in words:
+            words.remove("--share-all-embeddings")
+        return on_gpu(words)
+
+
+def on_gpu(words: list[object]) -> list[object]:
+    """A command's words without those that keep it on the CPU."""
+    return [word for word in words if word != "--cpu"]
+
+
+def records(log: str, key: str) -> list[dict[str, Any]]:
+    """The JSON records of a log that have ``key``."""
+    lines = (line for line in log.splitlines() if "{" in line and f'"{key}"' in line)
+    return [json.loads(line[line.index("{") :]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def transformer(data: Path, cache: Path, teacher: Path) -> Student:
+    return Student(data, cache, teacher, ())
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Student:
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("lm")
+    for seed, (split, count) in enumerate({"train": 200, "valid": 20, "test": 13}.items()):
+        write_text(folder, split, sentence_pairs(count, seed))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((folder / "train.de").read_text().splitlines()), vocab_size=300,
+        model_prefix=str(folder / "spm"), byte_fallback=True, hard_vocab_limit=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    splits = [word for name in ("train", "valid", "test") for word in (f"--{name}", folder / name)]
+    command(
+        "prepare_llm_data", "--tokenizer", folder / "spm.model", *splits, "--source-lang", "en",
+        "--target-lang", "de", "--output", folder / "data", cwd=ROOT / "scripts", fresh=True,
+    )  # fmt: skip
+    config = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    options = (
+        "--arch",
+        "hf_causal_lm",
+        "--hf-config",
+        folder / "config.json",
+        "--max-tokens",
+        1200,
+    )
+    data = folder / "data" / "bin"
+    words = train_arguments(
+        data, folder, "--criterion", "cross_entropy", *options, "--max-update", 60
+    )
+    words.remove("--share-all-embeddings")
+    command(*on_gpu(words), "--disable-validation")
+    command(
+        "sekd_fairseq.build_cache", data, "--path", folder / "checkpoint_last.pt", "--output",
+        folder / "cache", "--top-k", 8, "--subset", "train,valid,test", "--allow-implausible",
+    )  # fmt: skip
+    # In chunks: the other path through the criterion.
+    chunked = (*options, "--sekd-chunk-tokens", 64)
+    return Student(data, folder / "cache", folder / "checkpoint_last.pt", chunked)
+
+
+@pytest.fixture(scope="module", params=["transformer", "language_model"])
+def student(request: pytest.FixtureRequest) -> Student:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def single(
+    student: Student, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A training in float32: its folder, and what its validation logged."""
+    folder = tmp_path_factory.mktemp("single")
+    return folder, records(command(*student.arguments(folder)), "valid_loss")[-1]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_and_resuming(
+    student: Student, single: tuple[Path, dict[str, Any]], precision: str, tmp_path: Path
+) -> None:
+    log = command(*student.arguments(tmp_path, precision))
+    losses = [float(record["loss"]) for record in records(log, "gnorm") if "ups" in record]
+    assert len(losses) == UPDATES and losses[-1] < 0.8 * losses[0]
+    (valid,) = records(log, "valid_loss")
+    for key, value in valid.items():
+        assert math.isfinite(float(value)), (key, value)
+    for key in ("valid_loss", "valid_nll_loss", "valid_difficulty"):
+        assert float(valid[key]) == pytest.approx(float(single[1][key]), rel=0.1), key
+    state = torch.load(tmp_path / "checkpoint_last.pt", map_location="cpu")
+    learnt = state["task_state"]["criterion"]
+    assert learnt["updates"] == UPDATES
+    assert float(valid["valid_gamma"]) == pytest.approx(learnt["running_gamma"], abs=1e-3)
+    again = command(*student.arguments(tmp_path, precision, "--max-update", UPDATES + 5))
+    assert f"@ {UPDATES} updates" in again
+    after = [float(record["loss"]) for record in records(again, "gnorm") if "ups" in record]
+    assert len(after) == 5 and max(after) < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "precision", [(), ("--fp16",), ("--bf16",)], ids=["float32", "fp16", "bf16"]
+)
+def test_commands(
+    student: Student,
+    single: tuple[Path, dict[str, Any]],
+    precision: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    best = single[0] / "checkpoint_best.pt"
+    out = command(
+        "fairseq_cli.validate", student.data, *PLUGIN, "--path", best, "--log-format", "json",
+        "--max-tokens", 1200, *precision,
+    )  # fmt: skip
+    (valid,) = records(out, "valid_loss")
+    for key in ("valid_loss", "valid_hard_share", "valid_kl_hard"):
+        limit = 0.05 if precision else 2e-3
+        assert float(valid[key]) == pytest.approx(float(single[1][key]), rel=limit, abs=limit), key
+    out = command(
+        "fairseq_cli.generate", student.data, *PLUGIN, "--path", best, "--gen-subset", "test",
+        "--beam", 3, "--max-len-b", 15, *precision,
+    )  # fmt: skip
+    scores = [float(line.split("\t")[1]) for line in out.splitlines() if line.startswith("H-")]
+    assert len(scores) == 13 and all(map(math.isfinite, scores))
+    command(
+        "sekd_fairseq.build_cache", student.data, "--path", student.teacher, "--output",
+        tmp_path / "cache", "--subset", "valid", "--top-k", 6, "--allow-implausible", *precision,
+    )  # fmt: skip
+    one, other = (TeacherCache.open(c / "valid") for c in (student.cache, tmp_path / "cache"))
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a.gold_logprob, b.gold_logprob, atol=0.2)
+    command(
+        "sekd_fairseq.score", student.data, "--path", best, "--teacher-cache", student.cache,
+        "--run", tmp_path / "run", "--subset", "valid", *precision,
+    )  # fmt: skip
+    (file,) = (tmp_path / "run" / "tokens" / "valid").iterdir()
+    mean = pq.read_table(file)["kl"].to_numpy().mean()
+    assert mean == pytest.approx(float(single[1]["valid_difficulty"]), rel=0.05, abs=5e-3)
+
+
+@pytest.mark.parametrize("precision", ["--fp16", "--amp", "--memory-efficient-fp16"])
+def test_nothing_is_learnt_from_an_overflow(
+    transformer: Student, precision: str, tmp_path: Path
+) -> None:
+    log = command(
+        *transformer.arguments(
+            tmp_path, precision, "--criterion", "cached_kd", "--select", "queue", "--queue-size",
+            100_000, "--fp16-init-scale", 2**30, "--max-update", 3, "--disable-validation",
+        )
+    )  # fmt: skip
+    assert "overflow" in log
+    done = [record for record in records(log, "gnorm") if "ups" in record]
+    assert len(done) == 3 and float(done[0]["selected"]) == 1.0 > float(done[1]["selected"])
+    state = torch.load(tmp_path / "checkpoint_last.pt", map_location="cpu")
+    queue = state["task_state"]["criterion"]["queue"]
+    assert queue.isfinite().all()
+    # As many as the three updates had tokens, none twice.
+    assert len(queue) == pytest.approx(sum(float(record["wpb"]) for record in done), abs=1)
