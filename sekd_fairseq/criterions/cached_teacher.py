@@ -269,7 +269,8 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
 
             return blockwise_loss(logits, rows, block_loss)
         temperature = self.task.teacher_temperature
-        threshold = self.one_kernel() if temperature == 1.0 else None
+        usual = temperature == 1.0 and "draws" not in teacher
+        threshold = self.one_kernel() if usual else None
         if threshold is not None and (kernel := one_kernel(logits)) is not None:
             weights = (self.alpha, self.label_smoothing)
             loss, sums = kernel(logits, rows, teacher, *threshold, *weights, overwrite)
