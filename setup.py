@@ -57,6 +57,8 @@ setup(
         "workflow": ["snakemake>=9,<10"],  # scripts/Snakefile: restarts, parallel jobs, clusters
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",  # the tests in several processes
+            "filelock>=3",  # what their processes share is made once
             "hypothesis>=6",
             "triton>=3.5; platform_system == 'Linux'",  # its interpreter proves the GPU kernels on a CPU
             "coverage>=7.10",  # follows forks and os._exit

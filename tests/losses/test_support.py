@@ -25,6 +25,7 @@ def kernels() -> Any:
 #: NumPy, in the interpreter, warns where a kernel selects between a number and none.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.gpu(optional=True)
 
 
 def problem(

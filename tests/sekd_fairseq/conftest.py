@@ -9,12 +9,13 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NoReturn
 
 import pytest
 import torch
+from filelock import FileLock
 
 import sekd_fairseq.tasks  # noqa: F401 (imported before forking)
 
@@ -167,37 +168,58 @@ def parameters(checkpoint: Path) -> torch.Tensor:
     return torch.cat([value.flatten().double() for value in state.values()])
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that ``make`` fills, in one process of pytest-xdist for all of them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = factory.mktemp(name, numbered=False)
+        make(folder)
+        return folder
+    folder = factory.getbasetemp().parent / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / ".made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a failed attempt left
+            folder.mkdir()
+            make(folder)
+            (folder / ".made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for seed, (split, count) in enumerate({"train": 203, "valid": 21, "test": 13}.items()):
-        write_text(folder, split, sentence_pairs(count, seed))
-    return folder
+    def make(folder: Path) -> None:
+        for seed, (split, count) in enumerate({"train": 203, "valid": 21, "test": 13}.items()):
+            write_text(folder, split, sentence_pairs(count, seed))
+
+    return made_once(tmp_path_factory, "text", make)
 
 
 @pytest.fixture(scope="session")
 def data(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return binarise(text, tmp_path_factory.mktemp("data") / "bin")
+    return (
+        made_once(tmp_path_factory, "data", lambda folder: binarise(text, folder / "bin")) / "bin"
+    )
 
 
 @pytest.fixture(scope="session")
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    train(
-        data, folder, "--criterion", "cross_entropy", "--max-update", "60", "--seed", "7",
-        "--disable-validation", "--task", "translation",
-    )  # fmt: skip
-    return folder / "checkpoint_last.pt"
+    def make(folder: Path) -> None:
+        train(
+            data, folder, "--criterion", "cross_entropy", "--max-update", "60", "--seed", "7",
+            "--disable-validation", "--task", "translation",
+        )  # fmt: skip
+
+    return made_once(tmp_path_factory, "teacher", make) / "checkpoint_last.pt"
 
 
 @pytest.fixture(scope="session")
 def cache(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache") / "cache"
-    command(
-        "sekd_fairseq.build_cache", data, "--path", teacher, "--output", folder, "--cpu",
-        "--subset", "train,valid,test", "--top-k", "6", "--shard-sentences", "50",
-    )  # fmt: skip
-    return folder
+    def make(folder: Path) -> None:
+        command(
+            "sekd_fairseq.build_cache", data, "--path", teacher, "--output", folder / "cache", "--cpu",
+            "--subset", "train,valid,test", "--top-k", "6", "--shard-sentences", "50",
+        )  # fmt: skip
+
+    return made_once(tmp_path_factory, "cache", make) / "cache"
 
 
 @pytest.fixture
