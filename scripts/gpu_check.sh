@@ -74,7 +74,7 @@ if [ "$device" = cpu ]; then
     echo "tests: left out, no GPU (bash scripts/test.sh runs them)"
     left=85
 elif "$python" -c 'import pytest' 2>/dev/null; then
-    part tests 15 "$python" -m pytest --gpu -q -p no:cacheprovider --continue-on-collection-errors
+    part tests 15 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors
     tail -n 1 "$folder/tests.log" | cut -c 1-100
 else
     echo "tests: left out, $python has no pytest"
