@@ -15,14 +15,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from sentencepiece import sentencepiece_model_pb2
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import load_models, quiet_fairseq
 from sekd_fairseq.llm.loading import pretrained
-from sekd_fairseq.llm.tokenizer import HFTokenizer, load_tokenizer
-from sekd_fairseq.llm.vocabulary import Vocabulary, restore_rows
+from sekd_fairseq.llm.tokenizer import (
+    HFTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    sentencepiece_proto,
+)
+from sekd_fairseq.llm.vocabulary import TOKENIZER, Vocabulary, restore_rows
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 
 #: Text on which tokenizers differ that differ at all.
@@ -39,26 +44,28 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     if hasattr(lm, "merge_and_unload"):
         lm = lm.merge_and_unload()
     restore_rows(lm, vocabulary.rows, pretrained(base, gguf) if base else None)
+    tokenizer = load_tokenizer(str(Path(data) / TOKENIZER))
+    lm.config.pad_token_id = tokenizer.specials[1]
     lm.config.torch_dtype = torch.float32
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
     lm.save_pretrained(output)
-    export_tokenizer(vocabulary, type(lm.config), output)
+    export_tokenizer(tokenizer, type(lm.config), output)
     print(
         f"{output}: {sum(p.numel() for p in lm.parameters()):,} parameters, "
         f"{lm.config.vocab_size} rows"
     )
 
 
-def export_tokenizer(vocabulary: Vocabulary, config: type, output: Path) -> None:
+def export_tokenizer(tokenizer: Tokenizer, config: type, output: Path) -> None:
     """Write the data's tokenizer as the model's family has it, if that gives the same tokens."""
-    tokenizer = load_tokenizer(vocabulary.tokenizer, vocabulary.gguf_file)
     if isinstance(tokenizer, HFTokenizer):
-        tokenizer.model.save_pretrained(output)
+        tokenizer.save(output)
         return
+    assert isinstance(tokenizer, SentencePieceTokenizer)
     family, _ = TOKENIZER_MAPPING.get(config, (None, None))
     reads_models = getattr(family, "vocab_files_names", {}).get("vocab_file", "").endswith(".model")
-    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    proto = sentencepiece_proto(tokenizer.proto)
     specials = {
         f"{role}_token": None if token is None else tokenizer.pieces[token]
         for role, token in zip(("bos", "pad", "eos", "unk"), tokenizer.specials, strict=True)
@@ -80,8 +87,8 @@ def export_tokenizer(vocabulary: Vocabulary, config: type, output: Path) -> None
             shutil.copytree(folder, output, dirs_exist_ok=True)
         else:
             print(
-                f"{output}: no tokenizer written; this family's tokenizers do not read "
-                f"{vocabulary.tokenizer} as it is, use that one",
+                f"{output}: no tokenizer written; this family's tokenizers do not read the data's "
+                "SentencePiece model as it is, use that one",
                 file=sys.stderr,
             )
 

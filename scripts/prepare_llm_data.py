@@ -4,15 +4,17 @@
         --valid text/val --test text/test --source-lang de --target-lang en --output data/llm-de-en
 
 ``--train text/train`` is the pair of files ``text/train.de`` and ``text/train.en`` (or ``.gz``).
-The source side becomes the whole prompt, the target side the translation, both in the tokenizer's
-tokens under fairseq ids (sekd_fairseq/llm/vocabulary.py). Text is taken as it is, not normalised;
-training pairs that share a sentence with valid or test are left out.
-The output holds ``bin/`` (the data directory), the text of each split, and ``data.json``.
+The source side becomes the whole prompt, the target side the translation, in the tokens that the
+tokenizer gives for their text (sekd_fairseq/llm/prompts.py), under fairseq ids
+(sekd_fairseq/llm/vocabulary.py). Text is taken as it is, not normalised, and never becomes a control
+token; training pairs that share a sentence with valid or test are left out.
+The output holds ``bin/`` (the data directory, with a copy of the tokenizer and all that makes prompts,
+``llm.json``), the text of each split, and ``data.json``.
 
 A teacher may read other prompts than the student, few-shot ones (``--teacher-shots 4``) say: they go
 to ``teacher/``, a data directory of the same sentences and dictionary. A cache that is built on it
-serves students that train on ``bin/``. Where prompts hold examples, the end of sentence is what ends
-an example: a base model goes on with the next one and does not end the text.
+serves students that train on ``bin/``. What ends a translation may differ too: a base model goes on
+with the next example and does not end the text.
 """
 
 import argparse
@@ -20,7 +22,8 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,14 @@ from parallel_text import DataError, Pair, read_aligned, without_leaks
 
 from analysis.terminal import progress
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.llm.prompts import DEFAULT, SEPARATOR, Template, read_template
+from sekd_fairseq.llm.prompts import DEFAULT, Prompts, PromptSettings, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
-from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, build_vocabulary, with_end
+from sekd_fairseq.llm.vocabulary import UNK, Vocabulary, build_vocabulary, with_end
 from sekd_fairseq.teacher_cache.format import atomic_directory, hash_file, hash_symbols
 
+Tokens = list[list[int]]
 SUBSETS = ("train", "valid", "test")
-BOS, EOS, UNK = 0, 2, 3
+EOS = 2
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -58,24 +62,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--source-lang", required=True)
     parser.add_argument("--target-lang", required=True)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument(
-        "--template",
-        type=Path,
-        metavar="FILE",
-        help=f"prompt with the fields {{src}}, {{src_lang}}, {{tgt_lang}} (default: {DEFAULT!r})",
-    )
-    parser.add_argument(
-        "--shots", type=int, default=0, help="examples from the training text in every prompt"
-    )
-    parser.add_argument(
-        "--teacher-template",
-        type=Path,
-        metavar="FILE",
-        help="prompt of the teacher, in OUTPUT/teacher (default: the student's)",
-    )
-    parser.add_argument(
-        "--teacher-shots", type=int, default=0, help="examples in the teacher's prompts"
-    )
+    for whose, prefix in (("the student's", ""), ("the teacher's", "teacher-")):
+        group = parser.add_argument_group(
+            f"prompts, {whose}",
+            "in OUTPUT/teacher; made where one of these is given" if prefix else "in OUTPUT/bin",
+        )
+        group.add_argument(
+            f"--{prefix}template",
+            type=Path,
+            metavar="FILE",
+            help="prompt with the fields {src}, {src_lang}, {tgt_lang} (default: "
+            + ("the student's)" if prefix else f"{DEFAULT!r})"),
+        )
+        group.add_argument(
+            f"--{prefix}shots",
+            type=int,
+            default=0,
+            metavar="N",
+            help="examples from the training text in every prompt",
+        )
+        group.add_argument(
+            f"--{prefix}chat",
+            action="store_true",
+            help="the prompt is a user's turn in the tokenizer's own chat template, examples are "
+            "earlier turns",
+        )
+        group.add_argument(
+            f"--{prefix}end",
+            default="",
+            metavar="TEXT",
+            help="the token that ends a translation, '\\n' for a line end (default: with --chat "
+            "the end of the turn, with --shots what follows an example, else the tokenizer's end)",
+        )
     for subset in SUBSETS:
         parser.add_argument(
             f"--{subset}-limit",
@@ -118,109 +136,172 @@ def choose_shots(subsets: dict[str, list[Pair]], count: int) -> list[Pair]:
     return shots
 
 
-def end_of_example(tokenizer: Tokenizer, translation: str) -> int:
-    """The token that ends a translation in a few-shot prompt."""
-    alone, ended = tokenizer.encode(translation), tokenizer.encode(translation + SEPARATOR)
-    return (ended[len(alone) :] if ended[: len(alone)] == alone else tokenizer.encode(SEPARATOR))[0]
+def encode(
+    prompts: dict[str, Prompts], pairs: list[Pair], subset: str
+) -> tuple[dict[str, Tokens], Tokens]:
+    """Token ids of all prompts, by data directory, and of the translations."""
+    sources: dict[str, Tokens] = {name: [] for name in prompts}
+    targets: Tokens = []
+    for source, target in progress(pairs, desc=subset, unit="pair"):
+        for name, maker in prompts.items():
+            sources[name].append(maker.tokens(source))
+        targets.append(prompts["bin"].translation(source, target))
+    return sources, targets
 
 
-def tokenize(sentences: Sequence[str], tokenizer: Tokenizer, what: str) -> list[list[int]]:
-    """The tokenizer's ids of each sentence."""
-    return [tokenizer.encode(text) for text in progress(sentences, desc=what, unit="line")]
-
-
-def write_binary(
-    path: Path, sentences: list[list[int]], index: dict[int, int], begin: list[int], size: int
-) -> int:
-    """One side of one split; returns how many tokens have no symbol."""
-    unknown = 0
+def write_binary(path: Path, sentences: Tokens, size: int) -> None:
+    """One side of one split, under fairseq ids."""
     builder: Any = indexed_dataset.make_builder(f"{path}.bin", "mmap", vocab_size=size)
     for sentence in sentences:
-        ids = [index.get(token, UNK) for token in sentence]
-        unknown += ids.count(UNK)
-        builder.add_item(torch.tensor([*begin, *ids, EOS], dtype=torch.int32))
+        builder.add_item(torch.tensor([*sentence, EOS], dtype=torch.int32))
     builder.finalize(f"{path}.idx")
-    return unknown
 
 
-def prepare(args: argparse.Namespace, building: Path) -> dict[str, Any]:
-    """Write everything below ``building``; returns the content of data.json."""
-    languages = (args.source_lang, args.target_lang)
+def prompt_settings(args: argparse.Namespace) -> dict[str, PromptSettings]:
+    """What the prompts of each data directory are made of, but for the examples."""
     text = read_template(args.template)
-    prompts = {"bin": (text, args.shots)}
-    if args.teacher_template or args.teacher_shots:
-        teacher = read_template(args.teacher_template) if args.teacher_template else text
-        prompts["teacher"] = (teacher, args.teacher_shots)
-    templates = {name: Template(text, *languages) for name, (text, _) in prompts.items()}
-    subsets = {subset: read_subset(getattr(args, subset), languages) for subset in SUBSETS}
-    subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
-    tokenizer = load_tokenizer(args.tokenizer, args.gguf_file)
-    shots = choose_shots(subsets, max(count for _, count in prompts.values()))
-    for subset in SUBSETS:
-        subsets[subset] = subsets[subset][: getattr(args, f"{subset}_limit") or None]
-    sources = {
-        (name, subset): tokenize(
-            [templates[name].prompt(source, shots[:count]) for source, _ in pairs],
-            tokenizer,
-            f"{name} {subset}.{languages[0]}",
-        )
-        for name, (_, count) in prompts.items()
-        for subset, pairs in subsets.items()
-    }
-    targets = {
-        subset: tokenize([target for _, target in pairs], tokenizer, f"{subset}.{languages[1]}")
-        for subset, pairs in subsets.items()
-    }
-    inexact = sum(
-        tokenizer.decode(tokens) != target
-        for subset, pairs in subsets.items()
-        for tokens, (_, target) in zip(targets[subset], pairs, strict=True)
-    )
-    keep = None
-    if args.prune_vocab:
-        lists = [*sources.values(), *targets.values()]
-        keep = {token for sentences in lists for tokens in sentences for token in tokens}
-        keep |= tokenizer.single_bytes()
-    symbols, rows = build_vocabulary(tokenizer.pieces, tokenizer.specials, keep)
-    index = {row: i for i, row in enumerate(rows) if row != NEW_ROW}
+    settings = {"bin": PromptSettings(args.source_lang, args.target_lang, text, args.chat)}
+    if args.teacher_template or args.teacher_shots or args.teacher_chat or args.teacher_end:
+        own = read_template(args.teacher_template) if args.teacher_template else text
+        settings["teacher"] = replace(settings["bin"], template=own, chat=args.teacher_chat)
+    return settings
+
+
+class Kept:
+    """What of the text could not be kept exactly, and where first."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, what: str, count: int, subset: str, pair: Pair, side: int) -> None:
+        """Count something of one side of a pair."""
+        self.counts[what] += count
+        if count and what not in self._first:
+            self._first[what] = self.place(subset, pair, side)
+
+    def place(self, subset: str, pair: Pair, side: int) -> str:
+        """File and line of one side of a pair."""
+        languages = self._args.source_lang, self._args.target_lang
+        for prefix in getattr(self._args, subset).split(","):
+            pairs = read_subset(prefix, languages)
+            if pair in pairs:
+                return f"{prefix}.{languages[side]}, line {pairs.index(pair) + 1}"
+        raise AssertionError("every pair comes from a file")
+
+    def lines(self) -> list[str]:
+        """A line for people on each kind."""
+        return [
+            f"{self.counts[what]:,} {what.replace('_', ' ')}, the first in {place}"
+            for what, place in self._first.items()
+        ]
+
+
+def make_dictionary(
+    tokenizer: Tokenizer, end: int | None, keep: set[int] | None
+) -> tuple[Dictionary, list[int]]:
+    """The dictionary of all data directories, and the model's row of each symbol."""
+    bos, pad, _, unk = tokenizer.specials
+    symbols, rows = build_vocabulary(tokenizer.pieces, (bos, pad, end, unk), keep)
     dictionary = Dictionary()
     for symbol in symbols[len(dictionary) :]:
         dictionary.add_symbol(symbol)
     if dictionary.symbols != symbols:
-        raise UserError(f"--tokenizer {args.tokenizer}: two tokens have one id")
-    unknown = 0
-    begin = [BOS] if rows[BOS] != NEW_ROW else []
-    for name, (template, count) in prompts.items():
-        folder = building / name
-        folder.mkdir()
-        for language in languages:
-            dictionary.save(str(folder / f"dict.{language}.txt"))
-        for subset in SUBSETS:
-            stem = folder / f"{subset}.{'-'.join(languages)}"
-            for sentences, language, first in (
-                (sources[name, subset], languages[0], begin),
-                (targets[subset], languages[1], []),
-            ):
-                path = Path(f"{stem}.{language}")
-                unknown += write_binary(path, sentences, index, first, len(symbols))
-        used = with_end(rows, end_of_example(tokenizer, shots[0][1])) if count else rows
-        found = Vocabulary(used, args.tokenizer, template, hash_symbols(symbols), args.gguf_file)
-        found.save(folder)
+        raise UserError("--tokenizer: expected one id for each token, found two with one id")
+    return dictionary, rows
+
+
+def write_directory(
+    folder: Path,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    dictionary: Dictionary,
+    subsets: dict[str, list[Pair]],
+    encoded: dict[str, tuple[Tokens, Tokens]],
+    kept: Kept,
+) -> None:
+    """Write one data directory for fairseq."""
+    languages = (vocabulary.prompt.source_lang, vocabulary.prompt.target_lang)
+    for language in languages:
+        dictionary.save(str(folder / f"dict.{language}.txt"))
+    vocabulary.save(folder, tokenizer)
     for subset, pairs in subsets.items():
+        for side, sentences in enumerate(encoded[subset]):
+            ids = [vocabulary.symbols(tokens, tokenizer) for tokens in sentences]
+            path = folder / f"{subset}.{'-'.join(languages)}.{languages[side]}"
+            write_binary(path, ids, len(dictionary))
+            for pair, sentence in zip(pairs, ids, strict=True):
+                kept.add("unknown_tokens", sentence.count(UNK), subset, pair, side)
+                if side and EOS in sentence:
+                    end = tokenizer.pieces[vocabulary.rows[EOS]]
+                    raise UserError(
+                        f"{kept.place(subset, pair, side)}: expected a translation without the "
+                        f"token that ends one, found {end!r} in it; give another --end"
+                    )
+
+
+def prepare(args: argparse.Namespace, building: Path) -> tuple[dict[str, Any], list[str]]:
+    """Write everything below ``building``; returns the content of data.json, and what people should
+    know."""
+    languages = (args.source_lang, args.target_lang)
+    settings = prompt_settings(args)
+    subsets = {subset: read_subset(getattr(args, subset), languages) for subset in SUBSETS}
+    subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
+    tokenizer = load_tokenizer(args.tokenizer, args.gguf_file)
+    shots = choose_shots(subsets, max(args.shots, args.teacher_shots))
+    counts = {"bin": args.shots, "teacher": args.teacher_shots}
+    prompts = {
+        name: Prompts(replace(setting, shots=shots[: counts[name]]), tokenizer)
+        for name, setting in settings.items()
+    }
+    for subset in SUBSETS:
+        subsets[subset] = subsets[subset][: getattr(args, f"{subset}_limit") or None]
+    encoded = {subset: encode(prompts, pairs, subset) for subset, pairs in subsets.items()}
+    given = {"bin": args.end, "teacher": args.teacher_end}
+    ends = {name: maker.end(given[name].replace("\\n", "\n")) for name, maker in prompts.items()}
+    keep = None
+    if args.prune_vocab:
+        keep = tokenizer.single_bytes() | {end for end in ends.values() if end is not None}
+        for sources, targets in encoded.values():
+            for sentences in (*sources.values(), targets):
+                keep.update(token for tokens in sentences for token in tokens)
+    dictionary, rows = make_dictionary(tokenizer, ends["bin"], keep)
+    kept = Kept(args)
+    for name, maker in prompts.items():
+        end, folder = ends[name], building / name
+        used = rows if end in (None, rows[EOS]) else with_end(rows, end)
+        dictionary_hash = hash_symbols(dictionary.symbols)
+        vocabulary = Vocabulary(
+            used, maker.settings, args.tokenizer, dictionary_hash, args.gguf_file
+        )
+        folder.mkdir()
+        sides = {subset: (sources[name], targets) for subset, (sources, targets) in encoded.items()}
+        write_directory(folder, vocabulary, tokenizer, dictionary, subsets, sides, kept)
+    for subset, pairs in subsets.items():
+        for pair, tokens in zip(pairs, encoded[subset][1], strict=True):
+            inexact = tokenizer.decode(tokens) != pair[1]
+            kept.add("translations_not_given_back_exactly", inexact, subset, pair, 1)
         for side, language in enumerate(languages):
             lines = "".join(f"{pair[side]}\n" for pair in pairs)
             (building / f"{subset}.{language}").write_bytes(lines.encode("utf-8"))
-    return {
+    summary = {
         "sentences": {subset: len(pairs) for subset, pairs in subsets.items()},
         "in_held_out_text": leaked,
-        "target_tokens": {s: sum(len(t) + 1 for t in tokens) for s, tokens in targets.items()},
-        "vocabulary": len(symbols),
+        "target_tokens": {
+            subset: sum(len(tokens) + 1 for tokens in targets)
+            for subset, (_, targets) in encoded.items()
+        },
+        "vocabulary": len(dictionary),
         "tokenizer_tokens": len(tokenizer.pieces),
-        "unknown_tokens": unknown,
-        "translations_not_given_back_exactly": inexact,
+        **kept.counts,
+        "ends_of_translation": {
+            name: None if end is None else tokenizer.pieces[end] for name, end in ends.items()
+        },
         "shots": shots,
         "fingerprint": fingerprint(building),
     }
+    return summary, kept.lines()
 
 
 def fingerprint(building: Path) -> str:
@@ -236,10 +317,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:
         with atomic_directory(args.output) as building:
-            summary = prepare(args, building)
+            summary, notes = prepare(args, building)
             (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
     except (DataError, UserError) as error:
         sys.exit(f"error: {error}")
+    for note in notes:
+        print(f"{args.output}: {note}")
     print(f"{args.output}: {json.dumps({k: v for k, v in summary.items() if k != 'shots'})}")
 
 

@@ -18,6 +18,7 @@ from sekd_fairseq.inference import (
     token_logits,
 )
 from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary
+from sekd_fairseq.models.hf_causal_lm import prompt_mask
 from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, hash_file
 from sekd_fairseq.teacher_cache.writer import SentenceRows
 from sekd_fairseq.truncation import Truncation, truncate, uniforms
@@ -128,6 +129,11 @@ class VLLMEngine:
         symbols = self.task.target_dictionary.symbols
         self.rows = Vocabulary.load(Path(data.split(":")[0]), symbols).rows
         self._symbol = {row: i for i, row in enumerate(self.rows) if row != NEW_ROW}
+        if self.rows[self.task.target_dictionary.eos()] == NEW_ROW:
+            raise UserError(
+                f"--engine vllm: expected data whose translations end with a token of the model, "
+                f"found a tokenizer without an end ({data}); give prepare_llm_data.py --end"
+            )
         name = str(dtype).removeprefix("torch.")
         self._llm = vllm.LLM(model=folder, dtype=name, max_logprobs=best)
         self._ask = vllm.SamplingParams(max_tokens=1, prompt_logprobs=best, detokenize=False)
@@ -152,10 +158,11 @@ class VLLMEngine:
         pad, eos = self.task.target_dictionary.pad(), self.task.target_dictionary.eos()
         targets = [row[row.ne(pad)].tolist() for row in sample["target"]]
         sources = sample["net_input"]["src_tokens"]
+        masks = prompt_mask(sources, pad, eos)
         prompts = []
-        for source, target in zip(sources, targets, strict=True):
-            kept = source[source.ne(pad) & source.ne(eos)].tolist()
-            prompts.append({"prompt_token_ids": [self.rows[t] for t in kept + target]})
+        for source, mask, target in zip(sources, masks, targets, strict=True):
+            read = source[mask].tolist() + target
+            prompts.append({"prompt_token_ids": [self.rows[symbol] for symbol in read]})
         outputs = self._llm.generate(prompts, self._ask, use_tqdm=False)
         return {
             sentence: self._rows(output.prompt_logprobs[-len(target) :], target, truncation)

@@ -1,11 +1,16 @@
-"""Prompt templates: what the language model reads before the translation."""
+"""Prompts: what the language model reads before the translation, as text and as tokens.
+
+:class:`Prompts` makes the tokens, for training data, caches, generation and interactive use alike.
+"""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.languages import language_name
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.tokenizer import Mark, Tokenizer
 
 DEFAULT = "Translate from {src_lang} to {tgt_lang}.\n{src_lang}: {src}\n{tgt_lang}:\n"
 #: What follows the translation of an example in a few-shot prompt.
@@ -41,11 +46,118 @@ class Template:
 
     def prompt(self, source: str, examples: Sequence[tuple[str, str]] = ()) -> str:
         """What the model reads before it translates ``source``."""
-        shots = "".join(f"{self._fill(src)}{tgt}{SEPARATOR}" for src, tgt in examples)
-        return shots + self._fill(source)
+        shots = "".join(f"{self.fill(src)}{tgt}{SEPARATOR}" for src, tgt in examples)
+        return shots + self.fill(source)
 
-    def _fill(self, source: str) -> str:
+    def fill(self, source: str) -> str:
+        """The template with its fields."""
         return self.text.format(src=source, **self._languages)
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """What makes the prompts of a data directory; kept with the data.
+
+    Attributes
+    ----------
+    source_lang, target_lang
+        Codes of the languages.
+    template
+        Text of the prompt (with ``chat``, of the user's turn) with the fields of :class:`Template`.
+    chat
+        Whether the tokenizer's own chat template goes around it.
+    shots
+        Examples before it, (source, translation) each; with ``chat`` as earlier turns.
+    """
+
+    source_lang: str
+    target_lang: str
+    template: str = DEFAULT
+    chat: bool = False
+    shots: Sequence[Sequence[str]] = ()
+
+
+class Prompts:
+    """Tokens of prompts and translations: those that the tokenizer gives for their text.
+
+    What the tokenizer puts before a text (a beginning token) comes first, unless the template has
+    it or a chat template decides on it.
+    """
+
+    def __init__(self, settings: PromptSettings, tokenizer: Tokenizer) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        self._template = Template(settings.template, settings.source_lang, settings.target_lang)
+
+    def tokens(self, source: str) -> list[int]:
+        """What the model reads before it translates ``source``."""
+        return self._encode(lambda mark: self._text(mark, source))
+
+    def translation(self, source: str, target: str) -> list[int]:
+        """The tokens of a translation after the prompt of its source, without the end.
+
+        They are those that the tokenizer gives for both together; where it joins the prompt's last
+        characters and the translation's first to one token, which cannot be generated, those of
+        the translation alone.
+        """
+        return self._after(source, lambda mark: mark(target)) or self.tokenizer.encode(target)
+
+    def end(self, text: str = "") -> int | None:
+        """The token that ends a translation: ``text``, if that is given.
+
+        Otherwise the end of the assistant's turn in a chat, what follows the translation of an
+        example (a line end), or the tokenizer's end, which may be missing.
+        """
+        if text:
+            tokens = self._after_translation(text)
+            if len(tokens) != 1:
+                pieces = [self.tokenizer.pieces[token] for token in tokens]
+                raise UserError(f"--end: expected one token, found {pieces} for {text!r}")
+            return tokens[0]
+        if self.settings.chat:
+            turns = [*self._turns(str, "a"), {"role": "assistant", "content": "b"}]
+            rest = self.tokenizer.chat(turns, answer=False).rpartition("b")[2]
+            controls = set(self.tokenizer.controls.values())
+            ends = [t for t in self.tokenizer.encode_filled(lambda _: rest) if t in controls]
+            return ends[0] if ends else self.tokenizer.specials[2]
+        if self.settings.shots:
+            return self._after_translation(SEPARATOR + self._template.fill("a"))[0]
+        return self.tokenizer.specials[2]
+
+    def _encode(self, fill: Callable[[Mark], str]) -> list[int]:
+        """Tokens of a text that begins as prompts do."""
+        tokens, begin = self.tokenizer.encode_filled(fill), self.tokenizer.begin
+        has_begin = self.settings.chat or tokens[: len(begin)] == begin
+        return tokens if has_begin else begin + tokens
+
+    def _text(self, mark: Mark, source: str) -> str:
+        """The text of a prompt, users' strings passed through ``mark``."""
+        if self.settings.chat:
+            return self.tokenizer.chat(self._turns(mark, source))
+        shots = [(mark(src), mark(tgt)) for src, tgt in self.settings.shots]
+        return self._template.prompt(mark(source), shots)
+
+    def _turns(self, mark: Mark, source: str) -> list[dict[str, str]]:
+        """A conversation that ends with the user's request."""
+        turns = []
+        for src, tgt in self.settings.shots:
+            turns.append({"role": "user", "content": self._template.fill(mark(src))})
+            turns.append({"role": "assistant", "content": mark(tgt)})
+        return [*turns, {"role": "user", "content": self._template.fill(mark(source))}]
+
+    def _after(self, source: str, text: Callable[[Mark], str]) -> list[int]:
+        """Tokens of what follows a prompt; none where its first is joined with the prompt's last."""
+        prompt = self.tokens(source)
+        both = self._encode(lambda mark: self._text(mark, source) + text(mark))
+        return both[len(prompt) :] if both[: len(prompt)] == prompt else []
+
+    def _after_translation(self, text: str) -> list[int]:
+        """Tokens of what follows a translation, as after the first example where it is apart."""
+        for source, target in [*self.settings.shots, ("a", "b")]:
+            alone = self.translation(source, target)
+            ended = self._after(source, lambda mark, tgt=target: mark(tgt) + text)  # type: ignore[misc]
+            if ended[: len(alone)] == alone and len(ended) > len(alone):
+                return ended[len(alone) :]
+        return self.tokenizer.encode_filled(lambda _: text)
 
 
 def read_template(path: Path | None) -> str:

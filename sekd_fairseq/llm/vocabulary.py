@@ -1,14 +1,16 @@
 """The bijection between a fairseq dictionary and the rows of a language model.
 
-fairseq's ids 0 to 3 (``<s>``, ``<pad>``, ``</s>``, ``<unk>``) stand for the model's own special
-tokens of these roles; the tokenizer's other tokens follow in its order, named ``ID:PIECE``.  A role
-that the model has no token for gets a new row.  Rows beyond the tokenizer's tokens (padding of the
-matrix) have no symbol, so models of one family whose matrices are padded differently share a
-dictionary.
+fairseq's ids 0, 2 and 3 (``<s>``, ``</s>``, ``<unk>``) stand for the model's own beginning, the token
+that ends a translation, and the unknown token; the tokenizer's other tokens follow in its order,
+named ``ID:PIECE``.  A role that the model has no token for gets a new row, and ``<pad>`` always does:
+what fills a batch is never a token that a prompt may have.  Rows beyond the tokenizer's tokens
+(padding of the matrix) have no symbol, so models of one family whose matrices are padded differently
+share a dictionary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ from torch import Tensor
 
 from analysis.integrity import read_json, sealed_json
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.prompts import PromptSettings
+from sekd_fairseq.llm.tokenizer import Tokenizer
 from sekd_fairseq.teacher_cache.format import atomic_write, hash_symbols
 
 FILE = "llm.json"
+TOKENIZER = "tokenizer"
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+UNK = SPECIALS.index("<unk>")
 NEW_ROW = -1
 
 
@@ -31,23 +37,38 @@ class Vocabulary:
     Attributes
     ----------
     rows
-        The model's row of each symbol; -1 for one that the model lacks.
+        The model's row of each symbol; -1 for one that the model lacks. That of ``</s>`` is the
+        token that ends a translation.
+    prompt
+        What prompts are made of.
     tokenizer, gguf_file
-        Where the tokenizer came from.
-    template
-        The prompt template that the data were made with.
+        Where the tokenizer came from; the data have a copy of it.
     dictionary_hash
         Of the dictionary that this belongs to.
     """
 
     rows: list[int]
+    prompt: PromptSettings
     tokenizer: str
-    template: str
     dictionary_hash: str
     gguf_file: str | None = None
 
-    def save(self, directory: Path) -> None:
-        """Write it beside the dictionary."""
+    @cached_property
+    def _symbol_of(self) -> dict[int, int]:
+        return {row: symbol for symbol, row in enumerate(self.rows) if row != NEW_ROW}
+
+    def symbols(self, tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+        """The symbols of tokens; one that was pruned away is spelled in bytes."""
+        found: list[int] = []
+        for token in tokens:
+            spelled = [token] if token in self._symbol_of else tokenizer.spell(token) or [token]
+            found += [self._symbol_of.get(one, UNK) for one in spelled]
+        return found
+
+    def save(self, directory: Path, tokenizer: Tokenizer | None = None) -> None:
+        """Write it beside the dictionary, with the tokenizer."""
+        if tokenizer is not None:
+            tokenizer.save(directory / TOKENIZER)
         with atomic_write(directory / FILE) as stream:
             stream.write(sealed_json(asdict(self), indent=None))
 
@@ -56,13 +77,14 @@ class Vocabulary:
         """Read it; ``UserError`` if the directory was not made for a language model."""
         path = directory / FILE
         try:
-            found = cls(**read_json(path)[0])
+            content = read_json(path)[0]
+            found = cls(**{**content, "prompt": PromptSettings(**content["prompt"])})
         except FileNotFoundError:
             raise UserError(
                 f"{directory}: expected data made for a language model ({FILE}), found none; make "
                 "them with: python scripts/prepare_llm_data.py"
             ) from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: cannot be read ({error}); make the data again") from error
         if found.dictionary_hash != hash_symbols(symbols):
             raise UserError(
@@ -94,14 +116,14 @@ def build_vocabulary(
     pieces
         Text of every token of the tokenizer, by id.
     specials
-        The tokenizer's ids of beginning, padding, end, unknown; None where it has none. One id in
-        two roles (padding that is the end, say) counts for the role that needs it most: end,
-        beginning, unknown, padding.
+        Ids of beginning, padding, end of a translation, unknown; None where there is none. One id
+        in two roles (beginning that is the end, say) counts for the role that needs it most: end,
+        beginning, unknown. The padding of a tokenizer is a token as any other.
     keep
         The ids to keep, or None for all.
     """
     roles: list[int] = [NEW_ROW] * 4
-    for role in (2, 0, 3, 1):
+    for role in (2, 0, 3):
         token = specials[role]
         if token is not None and token not in roles:
             roles[role] = token
@@ -117,7 +139,7 @@ def build_vocabulary(
 def with_end(rows: Sequence[int], token: int) -> list[int]:
     """Rows where the end of sentence is another token, and that token the end of sentence.
 
-    For few-shot prompts, after which a base model does not end the text but begins the next example.
+    For a teacher whose prompts end translations otherwise than the student's, under one dictionary.
     """
     other, swapped = list(rows).index(token), list(rows)
     swapped[2], swapped[other] = swapped[other], swapped[2]

@@ -82,8 +82,16 @@ class HFCausalLMConfig(FairseqDataclass):
     data: str = II("task.data")
 
 
+def prompt_mask(src_tokens: Tensor, pad: int, eos: int) -> Tensor:
+    """Which source tokens (B, S) are the prompt's: all but padding and the one end that closes a
+    source. Ends inside (of turns, of examples) belong to it."""
+    content = src_tokens.ne(pad)
+    left = content.flip(1).long().cumsum(dim=1).flip(1)  # so many from here to the last
+    return content & ~(left.eq(1) & src_tokens.eq(eos))
+
+
 class PromptEncoder(FairseqEncoder):  # type: ignore[misc]
-    """Source tokens to a left-padded prompt, without the end-of-sentence token; no parameters."""
+    """Source tokens to a left-padded prompt, without the end that closes them; no parameters."""
 
     def __init__(self, dictionary: Any, positions: int) -> None:
         super().__init__(dictionary)
@@ -93,7 +101,7 @@ class PromptEncoder(FairseqEncoder):  # type: ignore[misc]
         self, src_tokens: Tensor, src_lengths: Tensor | None = None, **_: Any
     ) -> dict[str, list[Tensor]]:
         """``{"encoder_out": [prompt (B, S)], "encoder_padding_mask": [pad (B, S)]}``."""
-        keep = src_tokens.ne(self.dictionary.pad()) & src_tokens.ne(self.dictionary.eos())
+        keep = prompt_mask(src_tokens, self.dictionary.pad(), self.dictionary.eos())
         # Stable: what is not kept goes to the left, the rest stays in order.
         order = keep.long().argsort(dim=1, stable=True)
         # As wide as the source: how long the longest prompt is, a GPU would have to be waited for.

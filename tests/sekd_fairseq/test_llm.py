@@ -511,8 +511,7 @@ def test_byte_level_tokenizer_and_few_shot_teacher(
     assert dictionary.symbols == same.symbols
     for i in range(9):
         assert torch.equal(plain[i]["target"], shots[i]["target"])
-        symbols = [dictionary[token] for token in shots[i]["source"][:-1]]
-        text = tokenizer.decode([token_of(symbol) for symbol in symbols])
+        text = tokenizer.decode(teacher.vocabulary_rows[shots[i]["source"][:-1]].tolist())
         examples = "".join(
             f"Translate from English to German.\nEnglish: {src}\nGerman:\n{tgt}\n\n"
             for src, tgt in summary["shots"]
