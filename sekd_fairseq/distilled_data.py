@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
         with atomic_directory(args.output) as folder:
             for path in args.data.iterdir():
-                if path.is_file() and path.stem != name:
+                if path.is_dir():  # a language model's tokenizer
+                    shutil.copytree(path, folder / path.name)
+                elif path.stem != name:
                     shutil.copy(path, folder)
             builder: Any = indexed_dataset.make_builder(
                 str(folder / f"{name}.bin"), "mmap", vocab_size=len(dictionary)

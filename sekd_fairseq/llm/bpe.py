@@ -1,14 +1,22 @@
-"""``--bpe hf_tokenizer``: text to a language model's tokens and back, for fairseq's commands."""
+"""Text to a language model's symbols and back, for fairseq's commands.
+
+:class:`LanguageModelText` is what the task uses for data of a language model; ``--bpe hf_tokenizer``
+is for other tasks.
+"""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from pathlib import Path
+from typing import Any, Optional
 
+import torch
 from fairseq.data.encoders import register_bpe
 from fairseq.dataclass import FairseqDataclass
+from torch import Tensor
 
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.llm.tokenizer import load_tokenizer
-from sekd_fairseq.llm.vocabulary import symbol_of, token_of
+from sekd_fairseq.llm.prompts import Prompts
+from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
+from sekd_fairseq.llm.vocabulary import TOKENIZER, Vocabulary, symbol_of, token_of
 
 
 @dataclass
@@ -17,7 +25,10 @@ class HFTokenizerConfig(FairseqDataclass):
 
     hf_tokenizer: Optional[str] = field(  # noqa: UP045 (fairseq's parser needs Optional)
         default=None,
-        metadata={"help": "folder (or hub id) of a tokenizer, or a SentencePiece model file"},
+        metadata={
+            "help": "folder (or hub id) of a tokenizer, or a SentencePiece model file; data that "
+            "prepare_llm_data.py made have their own"
+        },
     )
     hf_tokenizer_gguf_file: Optional[str] = field(  # noqa: UP045
         default=None, metadata={"help": "take the tokenizer of this GGUF file in --hf-tokenizer"}
@@ -40,10 +51,75 @@ class HFTokenizerBPE:
         return " ".join(symbol_of(token, self.tokenizer.pieces[token]) for token in tokens)
 
     def decode(self, symbols: str) -> str:
-        """Symbols to text, special ones left out.
-
-        A translation is one line: what a base model goes on to write after a few-shot prompt's
-        translation (the next example) does not belong to it.
-        """
+        """Symbols to text, special ones left out; one line."""
         tokens = [token for token in map(token_of, symbols.split()) if token >= 0]
-        return self.tokenizer.decode(tokens).lstrip("\n").split("\n", 1)[0]
+        return one_line(self.tokenizer.decode(tokens))
+
+
+class LanguageModelText:
+    """Sentences to the prompts of a data directory, and its symbols to text.
+
+    Parameters
+    ----------
+    directory
+        A data directory of ``prepare_llm_data.py``.
+    dictionary
+        Its dictionary.
+    tokenizer
+        Instead of the directory's own copy.
+    """
+
+    def __init__(
+        self, directory: Path, dictionary: Any, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self._dictionary = dictionary
+        self._vocabulary = Vocabulary.load(directory, dictionary.symbols)
+        if tokenizer is None:
+            folder = directory / TOKENIZER
+            if not folder.is_dir():
+                raise UserError(
+                    f"{folder}: expected the tokenizer that the data were made with, found none; "
+                    "give it with: --bpe hf_tokenizer --hf-tokenizer PATH"
+                )
+            tokenizer = load_tokenizer(str(folder))
+        else:
+            self._check(tokenizer, directory)
+        self._tokenizer = tokenizer
+        self._prompts = Prompts(self._vocabulary.prompt, tokenizer)
+
+    def _check(self, tokenizer: Tokenizer, directory: Path) -> None:
+        """``UserError`` for a tokenizer that the data were not made with."""
+        for symbol in self._dictionary.symbols:
+            token = token_of(symbol)
+            piece = "".join(tokenizer.pieces[token : token + 1])
+            if token >= 0 and symbol_of(token, piece) != symbol:
+                raise UserError(
+                    f"--hf-tokenizer: expected the tokenizer that {directory} was made with "
+                    f"({self._vocabulary.tokenizer}), found one without the token {symbol!r}"
+                )
+
+    def source(self, sentence: str) -> Tensor:
+        """A sentence as the data have sources: its prompt, and the end that closes it; int64."""
+        tokens = self._prompts.tokens(sentence)
+        symbols = self._vocabulary.symbols(tokens, self._tokenizer)
+        return torch.tensor([*symbols, self._dictionary.eos()])
+
+    def encode(self, text: str) -> str:
+        """A piece of a translation to symbols, separated by spaces."""
+        symbols = self._vocabulary.symbols(self._tokenizer.encode(text), self._tokenizer)
+        return " ".join(self._dictionary[symbol] for symbol in symbols)
+
+    def decode(self, symbols: str) -> str:
+        """A translation's symbols to its text, which is one line."""
+        found = [self._dictionary.index(symbol) for symbol in symbols.split()]
+        tokens = [self._vocabulary.rows[i] for i in found if i >= self._dictionary.nspecial]
+        ends = self._tokenizer.specials[2]
+        if ends in tokens:  # a model may end as it is used to
+            tokens = tokens[: tokens.index(ends)]
+        return one_line(self._tokenizer.decode(tokens))
+
+
+def one_line(text: str) -> str:
+    """A translation out of what a model wrote: what a base model goes on to write after a few-shot
+    prompt's translation (the next example) does not belong to it."""
+    return text.lstrip("\n").split("\n", 1)[0]

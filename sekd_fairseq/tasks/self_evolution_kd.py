@@ -21,6 +21,8 @@ from sekd_fairseq.criterions.cached_teacher import CachedTeacherCriterion
 from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDataset
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inference import half_precision
+from sekd_fairseq.llm.bpe import HFTokenizerBPE, LanguageModelText
+from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
 from sekd_fairseq.online_teacher import DenseTeacher, OnlineTeacher
 from sekd_fairseq.teacher_cache import TeacherCache
@@ -107,6 +109,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         #: Temperature of the teacher's distributions; the caches', once one is open.
         self.teacher_temperature = 1.0
         self._temperature_from: Path | None = None
+        #: Prompts and translations of a language model, once a command needs text.
+        self.text: LanguageModelText | None = None
         #: The longest source and target together that the model reads.
         self.joint_positions = math.inf
         if cfg.upsample_primary == -1:
@@ -202,9 +206,31 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         if from_checkpoint and self.cfg.bf16:
             model.bfloat16()
         self.joint_positions = getattr(model, "joint_positions", math.inf)
+        if self.cfg.eval_bleu and (text := self.build_bpe(None)) is not None:
+            self.tokenizer = text  # a language model's BLEU is of text
         if isinstance(model, HFCausalLM) and not from_checkpoint:
             remember_configuration(cfg, model)
         return model
+
+    def build_bpe(self, args: Any) -> Any:
+        """As fairseq's; data of a language model have their own, ``--bpe`` or not."""
+        bpe = super().build_bpe(args)
+        data = Path(paths(self.cfg.data)[0])
+        if not (data / FILE).is_file():
+            return bpe
+        with one_line_errors():
+            if bpe is not None and not isinstance(bpe, HFTokenizerBPE):
+                raise UserError(f"--bpe: expected none for a language model's data ({data})")
+            tokenizer = None if bpe is None else bpe.tokenizer
+            self.text = LanguageModelText(data, self.tgt_dict, tokenizer)
+        return self.text
+
+    def get_interactive_tokens_and_lengths(self, lines: list[str], encode_fn: Any) -> Any:
+        """As fairseq's; a language model gets the prompts that its data have."""
+        if self.text is None:
+            return super().get_interactive_tokens_and_lengths(lines, encode_fn)
+        tokens = [self.text.source(line) for line in lines]
+        return tokens, [len(prompt) for prompt in tokens]
 
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> FairseqCriterion:
         """Build the criterion, with what it learnt before the checkpoint that the task was loaded
