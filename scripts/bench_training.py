@@ -37,7 +37,6 @@ from synthetic_training import Run, make_cache, make_teacher, write_data
 from synthetic_training import train as train_here
 
 from analysis.terminal import progress
-from sekd_fairseq.llm.prompts import PromptSettings
 from sekd_fairseq.llm.vocabulary import Vocabulary
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
@@ -110,8 +109,7 @@ def prepare(source: Path, folder: Path, size: int) -> str:
             builder.add_item(old[i])
         builder.finalize(f"{folder / name}.idx")
     symbols = dictionary.symbols
-    prompt = PromptSettings(*pair)
-    Vocabulary(list(range(size)), prompt, "", hash_symbols(symbols)).save(folder)
+    Vocabulary(list(range(size)), "", None, hash_symbols(symbols)).save(folder)
     return f"{pair[0]}-{pair[1]}"
 
 

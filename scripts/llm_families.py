@@ -158,7 +158,7 @@ def compare(model_type: str, folder: Path) -> tuple[float, float, HFCausalLM]:
     dictionary, rows = Dictionary(), [*range(4), *words]
     for token in words:
         dictionary.add_symbol(str(token))
-    Vocabulary(rows, "", "", hash_symbols(dictionary.symbols)).save(folder)
+    Vocabulary(rows, "", None, hash_symbols(dictionary.symbols)).save(folder)
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     cfg = HFCausalLMConfig(hf_model=str(folder), data=str(folder))
     # In float32 all of it: some families keep a few weights in bfloat16.

@@ -173,6 +173,7 @@ class Kept:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self.counts: Counter[str] = Counter()
+        self.notes: list[str] = []
         self._first: dict[str, str] = {}
 
     def add(self, what: str, count: int, subset: str, pair: Pair, side: int) -> None:
@@ -191,8 +192,8 @@ class Kept:
         raise AssertionError("every pair comes from a file")
 
     def lines(self) -> list[str]:
-        """A line for people on each kind."""
-        return [
+        """What people should know, a line each."""
+        return self.notes + [
             f"{self.counts[what]:,} {what.replace('_', ' ')}, the first in {place}"
             for what, place in self._first.items()
         ]
@@ -273,8 +274,14 @@ def prepare(args: argparse.Namespace, building: Path) -> tuple[dict[str, Any], l
         used = rows if end in (None, rows[EOS]) else with_end(rows, end)
         dictionary_hash = hash_symbols(dictionary.symbols)
         vocabulary = Vocabulary(
-            used, maker.settings, args.tokenizer, dictionary_hash, args.gguf_file
+            used, args.tokenizer, maker.settings, dictionary_hash, args.gguf_file
         )
+        lacking = vocabulary.symbols(maker.tokens(""), tokenizer).count(UNK)
+        if lacking:
+            kept.notes.append(
+                f"{lacking} unknown tokens in the template and the examples of every prompt in "
+                f"{name}: the tokenizer lacks what they are written in"
+            )
         folder.mkdir()
         sides = {subset: (sources[name], targets) for subset, (sources, targets) in encoded.items()}
         write_directory(folder, vocabulary, tokenizer, dictionary, subsets, sides, kept)

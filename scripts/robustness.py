@@ -36,6 +36,7 @@ from analysis.runs import LINES, read_run, read_scores
 from analysis.study import read_texts
 from sekd_fairseq.build_cache import SETTINGS, read_settings
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.prompts import PromptSettings
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary
 from sekd_fairseq.teacher_cache import SentenceRows, TeacherCache, hash_symbols, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
@@ -127,7 +128,8 @@ def make_kinds(folder: Path) -> list[Kind]:
     make_cache(cache)
     run = make_run(folder)
     data.mkdir()
-    Vocabulary(list(range(20)), "tokenizer", "{src}", hash_symbols(SYMBOLS)).save(data)
+    prompt = PromptSettings("en", "de")
+    Vocabulary(list(range(20)), "tokenizer", prompt, hash_symbols(SYMBOLS)).save(data)
     records = run / "tokens" / "test" / "100.parquet"
     whole_run = read_run(run, "run")
     texts = [

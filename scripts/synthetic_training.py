@@ -53,7 +53,7 @@ def write_data(
         sizes = (mean * length * factor).round().clip(1, 6 * mean).astype(int)
         write_side(folder / f"train.xx-yy.{language}", sizes, chances, dictionary, generator)
     rows = list(range(vocabulary))
-    Vocabulary(rows, "", "", hash_symbols(dictionary.symbols)).save(folder)
+    Vocabulary(rows, "", None, hash_symbols(dictionary.symbols)).save(folder)
 
 
 def write_side(

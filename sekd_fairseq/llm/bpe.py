@@ -74,6 +74,8 @@ class LanguageModelText:
     ) -> None:
         self._dictionary = dictionary
         self._vocabulary = Vocabulary.load(directory, dictionary.symbols)
+        if self._vocabulary.prompt is None:
+            raise UserError(f"{directory}: expected data made of text, found none that says how")
         if tokenizer is None:
             folder = directory / TOKENIZER
             if not folder.is_dir():

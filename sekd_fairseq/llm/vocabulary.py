@@ -39,17 +39,17 @@ class Vocabulary:
     rows
         The model's row of each symbol; -1 for one that the model lacks. That of ``</s>`` is the
         token that ends a translation.
-    prompt
-        What prompts are made of.
     tokenizer, gguf_file
         Where the tokenizer came from; the data have a copy of it.
+    prompt
+        What prompts are made of; None for data without text (benchmarks).
     dictionary_hash
         Of the dictionary that this belongs to.
     """
 
     rows: list[int]
-    prompt: PromptSettings
     tokenizer: str
+    prompt: PromptSettings | None
     dictionary_hash: str
     gguf_file: str | None = None
 
@@ -78,7 +78,8 @@ class Vocabulary:
         path = directory / FILE
         try:
             content = read_json(path)[0]
-            found = cls(**{**content, "prompt": PromptSettings(**content["prompt"])})
+            prompt = content["prompt"]
+            found = cls(**{**content, "prompt": PromptSettings(**prompt) if prompt else None})
         except FileNotFoundError:
             raise UserError(
                 f"{directory}: expected data made for a language model ({FILE}), found none; make "

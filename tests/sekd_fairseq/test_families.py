@@ -62,7 +62,7 @@ def build(folder: Path, **options: Any) -> Any:
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     rows = list(range(llm_families.VOCABULARY))
     symbols = llm_families.hash_symbols(dictionary.symbols)
-    llm_families.Vocabulary(rows, "", "", symbols).save(folder)
+    llm_families.Vocabulary(rows, "", None, symbols).save(folder)
     cfg = llm_families.HFCausalLMConfig(data=str(folder), **options)
     return llm_families.HFCausalLM.build_model(cfg, task)
 

@@ -589,7 +589,8 @@ def test_vllm_engine(
     from sekd_fairseq import build_cache
 
     data = tmp_path / "data"
-    prepare(tokenizer, llm_text, data, "--prune-vocab")
+    # Few-shot prompts, which have the end of sentence within.
+    prepare(tokenizer, llm_text, data, "--prune-vocab", "--shots", "2")
     pieces = load_tokenizer(str(tokenizer)).pieces
     source = pretrained(tmp_path / "model", "llama", len(pieces))
     command_line = [
