@@ -12,12 +12,13 @@ or of a student to start from. Without a checkpoint they are written anew.
 import argparse
 import difflib
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from analysis.integrity import DamagedFile, read_json, sealed_json
 
 
 def main() -> None:
@@ -43,7 +44,10 @@ def check_settings(run: Path, inputs: Sequence[Path], arguments: Sequence[str]) 
     settings = {"inputs": hashes, "arguments": [word for word in arguments if word != "--cpu"]}
     path = run / "settings.json"
     if path.exists() and (run / "checkpoints" / "checkpoint_last.pt").exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before, _ = read_json(path)
+        except DamagedFile as error:
+            sys.exit(f"error: {error}; delete the folder to train it anew")
         if before != settings:
             sys.exit(
                 f"error: {run}: begun with other settings ({difference(before, settings)}); "
@@ -51,7 +55,7 @@ def check_settings(run: Path, inputs: Sequence[Path], arguments: Sequence[str]) 
             )
         return
     run.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    path.write_bytes(sealed_json(settings))
 
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
