@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from sacrebleu.metrics import BLEU
 
+from analysis.errors import AnalysisError
+from analysis.lines import read_lines
+from analysis.runs import Run
+from analysis.study import read_texts
 from sekd_fairseq.evaluate import main
 
 SOURCES = ["A red house .", "Two dogs run", "Who's there?", "the end &amp; all"]
@@ -124,3 +128,20 @@ def test_an_instruction_is_all_that_is_printed_of_a_prompt(tmp_path: Path) -> No
     instructions = ["Translate from English to German."] * 4
     found = evaluate(tmp_path, generated=(instructions, TARGETS, HYPOTHESES))
     assert found["score"] == BLEU().corpus_score(HYPOTHESES, [TARGETS]).score
+
+
+def test_scores_hold_the_checksums_of_what_was_scored(tmp_path: Path) -> None:
+    odd = ["\ufeffEin Haus", "Zwei\rHunde ", "\x85", "das Ende\r"]
+    evaluate(tmp_path, generated=(SOURCES, TARGETS, odd))
+    run = Run(tmp_path / "run", "run", "teacher", 1, "en-de", 1, {}, None)
+    texts = read_texts(run, "test")
+    assert texts is not None and texts.sealed
+    assert texts.hypotheses == read_lines(run.path / "hyps" / "test.txt")
+    path = run.path / "scores.json"
+    path.write_bytes(path.read_bytes().replace(b'"sentences": 4', b'"sentences": 5'))
+    with pytest.raises(AnalysisError, match=r"scores.json: content does not match"):
+        read_texts(run, "test")
+    with pytest.raises(SystemExit, match=r"delete the file and evaluate the run again"):
+        evaluate(tmp_path)
+    path.unlink()
+    evaluate(tmp_path)
