@@ -208,8 +208,15 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         self.joint_positions = getattr(model, "joint_positions", math.inf)
         if self.cfg.eval_bleu and (text := self.build_bpe(None)) is not None:
             self.tokenizer = text  # a language model's BLEU is of text
-        if isinstance(model, HFCausalLM) and not from_checkpoint:
-            remember_configuration(cfg, model)
+        if isinstance(model, HFCausalLM):
+            if self.cfg.truncate_source:
+                with one_line_errors():
+                    raise UserError(
+                        "--truncate-source: expected whole prompts for a language model; leave it "
+                        "out, and give --skip-invalid-size-inputs-valid-test for long sentences"
+                    )
+            if not from_checkpoint:
+                remember_configuration(cfg, model)
         return model
 
     def build_bpe(self, args: Any) -> Any:

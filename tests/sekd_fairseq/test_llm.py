@@ -1,6 +1,7 @@
 """Language models as teachers and students, on tiny random models of each family."""
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,10 +305,14 @@ def test_teacher_cache_student_generation_and_export(
     script("export_hf", student, "--data", llm_data, "--output", tmp_path / "hf")
     check_exported(tmp_path / "hf", load(student, llm_data)[0], task.dataset("test"), 4)
     # And back again: the exported folder is a model to start from.
-    train_llm(
+    log = train_llm(
         llm_data, tmp_path / "again", "--criterion", "cross_entropy", "--hf-model", tmp_path / "hf",
-        "--disable-validation",
+        "--max-update", "1", "--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_b": 5}',
+        "--eval-bleu-print-samples",
     )  # fmt: skip
+    # Of text, and not of symbols.
+    shown = re.search("example reference: (.*)", log)
+    assert shown and shown[1] in (llm_data.parent / "valid.de").read_text().splitlines()
 
 
 def test_two_processes_train_as_one(llm_data: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -671,6 +676,7 @@ def test_bad_input_ends_with_one_line(
     assert "positions" in refuse(
         llm_data, save, *ce, *config, "--skip-invalid-size-inputs-valid-test"
     )
+    assert "--truncate-source" in refuse(llm_data, save, *ce, *config, "--truncate-source")
     assert "expected --hf-model" in refuse(llm_data, save, *ce, *config, "--lora-r", "2")
     gpt2 = pretrained(tmp_path / "gpt2", "gpt2", len(load_tokenizer(str(tokenizer)).pieces))
     layers = ("--hf-model", gpt2, "--hf-layers", "1")
