@@ -140,7 +140,8 @@ def teacher_entry(teacher: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
     parts = [
         teacher_part(*part, k) for part in zip(teacher.split(step), target.split(step), strict=True)
     ]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    entry = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return {**entry, "rows": torch.arange(len(target), device=target.device)}
 
 
 def teacher_part(teacher: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:

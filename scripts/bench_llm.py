@@ -119,6 +119,11 @@ class Batches:
         """Positions that are not padding."""
         return sum(int(rows["attention_mask"].sum()) for rows in self.rows[part])
 
+    def translated(self, part: slice) -> float:
+        """Tokens of translations, per batch."""
+        counts = [int(rows["labels"].ne(-100).sum()) for rows in self.rows[part]]
+        return sum(counts) / len(counts)
+
     def padding(self, part: slice) -> float:
         """Share of positions that are padding."""
         computed = sum(rows["attention_mask"].numel() for rows in self.rows[part])
@@ -202,6 +207,9 @@ def with_fairseq(
     run = train(data, words, size.updates, size.warm_up)
     part = slice(size.warm_up, size.updates)
     tokens = batches.tokens(part) / (size.updates - size.warm_up)
+    found, expected = run.mean("wpb"), batches.translated(part)
+    if abs(found / expected - 1) > 0.01:
+        raise SystemExit(f"error: expected {expected} translated tokens a batch, found {found}")
     return Measured(run.updates_a_second * tokens, run.peak_gib, run.mean("padding"))
 
 

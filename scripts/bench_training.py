@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from benchmarking import RESULTS, Deadline, Target, keep_below, write_results
+from benchmarking import RESULTS, Deadline, Target, keep_below, with_project, write_results
 from fairseq.data import Dictionary, data_utils, indexed_dataset
 from synthetic_training import Run, make_cache, make_teacher, write_data
 from synthetic_training import train as train_here
@@ -133,7 +133,7 @@ def train(data: Path, save: Path, updates: int, options: Sequence[str]) -> dict[
     ]  # fmt: skip
     if not torch.cuda.is_available():
         command.append("--cpu")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment = {**with_project(), "PYTHONWARNINGS": "ignore"}
     running = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -168,7 +168,7 @@ def measure(data: Path, folder: Path, updates: int, rounds: int) -> list[dict[st
             sys.executable, "-m", "sekd_fairseq.build_cache", str(data), "--path", str(path),
             "--output", str(cache), "--subset", "train", "--top-k", "32", "--allow-implausible",
         ],
-        check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+        check=True, env=with_project(), stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     building = time.perf_counter() - start

@@ -20,6 +20,12 @@ import torch
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
+def with_project() -> dict[str, str]:
+    """The environment of a command that imports this project, installed or not."""
+    known = [str(RESULTS.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, known))}
+
+
 class Timing(NamedTuple):
     """Seconds a call: median and quartiles over rounds."""
 

@@ -129,9 +129,7 @@ def train(data: Path, options: Sequence[str], updates: int, warm_up: int) -> Run
         words.append("--no-save")
     words.append("--bf16" if on_gpu else "--cpu")
     free_memory()
-    held = torch.cuda.memory_allocated() if on_gpu else 0
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0
     arguments, sys.argv = sys.argv, words
     try:
         with progress_records() as stamps, warnings.catch_warnings():
@@ -141,8 +139,11 @@ def train(data: Path, options: Sequence[str], updates: int, warm_up: int) -> Run
             fairseq_cli.train.cli_main()
     finally:
         sys.argv = arguments
-    peak = (torch.cuda.max_memory_allocated() - held) / 2**30 if on_gpu else None
     free_memory()
+    peak = None
+    if on_gpu:  # fairseq forgets the peak whenever it logs, so it is taken from the log
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        peak = total - min(float(log["gb_free"]) for _, log in stamps.records) - held
     records = [(at, log) for at, log in stamps.records if int(log["num_updates"]) >= warm_up]
     assert len(records) > 1 or updates == warm_up, f"{updates} updates, {len(records)} records"
     if len(records) < 2:

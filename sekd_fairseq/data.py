@@ -181,6 +181,8 @@ class TeacherDataset(StableOrderDataset):
     support among them:
 
     - ``ids`` (LongTensor, ``(N, K)``): support tokens, the reference first; unused slots repeat it
+    - ``rows`` (LongTensor, ``(N,)``): their places in the flattened target, ascending; found here,
+      because a GPU would have to be waited for
     - ``size`` (LongTensor, ``(N,)``): how many slots are used
     - ``log_p`` (HalfTensor, ``(N, K)``): teacher's log-probabilities as stored
     - ``gold_log_p``, ``outside_mass`` (DoubleTensor, ``(N,)``): double, because fairseq casts
@@ -272,6 +274,7 @@ class TeacherDataset(StableOrderDataset):
         outside = np.concatenate([row.outside_mass for row in rows]).astype(np.float64)
         entry = {
             "ids": torch.from_numpy(token_ids),
+            "rows": mask.view(-1).nonzero().squeeze(1),
             "size": torch.from_numpy(size),
             "log_p": torch.from_numpy(log_p),
             "gold_log_p": torch.from_numpy(gold),

@@ -214,11 +214,13 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                     "leave out --adaptive-softmax-cutoff"
                 )
         target = sample["target"].view(-1)
-        # With the number of tokens given, a GPU does not have to be waited for.
-        mask = target.ne(self.padding_idx)
-        rows = torch.nonzero_static(mask, size=int(sample["ntokens"])).squeeze(1)  # (N,)
+        entry = sample.get("teacher", {})
+        if (rows := entry.get("rows")) is None:
+            # With the number of tokens given, a GPU does not have to be waited for.
+            mask = target.ne(self.padding_idx)
+            rows = torch.nonzero_static(mask, size=int(sample["ntokens"])).squeeze(1)  # (N,)
         teacher = self.task.teacher_at(sample, rows)
-        if self.missing_mass == "sampled" and "draws" not in sample.get("teacher", {}):
+        if self.missing_mass == "sampled" and "draws" not in entry:
             with one_line_errors():
                 raise UserError(
                     "--missing-mass sampled expects a cache of sampled supports, found another; "

@@ -9,6 +9,7 @@ logits has just been reduced.  In torch it takes some two hundred kernels of a f
 with the time that a host needs to start each, more than reading the logits.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,14 +69,8 @@ def _token_loss(
     gold_log_p,
     outside_mass,
     stored,
-    log_q,
-    log_outside,
-    allowed,
-    outside_top,
-    outside_log_sum,
-    grad_log_q,
-    grad_outside,
-    grad_sum,
+    on_slots,
+    columns,
     sums,
     vocabulary,
     slots,
@@ -199,15 +194,15 @@ def _token_loss(
     if with_sum:
         total, count = sum_of_logs(q, z, top, distance, finite, max_log_q)
         loss += on_sum * total
-        tl.store(grad_sum + position, on_sum)
+        tl.store(columns + 5 * positions + position, on_sum)
     within = slot < slots
-    tl.store(log_q + position * slots + slot, q, mask=within)
-    tl.store(grad_log_q + position * slots + slot, on_q, mask=within)
-    tl.store(grad_outside + position, on_outside)
-    tl.store(log_outside + position, q_outside)
-    tl.store(allowed + position, count)
-    tl.store(outside_top + position, top)
-    tl.store(outside_log_sum + position, log_sum)
+    tl.store(on_slots + position * slots + slot, q, mask=within)
+    tl.store(on_slots + (positions + position) * slots + slot, on_q, mask=within)
+    tl.store(columns + position, q_outside)
+    tl.store(columns + positions + position, count)
+    tl.store(columns + 2 * positions + position, top)
+    tl.store(columns + 3 * positions + position, log_sum)
+    tl.store(columns + 4 * positions + position, on_outside)
     tl.store(sums + position, loss)
     tl.store(sums + positions + position, nll)
     tl.store(sums + 2 * positions + position, agree.to(tl.float32))
@@ -270,11 +265,10 @@ class _TokenLoss(torch.autograd.Function):
         logits = logits.contiguous()
         ids = teacher["ids"].contiguous()
         positions, slots = ids.shape
-        empty = logits.new_empty
-        log_q, grad_log_q = empty(2, positions, slots, dtype=torch.float32).unbind()
-        columns = empty(6, positions, dtype=torch.float32).unbind()
-        log_outside, allowed, outside_top, outside_log_sum, grad_outside, grad_sum = columns
-        sums = empty(1 + len(SUMS), positions, dtype=torch.float32)
+        empty = partial(torch.empty, dtype=torch.float32, device=logits.device)
+        on_slots = empty(2, positions, slots)  # log q, gradient to it
+        columns = empty(6, positions)  # as the kernel fills them
+        sums = empty(1 + len(SUMS), positions)
         epsilon = label_smoothing / (logits.size(1) - 1)
         stored = teacher.get("difficulty")
         if positions:
@@ -287,15 +281,9 @@ class _TokenLoss(torch.autograd.Function):
                     teacher["log_p"].contiguous(),
                     teacher["gold_log_p"],
                     teacher["outside_mass"],
-                    log_q if stored is None else stored,
-                    log_q,
-                    log_outside,
-                    allowed,
-                    outside_top,
-                    outside_log_sum,
-                    grad_log_q,
-                    grad_outside,
-                    grad_sum,
+                    columns if stored is None else stored,
+                    on_slots,
+                    columns,
                     sums,
                     logits.size(1),
                     slots,
@@ -317,10 +305,7 @@ class _TokenLoss(torch.autograd.Function):
                     block=block_of(logits),
                     num_warps=WARPS,
                 )
-        ctx.save_for_backward(
-            *(logits, rows, ids, log_q, log_outside, allowed, outside_top, outside_log_sum),
-            *(grad_log_q, grad_outside, grad_sum),
-        )
+        ctx.save_for_backward(logits, rows, ids, on_slots, columns)
         ctx.options = (label_smoothing > 0, overwrite)
         total = sums.sum(dim=1)
         ctx.mark_non_differentiable(total)
@@ -329,11 +314,12 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        logits, rows, ids, log_q, log_outside, allowed, top, log_sum, *found = ctx.saved_tensors
+        logits, rows, ids, on_slots, columns = ctx.saved_tensors
         with_sum, overwrite = ctx.options
+        log_q, grad_log_q = on_slots.unbind()
+        log_outside, allowed, top, log_sum, grad_outside, grad_sum = columns.unbind()
         unused = log_outside
         reduced = Reduced(log_q, log_outside, unused, allowed, unused, top, log_sum)
-        grad_log_q, grad_outside, grad_sum = found
         grad = gradient(
             logits,
             rows,

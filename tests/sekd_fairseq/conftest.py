@@ -27,7 +27,7 @@ WORDS = {
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     "PYTHONWARNINGS": "ignore",
 }
 # Under a limit of file size, coverage cannot write what it measured either.
