@@ -22,10 +22,12 @@ def kernels() -> Any:
     return importlib.import_module("sekd_fairseq.losses.support_triton")
 
 
-#: NumPy, in the interpreter, warns where a kernel selects between a number and none.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.gpu(optional=True),
+    # NumPy, in the interpreter, warns where a kernel selects between a number and none.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.gpu(optional=True)
 
 
 def problem(
@@ -57,7 +59,6 @@ def upstream(reduced: Reduced, with_sum: bool) -> tuple[Tensor, Tensor, Tensor |
     return random(reduced.log_q), random(reduced.log_outside), on_sum
 
 
-@pytest.mark.device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("with_sum", "temperature"), [(False, 1.0), (True, 1.0), (True, 2.5)])
 @pytest.mark.parametrize("forbid", [False, True])
@@ -98,7 +99,6 @@ def test_kernels_equal_float64(
         torch.testing.assert_close(over, gradient)
 
 
-@pytest.mark.device
 def test_no_positions(kernels: Any) -> None:
     logits, _, ids, valid = problem((3, 0, 7, 2), torch.float32, False)
     where = (torch.zeros(0, dtype=torch.long, device=DEVICE), ids[:0], valid[:0])
@@ -112,7 +112,6 @@ def bodies(kernels: Any) -> list[Any]:
     return [Blocks, kernels]
 
 
-@pytest.mark.device
 def test_large_logits_keep_their_digits(kernels: Any) -> None:
     """log q is (z - max) - log sum: max + log sum would be rounded to the digits of max."""
     generator = torch.Generator().manual_seed(1)
@@ -132,7 +131,6 @@ def test_large_logits_keep_their_digits(kernels: Any) -> None:
             torch.testing.assert_close(one.cpu().double(), other, rtol=0, atol=1e-6)
 
 
-@pytest.mark.device
 def test_mass_outside_of_a_sure_student_does_not_underflow(kernels: Any) -> None:
     """30 nats at temperature 0.25 are 120: exp(-120) is zero in float32, its logarithm is not."""
     logits = torch.full((1, 6), -30.0, device=DEVICE)

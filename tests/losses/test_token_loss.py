@@ -13,8 +13,11 @@ from sekd_fairseq.losses import SelfEvolution, build_events, self_evolution_kd, 
 from sekd_fairseq.losses.divergences import relative_entropy
 from sekd_fairseq.losses.self_evolution import DIFFICULTIES, INTEGRATIONS, SCHEDULES
 
-#: NumPy, in the interpreter, warns where a kernel selects between a number and none.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.gpu(optional=True),
+    # NumPy, in the interpreter, warns where a kernel selects between a number and none.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POSITIONS, TOKENS, VOCABULARY, SLOTS = 6, 5, 23, 4
 GAMMA = 0.6
@@ -117,7 +120,6 @@ def check(
     return sums
 
 
-@pytest.mark.device
 @pytest.mark.parametrize("integration", INTEGRATIONS)
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -137,7 +139,6 @@ def test_every_reading(kernel: Any, integration: str, difficulty: str, schedule:
         assert 0 < hard[1] < hard[0]
 
 
-@pytest.mark.device
 @pytest.mark.parametrize("integration", INTEGRATIONS)
 def test_limits(kernel: Any, integration: str) -> None:
     """No ratio, a prior of one side alone, no distillation, label smoothing, logits overwritten."""
@@ -155,7 +156,6 @@ def test_limits(kernel: Any, integration: str) -> None:
     check(kernel, problem(), settings, gamma=math.inf)
 
 
-@pytest.mark.device
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_half_precision(kernel: Any, dtype: torch.dtype, tolerance: float) -> None:
     for integration in INTEGRATIONS:
@@ -163,7 +163,6 @@ def test_half_precision(kernel: Any, dtype: torch.dtype, tolerance: float) -> No
         check(kernel, problem(dtype), settings, smoothing=0.1, tolerance=tolerance)
 
 
-@pytest.mark.device
 def test_stored_difficulty(kernel: Any) -> None:
     logits, rows, teacher = problem()
     teacher["difficulty"] = torch.tensor([0.1, 3.0, 0.2, 1.0, 0.7], device=DEVICE).double()
@@ -171,7 +170,6 @@ def test_stored_difficulty(kernel: Any) -> None:
     assert sums["hard"] == 3 and sums["difficulty"] == pytest.approx(5.0)
 
 
-@pytest.mark.device
 def test_forbidden_tokens_and_a_sure_student(kernel: Any) -> None:
     logits, rows, teacher = problem(sharp=30.0)
     outside = [v for v in range(VOCABULARY) if v not in teacher["ids"][0].tolist()]
@@ -180,7 +178,6 @@ def test_forbidden_tokens_and_a_sure_student(kernel: Any) -> None:
         check(kernel, (logits, rows, teacher), SelfEvolution(integration=integration))
 
 
-@pytest.mark.device
 def test_no_tokens(kernel: Any) -> None:
     logits, rows, teacher = problem()
     nothing = {key: value[:0] for key, value in teacher.items()}
@@ -191,7 +188,6 @@ def test_no_tokens(kernel: Any) -> None:
     assert not gradient.any()
 
 
-@pytest.mark.device
 def test_rows_are_as_the_blocks_give_them(kernel: Any) -> None:
     """The row of padding has no gradient, and the logits are as before."""
     logits, rows, teacher = problem()
