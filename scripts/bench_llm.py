@@ -58,7 +58,7 @@ class Size(NamedTuple):
     warm_up: int
 
 
-GPU = Size(20_000, 16384, 4, 60, 20)
+GPU = Size(10_000, 16384, 4, 45, 15)
 SMALLEST = Size(200, 1000, 0, 6, 2)
 PLAIN, LEAN = "transformers", "transformers, lean"
 OURS, SEKD = "fairseq-train, cross entropy", "fairseq-train, SE-KD, cached"
