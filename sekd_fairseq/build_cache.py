@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import sekd_fairseq
 from analysis.integrity import DamagedFile, read_json, sealed_json
-from analysis.terminal import progress
+from analysis.terminal import progress, split_list
 from sekd_fairseq.data import target_hashes
 from sekd_fairseq.engines import Engine, TorchEngine, VLLMEngine
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
@@ -37,6 +37,7 @@ from sekd_fairseq.inference import (
     too_long,
 )
 from sekd_fairseq.inspect_cache import describe
+from sekd_fairseq.splits import check_splits
 from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
 from sekd_fairseq.teacher_cache.format import (
     MANIFEST,
@@ -184,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"expected one data directory, found {args.data}; build a cache of each, and give "
                 "training all, --teacher-cache CACHE1:CACHE2, in the order of the data"
             )
+        splits = split_list(args.subset, "--subset")
+        check_splits(args.data, splits)
         truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, MAX_SUPPORT)
         dtype = half_precision(args.fp16, args.bf16)
         engine: Engine
@@ -192,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             paths = utils.split_paths(args.path)
             engine = TorchEngine(paths, args.data, default_device(args.cpu), dtype)
-        for split in args.subset.split(","):
+        for split in splits:
             cache = build_split(engine, args, split)
             if cache is not None:
                 print(describe(cache.directory, cache.manifest), flush=True)

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
+from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.evaluate import read_generated
+from sekd_fairseq.splits import check_splits, languages, stored_as
 from sekd_fairseq.teacher_cache.format import atomic_directory
 
 
@@ -46,36 +48,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the directory, complete or not at all."""
     args = parser().parse_args(argv)
     with one_line_errors():
+        check_splits(str(args.data), [args.subset])
         source, target = languages(args.data, args.subset)
-        name = f"{args.subset}.{source}-{target}.{target}"
+        stored = stored_as(args.data, args.subset, source, target, target)
+        assert stored is not None  # languages() has seen it
+        name, kind = Path(stored[0]).name, stored[1]
         dictionary = Dictionary.load(str(args.data / f"dict.{target}.txt"))
-        original = indexed_dataset.make_dataset(str(args.data / name), "mmap")
+        if kind == "huffman":
+            raise UserError(
+                f"{args.data}: expected data of --dataset-impl mmap, lazy, cached or raw, found huffman, "
+                "which is not written here; binarise the text again without it"
+            )
+        original = indexed_dataset.make_dataset(stored[0], kind, dictionary=dictionary)
         lines = read_generated(args.generated, "H-", len(original))
         targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
         with atomic_directory(args.output) as folder:
             for path in args.data.iterdir():
                 if path.is_dir():  # a language model's tokenizer
                     shutil.copytree(path, folder / path.name)
-                elif path.stem != name:
+                elif name not in (path.name, path.stem):
                     shutil.copy(path, folder)
-            builder: Any = indexed_dataset.make_builder(
-                str(folder / f"{name}.bin"), "mmap", vocab_size=len(dictionary)
+            if kind == "raw":  # as the source beside it is
+                text = "".join(f"{' '.join(line.split())}\n" for line in lines)
+                (folder / name).write_bytes(text.encode())
+            else:
+                write_indexed(folder / name, kind, targets, len(dictionary))
+        if stored_as(args.data, f"{args.subset}1", source, target, target):
+            warn(
+                f"{args.output}: holds {args.subset}1 as it is, which fairseq-train adds to "
+                f"{args.subset}; distil it with --subset {args.subset}1, or delete its files"
             )
-            for item in targets:
-                builder.add_item(item)
-            builder.finalize(str(folder / f"{name}.idx"))
         tokens = sum(map(len, targets))
         print(f"{args.output}: {len(targets)} targets of {args.subset}, {tokens} tokens")
 
 
-def languages(data: Path, subset: str) -> tuple[str, str]:
-    """Source and target language of a binarised split, from its file names."""
-    for path in sorted(data.glob(f"{subset}.*-*.*.idx")):
-        pair = path.name[len(subset) + 1 :].split(".")[0]
-        source, _, target = pair.partition("-")
-        if (data / f"{subset}.{pair}.{target}.idx").exists():
-            return source, target
-    raise UserError(f"{data}: expected a binarised split {subset!r} with targets, found none")
+def write_indexed(path: Path, kind: str, sentences: list[torch.Tensor], vocab_size: int) -> None:
+    """Write PATH.bin and PATH.idx in one of fairseq's formats."""
+    builder: Any = indexed_dataset.make_builder(f"{path}.bin", kind, vocab_size=vocab_size)
+    for sentence in sentences:
+        builder.add_item(sentence)
+    builder.finalize(f"{path}.idx")
 
 
 def encode(line: str, dictionary: Dictionary, path: Path, sentence: int) -> torch.Tensor:

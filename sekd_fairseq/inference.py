@@ -16,6 +16,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.splits import read_whole, readable
 
 
 def load_models(
@@ -47,8 +48,10 @@ def load_models(
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
-    training_only = dict.fromkeys(("teacher_cache", "teacher_path", "stored_difficulty"))
-    training_only["bf16"] = False
+    training_only: dict[str, Any] = dict.fromkeys(
+        ("teacher_cache", "teacher_path", "stored_difficulty")
+    )
+    training_only |= {"bf16": False, "num_batch_buckets": 0}
     try:
         models, config, task = checkpoint_utils.load_model_ensemble_and_task(
             list(paths), arg_overrides={"data": data, **training_only}
@@ -85,14 +88,11 @@ def language_model_config(data: str, *options_of_model: str) -> Any:
 
 def load_split(task: Any, split: str, data: str) -> FairseqDataset:
     """Load one split of the task's data; ``UserError`` if it is not there."""
-    try:
+    with readable(task.cfg, utils.split_paths(data)[0], split):
         task.load_dataset(split)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{data}: expected a binarised split {split!r}, found none; make it with "
-            "fairseq-preprocess or leave it out with --subset"
-        ) from error
-    return task.dataset(split)
+    dataset = task.dataset(split)
+    read_whole(dataset)
+    return dataset
 
 
 def token_batches(dataset: FairseqDataset, sentences: Any, max_tokens: int) -> list[list[int]]:

@@ -27,7 +27,7 @@ from analysis.runs import FORMAT_VERSION
 from analysis.terminal import progress
 from sekd_fairseq.criterions.self_evolution_kd import partners
 from sekd_fairseq.data import TeacherDataset, teacher_rows
-from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.errors import one_line_errors
 from sekd_fairseq.inference import (
     default_device,
     half_precision,
@@ -43,6 +43,7 @@ from sekd_fairseq.losses import TeacherRows, build_events, support_log_probs
 from sekd_fairseq.losses.decoupled import decoupled_kl
 from sekd_fairseq.losses.divergences import forward_kl
 from sekd_fairseq.losses.events import log_sum_exp
+from sekd_fairseq.splits import train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 from sekd_fairseq.teacher_cache.format import atomic_write, hash_file
 
@@ -148,7 +149,7 @@ class ScoredSplit:
         cache.check_dictionary(symbols)
         sentences = load_split(task, args.subset, args.data)
         dataset = TeacherDataset(sentences, [cache], f"{args.subset} ({args.data})")
-        return cls(cache, dataset, symbols, train_frequencies(task, args.data))
+        return cls(cache, dataset, symbols, train_frequencies(task))
 
 
 def score_checkpoint(
@@ -275,18 +276,15 @@ def top_overlap(teacher: TeacherRows, log_q: Tensor, n: int) -> Tensor:
     return (found * n / known).round().to(torch.int8)
 
 
-def train_frequencies(task: Any, data: str) -> NDArray[np.int64]:
-    """How often each token occurs in the training targets, (V,); the dictionary's own counts if
-    the data has no training split."""
+def train_frequencies(task: Any) -> NDArray[np.int64]:
+    """How often each token occurs in the training targets, all parts of all data directories, (V,);
+    the dictionary's own counts if there is no training split."""
     dictionary = task.target_dictionary
-    try:
-        targets = load_split(task, "train", data).tgt
-    except UserError:
-        return np.asarray(dictionary.count, dtype=np.int64)
     counts = np.zeros(len(dictionary), dtype=np.int64)
-    for index in range(len(targets)):
-        np.add.at(counts, targets[index].numpy(), 1)
-    return counts
+    for targets in train_targets(task):
+        for index in range(len(targets)):
+            np.add.at(counts, targets[index].numpy(), 1)
+    return counts if counts.any() else np.asarray(dictionary.count, dtype=np.int64)
 
 
 def write_records(

@@ -16,6 +16,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from omegaconf import II
 from torch import Tensor
 
+from analysis.terminal import suggested
 from sekd_fairseq.compat import BATCH_SIZE_MULTIPLE, collect_before_fork
 from sekd_fairseq.criterions.cached_teacher import CachedTeacherCriterion
 from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDataset
@@ -25,6 +26,7 @@ from sekd_fairseq.llm.bpe import HFTokenizerBPE, LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
 from sekd_fairseq.online_teacher import DenseTeacher, OnlineTeacher
+from sekd_fairseq.splits import read_whole, readable
 from sekd_fairseq.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -128,6 +130,11 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 )
             if caches and cfg.teacher_path:
                 raise UserError("--teacher-cache and --teacher-path: expected one, found both")
+            if cfg.num_batch_buckets:
+                raise UserError(
+                    "--num-batch-buckets: expected 0, because fairseq 0.12 cannot make buckets with "
+                    f"NumPy 2, found {cfg.num_batch_buckets}; they are for TPUs, leave the option out"
+                )
             stored = paths(cfg.stored_difficulty)
             if stored and len(stored) != len(caches):
                 raise UserError(
@@ -140,14 +147,17 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
     ) -> None:
         """Load a split, with its teacher cache if there is one."""
-        super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        data = paths(self.cfg.data)
+        turn = (epoch - 1) % len(data) if split == self.cfg.train_subset else 0
+        with one_line_errors(), readable(self.cfg, data[turn], split):
+            super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
+        read_whole(self.datasets[split])
         self.datasets[split] = StableOrderDataset(
             self.datasets[split], one_row=self.joint_positions < math.inf
         )
         roots = paths(self.cfg.teacher_cache)
         if not roots:
             return
-        turn = (epoch - 1) % len(roots) if split == self.cfg.train_subset else 0
         root = roots[turn]
         dataset = self.datasets[split]
         with one_line_errors():
@@ -178,10 +188,13 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     def _open_cache(self, root: Path, split: str, turn: int) -> TeacherCache:
         if root.is_dir() and not (root / split).is_dir():
             built = sorted(path.name for path in root.iterdir() if path.is_dir())
+            command = suggested(
+                *("python", "-m", "sekd_fairseq.build_cache", paths(self.cfg.data)[turn]),
+                *("--path", "TEACHER", "--output", root, "--subset", split),
+            )
             raise CacheError(
                 f"{root}: expected the cache of split {split!r}, found {built or 'nothing'}; add "
-                f"it with: python -m sekd_fairseq.build_cache {paths(self.cfg.data)[turn]} "
-                f"--path TEACHER --output {root} --subset {split}"
+                f"it with: {command}"
             )
         cache = TeacherCache.open(root / split)
         cache.check_dictionary(self.tgt_dict.symbols)

@@ -1,0 +1,104 @@
+"""The files of a fairseq data directory: which splits it has, and in which format they are stored."""
+
+import glob
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fairseq import utils
+from fairseq.data import FairseqDataset, indexed_dataset
+
+from sekd_fairseq.errors import UserError
+
+
+def check_splits(data: str, splits: Sequence[str]) -> None:
+    """Refuse splits that a data directory (the first of ``a:b``) does not have."""
+    folder = Path(utils.split_paths(data)[0])
+    if not folder.is_dir():
+        raise UserError(f"{data}: expected a fairseq data directory, found none")
+    found = {path.name.split(".")[0] for path in folder.glob("*.*-*.*")}
+    if missing := [split for split in splits if split not in found]:
+        raise UserError(
+            f"{data}: expected a binarised split {missing[0]!r}, found {sorted(found) or 'none'}; make "
+            "it with fairseq-preprocess or leave it out with --subset"
+        )
+
+
+def languages(data: Path, split: str) -> tuple[str, str]:
+    """Source and target language of a binarised split, from its file names."""
+    for path in sorted(data.glob(f"{glob.escape(split)}.*-*.*")):
+        pair = path.name.removeprefix(f"{split}.").split(".")[0]
+        source, _, target = pair.partition("-")
+        if stored_as(data, split, source, target, target):
+            return source, target
+    raise UserError(f"{data}: expected a binarised split {split!r} with targets, found none")
+
+
+def stored_as(
+    data: Path | str, split: str, source: str, target: str, language: str
+) -> tuple[str, str] | None:
+    """Where one side of a split is, without the suffix, and its ``--dataset-impl``; None: nowhere.
+
+    Files of the old format (``lazy``, ``cached``) are ``cached``.
+    """
+    for pair in (f"{source}-{target}", f"{target}-{source}"):
+        path = str(Path(data, f"{split}.{pair}.{language}"))
+        if kind := indexed_dataset.infer_dataset_impl(path):
+            return path, kind
+    return None
+
+
+@contextmanager
+def readable(config: Any, data: str, split: str) -> Iterator[None]:
+    """Within, a translation task's configuration lets fairseq read the format of a split's files.
+
+    The one that is configured may be that of other data, of those that a teacher was trained on.
+
+    Raises
+    ------
+    UserError
+        There is no such split.
+    """
+    found = stored_as(data, split, config.source_lang, config.target_lang, config.source_lang)
+    if found is None:
+        check_splits(data, [split])
+        raise UserError(
+            f"{data}: expected split {split!r} in {config.source_lang}-{config.target_lang}, found "
+            "other languages; give --source-lang and --target-lang"
+        )
+    # fairseq finds out the others by itself, part by part.
+    before, config.dataset_impl = config.dataset_impl, "raw" if found[1] == "raw" else None
+    try:
+        yield
+    finally:
+        config.dataset_impl = before
+
+
+def read_whole(dataset: Any) -> None:
+    """Read a dataset of the old format into memory, so that every sentence can be had in any order and
+    by every loader worker (which would move the others' place in a file that they share)."""
+    if dataset.supports_prefetch:
+        dataset.prefetch(range(len(dataset)))
+
+
+def train_targets(task: Any) -> Iterator[FairseqDataset]:
+    """The targets of every part (``train``, ``train1``, ...) of every data directory of a task."""
+    config = task.cfg
+    for data in utils.split_paths(config.data):
+        for part in itertools.count():
+            name = f"train{part or ''}"
+            found = stored_as(
+                data, name, config.source_lang, config.target_lang, config.target_lang
+            )
+            if found is None:
+                break
+            path, kind = found
+            targets = indexed_dataset.make_dataset(
+                path,
+                "lazy" if kind == "cached" else kind,
+                fix_lua_indexing=True,
+                dictionary=task.target_dictionary,
+            )
+            yield targets
