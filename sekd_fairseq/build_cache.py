@@ -84,9 +84,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--top-k",
         type=int,
-        default=32,
-        help="tokens kept at each position: the reference and the best others (default: "
-        "%(default)s; 0 is the whole vocabulary); with --top-p the most that are kept",
+        help="tokens kept at each position: the reference and the best others (default: 32; 0 is "
+        "the whole vocabulary); with --top-p the most that are kept",
     )
     out.add_argument(
         "--top-p",
@@ -98,9 +97,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--top-p-floor",
         type=int,
-        default=2,
         metavar="K",
-        help="the fewest tokens that --top-p keeps (default: %(default)s)",
+        help="the fewest tokens that --top-p keeps (default: 2)",
     )
     out.add_argument(
         "--sample",
@@ -187,6 +185,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         splits = split_list(args.subset, "--subset")
         check_splits(args.data, splits)
+        if args.sample and args.top_k is not None:
+            raise UserError("--sample and --top-k: expected one of them, found both")
+        if args.top_p is None and args.top_p_floor is not None:
+            raise UserError("--top-p-floor expects --top-p beside it, found none")
+        args.top_k = 32 if args.top_k is None else args.top_k
+        args.top_p_floor = 2 if args.top_p_floor is None else args.top_p_floor
         truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, MAX_SUPPORT)
         dtype = half_precision(args.fp16, args.bf16)
         engine: Engine

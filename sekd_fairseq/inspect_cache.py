@@ -20,7 +20,13 @@ from analysis.terminal import progress
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.teacher_cache import TeacherCache, TeacherRow
 from sekd_fairseq.teacher_cache.finish import upgrade_cache
-from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest, atomic_write
+from sekd_fairseq.teacher_cache.format import (
+    ENTRY_COLUMNS,
+    MANIFEST,
+    Manifest,
+    atomic_write,
+    hash_file,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if args.against and not (args.verify and args.data):
             raise UserError("--against expects --verify and --data DATA beside it")
+        if args.data and not args.against:
+            raise UserError("--data expects --against TEACHER beside it, found none")
         if args.against:
             # Only here: without a teacher this module needs neither torch nor fairseq.
             from sekd_fairseq.inference import quiet_fairseq
@@ -91,15 +99,33 @@ def main(argv: Sequence[str] | None = None) -> None:
                 cache.verify(progress(shards, desc=f"verify {directory.name}", unit="shard"))
                 print("  verified      every checksum matches, every value is finite")
             if args.against:
+                whose = "the dense teacher"
+                if stranger := another_teacher(cache.manifest, args.against):
+                    print(f"  another       {stranger}", flush=True)
+                    whose = "that other model"
                 error = restoration_error(cache, args.against, args.data, args.sentences)
                 print(
-                    f"  restored      KL from the dense teacher, {len(error):,} tokens: mean "
+                    f"  restored      KL from {whose}, {len(error):,} tokens: mean "
                     f"{error.mean():.2e} nats, p99 {np.quantile(error, 0.99):.2e}, maximum "
                     f"{error.max():.2e}"
                 )
             if args.to_parquet:
                 write_parquet(cache, args.to_parquet)
                 print(f"{args.to_parquet}: {cache.manifest.tokens:,} rows")
+
+
+def another_teacher(manifest: Manifest, paths: str) -> str | None:
+    """What to say where checkpoints (joined with ``:``) are not those that a cache was built from."""
+    known = manifest.teacher.get("sha256", [])
+    given = [Path(path) for path in paths.split(":")]
+    hashes = [hash_file(path) for path in given if path.is_file()]
+    if len(hashes) < len(given) or sorted(hashes) == sorted(known):
+        return None  # a file that is missing is for whoever loads it to say
+    return (
+        f"{paths} (sha256 {', '.join(value[:12] for value in hashes)}) is not the cache's teacher: "
+        f"{':'.join(manifest.teacher['files'])} ({', '.join(value[:12] for value in known)}); the "
+        "figures below compare different models, unless one file is a copy of the other's weights"
+    )
 
 
 def restoration_error(
@@ -225,6 +251,13 @@ def describe(directory: Path, manifest: Manifest) -> str:
         f"bytes a token (dense float16: {2 * manifest.vocab_size:,})",
         f"  fingerprint   {manifest.fingerprint}",
     ]
+    if quality.get("capped", 0) > 0:
+        rule = manifest.truncation
+        lines.insert(
+            5,
+            f"  capped        {quality['capped']:.1%} of tokens have less than --top-p {rule['p']:g} "
+            f"of the mass, because --top-k {rule['k']} is the most that is kept; raise it for more",
+        )
     if quality["one_hot"] > 0:
         lines.insert(
             4,

@@ -24,10 +24,10 @@ from torch import Tensor
 import sekd_fairseq
 from analysis.integrity import sealed_json, sealed_parquet
 from analysis.runs import FORMAT_VERSION
-from analysis.terminal import progress
+from analysis.terminal import progress, warn
 from sekd_fairseq.criterions.self_evolution_kd import partners
 from sekd_fairseq.data import TeacherDataset, teacher_rows
-from sekd_fairseq.errors import one_line_errors
+from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import (
     default_device,
     half_precision,
@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     quiet_fairseq()
     with one_line_errors():
+        if args.earlier and not args.teacher_cache:
+            raise UserError("--earlier expects --teacher-cache CACHE beside it, found none")
         device = default_device(args.cpu)
         record, scored = score_checkpoint(args.path, args, device)
         for step, path in earlier_checkpoints(args.path).items() if args.earlier else ():
@@ -147,6 +149,11 @@ class ScoredSplit:
         cache = TeacherCache.open(args.teacher_cache / args.subset)
         symbols = task.target_dictionary.symbols
         cache.check_dictionary(symbols)
+        if "samples" in cache.manifest.truncation:
+            warn(
+                f"{cache.directory}: holds tokens drawn from the teacher (--sample); KL on them is a lower "
+                "bound that depends on the draw, a cache of the best tokens (--top-k) gives a surer one"
+            )
         sentences = load_split(task, args.subset, args.data)
         dataset = TeacherDataset(sentences, [cache], f"{args.subset} ({args.data})")
         return cls(cache, dataset, symbols, train_frequencies(task))

@@ -25,7 +25,8 @@ class Truncation:
     rule : {"top_k", "top_p", "sample"}
         ``top_k``: the ``k - 1`` most probable others.  ``top_p``: as few of the most probable as
         hold ``p`` of the mass, at least ``floor`` and at most ``k``.  ``sample``: ``samples``
-        draws with replacement, with their counts; seeded by sentence, so that shards do not depend
+        draws with replacement, with their counts, and the best token, so that a teacher's accuracy and
+        a student's agreement with it are known; seeded by sentence, so that shards do not depend
         on how the work was split.
     """
 
@@ -46,8 +47,9 @@ class Truncation:
         return {key: value for key, value in asdict(self).items() if key in used}
 
 
-#: The format counts a support, which has the reference too, and draws in 16 bits.
-MAX_SUPPORT = 2**16 - 2
+#: The format counts a support, which has the reference and may have the best token too, and draws in
+#: 16 bits.
+MAX_SUPPORT = 2**16 - 3
 
 
 def truncation_of(
@@ -196,13 +198,15 @@ def _best(
 def _sample(
     weight: Tensor, total: Tensor, gold: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct drawn tokens, the reference first, then by id; which slots are used; counts."""
+    """Distinct drawn tokens and the best one, the reference first, then by id; which slots are used;
+    how often each was drawn (never, perhaps, the reference and the best)."""
     cumulative = weight.double().cumsum(dim=1)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    drawn = drawn.clamp_max(weight.size(1) - 1).sort(dim=1).values
-    ids = torch.cat([gold, drawn], dim=1)
-    count = (drawn.unsqueeze(1) == ids.unsqueeze(2)).sum(dim=2)  # (n, 1 + samples)
-    first = torch.ones_like(drawn, dtype=torch.bool)
-    first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    valid = torch.cat([torch.ones_like(gold, dtype=torch.bool), first & (drawn != gold)], dim=1)
+    drawn = drawn.clamp_max(weight.size(1) - 1)
+    kept = torch.cat([drawn, weight.argmax(dim=1, keepdim=True)], dim=1).sort(dim=1).values
+    ids = torch.cat([gold, kept], dim=1)
+    count = (drawn.unsqueeze(1) == ids.unsqueeze(2)).sum(dim=2)  # (n, 2 + samples)
+    first = torch.ones_like(kept, dtype=torch.bool)
+    first[:, 1:] = kept[:, 1:] != kept[:, :-1]
+    valid = torch.cat([torch.ones_like(gold, dtype=torch.bool), first & (kept != gold)], dim=1)
     return ids, valid, count

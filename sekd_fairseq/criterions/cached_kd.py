@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq.criterions import register_criterion
@@ -46,12 +46,15 @@ class CachedKDConfig(CachedTeacherConfig):
             "Wang et al. 2021"
         },
     )
-    select_share: float = field(
-        default=0.5,
-        metadata={"help": "share of tokens that distil with --select, above 0 and below 1"},
+    select_share: Optional[float] = field(  # noqa: UP045 (fairseq's parser needs Optional)
+        default=None,
+        metadata={
+            "help": "share of tokens that distil with --select, above 0 and below 1; 0.5 if left out"
+        },
     )
-    queue_size: int = field(
-        default=30000, metadata={"help": "tokens in the queue of --select queue, 1 or more"}
+    queue_size: Optional[int] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "tokens in the queue of --select queue, 1 or more; 30000 if left out"},
     )
 
 
@@ -78,16 +81,24 @@ class CachedKDCriterion(CachedTeacherCriterion):
                 )
         self.divergence_weight = float(cfg.divergence_weight)
         self.select = str(cfg.select)
-        self.share = float(cfg.select_share)
-        self.queue = TokenQueue(cfg.queue_size, self.share) if self.select == "queue" else None
+        self.share = 0.5 if cfg.select_share is None else float(cfg.select_share)
+        size = 30_000 if cfg.queue_size is None else int(cfg.queue_size)
+        self.queue = TokenQueue(size, self.share) if self.select == "queue" else None
 
     @staticmethod
     def _check(cfg: CachedKDConfig) -> None:
-        if not 0 < cfg.select_share < 1:
+        select = str(cfg.select)
+        for option, modes in (("select_share", ("batch", "queue")), ("queue_size", ("queue",))):
+            if getattr(cfg, option) is not None and select not in modes:
+                raise UserError(
+                    f"--{option.replace('_', '-')}: has an effect with --select {' or '.join(modes)} only, "
+                    f"found --select {select}; add it or leave the option out"
+                )
+        if cfg.select_share is not None and not 0 < cfg.select_share < 1:
             raise UserError(
                 f"--select-share: expected above 0 and below 1, found {cfg.select_share}"
             )
-        if cfg.queue_size < 1:
+        if cfg.queue_size is not None and cfg.queue_size < 1:
             raise UserError(f"--queue-size: expected 1 or more, found {cfg.queue_size}")
         name = str(cfg.divergence)
         if name == "atkd" and str(cfg.select) != "all":

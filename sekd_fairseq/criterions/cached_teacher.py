@@ -43,6 +43,9 @@ from sekd_fairseq.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
 
+#: Divergences that ``divergence_weight`` is part of.
+WEIGHTED = ("jsd", "skew_forward_kl", "skew_reverse_kl")
+
 #: Divergences with KL(q || p) in them, infinite where p is zero and q is not.
 ENDLESS_WITHOUT_TEACHER = ("reverse_kl", "adaptive_kl")
 
@@ -125,6 +128,13 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                 "--divergence-weight: expected above 0 and below 1 (in float32), found "
                 f"{cfg.divergence_weight}"
             )
+        self.refuse_idle(
+            cfg,
+            "divergence_weight",
+            cfg.divergence not in WEIGHTED,
+            f"--divergence {cfg.divergence}",
+        )
+        self.refuse_idle(cfg, "label_smoothing", cfg.alpha == 1, "--alpha 1, without cross entropy")
         if not hasattr(task.cfg, "teacher_cache"):
             raise UserError(
                 f"{name} expects --task self_evolution_kd, found task "
@@ -153,6 +163,16 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             )
 
     @staticmethod
+    def refuse_idle(cfg: Any, option: str, idle: bool, because: str) -> None:
+        """Refuse an option that is given (is not as by default) and has no effect beside another."""
+        value, default = getattr(cfg, option), type(cfg).__dataclass_fields__[option].default
+        if idle and value != default:
+            raise UserError(
+                f"--{option.replace('_', '-')} {value}: has no effect with {because}; leave it out, or "
+                "change the other"
+            )
+
+    @staticmethod
     def whole_batch(cfg: Any) -> str:
         """The option that needs all tokens of a batch at once, as typed; empty if there is none."""
         return ""
@@ -175,7 +195,13 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         raise NotImplementedError
 
     def check_cache(self, cache: TeacherCache) -> None:
-        """Refuse a cache that this loss has no value for."""
+        """Refuse a cache that this loss has no value for; say where it was made for another."""
+        if "samples" in cache.manifest.truncation and self.missing_mass != "sampled":
+            logger.warning(
+                "%s: holds tokens drawn from the teacher (--sample), for --missing-mass sampled; with %s "
+                "the loss knows drawn tokens only and is a lower bound",
+                *(cache.directory, self.missing_mass),
+            )
         skipped = cache.manifest.quality["one_hot"]
         if skipped and self.divergence in ENDLESS_WITHOUT_TEACHER:
             raise UserError(

@@ -130,6 +130,11 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 )
             if caches and cfg.teacher_path:
                 raise UserError("--teacher-cache and --teacher-path: expected one, found both")
+            if (cfg.teacher_fp16 or cfg.teacher_bf16) and not cfg.teacher_path:
+                raise UserError(
+                    "--teacher-fp16 and --teacher-bf16 expect --teacher-path TEACHER, found none; a "
+                    "cache's teacher has run already"
+                )
             if cfg.num_batch_buckets:
                 raise UserError(
                     "--num-batch-buckets: expected 0, because fairseq 0.12 cannot make buckets with "
@@ -256,6 +261,14 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         """Build the criterion, with what it learnt before the checkpoint that the task was loaded
         from, and load the teacher where it is not a cache."""
         self.criterion = super().build_criterion(cfg, from_checkpoint=from_checkpoint)
+        teacher = self.cfg.teacher_cache or self.cfg.teacher_path
+        if teacher and type(self.criterion).__module__.startswith("fairseq."):
+            flag = "--teacher-cache" if self.cfg.teacher_cache else "--teacher-path"
+            with one_line_errors():
+                raise UserError(
+                    f"{flag} {teacher}: has no effect with --criterion {cfg._name}, which knows no "
+                    "teacher; expected --criterion self_evolution_kd or cached_kd, or no teacher"
+                )
         if self._learnt and isinstance(self.criterion, CachedTeacherCriterion):
             self.criterion.load_running_state(self._learnt)
         if self.cfg.teacher_path and isinstance(self.criterion, CachedTeacherCriterion):

@@ -24,7 +24,10 @@ from sekd_fairseq.teacher_cache.format import (
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 
 #: Sums over a shard's tokens, whose means make the manifest's ``quality``.
-SUMS = ("loss", "accuracy", "outside_mass", "entropy", "support", "reference_kept", "one_hot")
+SUMS = (
+    *("loss", "accuracy", "outside_mass", "entropy", "support", "reference_kept", "one_hot"),
+    "capped",
+)
 
 
 def shard_range(settings: dict[str, Any]) -> range:
@@ -54,8 +57,9 @@ def finish_cache(
     """
     shards, totals = [], np.zeros(len(SUMS))
     counts = np.zeros(settings["vocab_size"], np.int64)
+    wanted_mass = settings["truncation"].get("p", 0.0)
     for index in shard_range(settings):
-        shard, sums, references = _measure(directory / shard_name(index))
+        shard, sums, references = _measure(directory / shard_name(index), wanted_mass)
         shards.append(shard)
         totals += sums
         counts += np.bincount(references, minlength=len(counts))
@@ -153,7 +157,9 @@ def _places(content: pyarrow.Buffer) -> dict[str, Any]:
     }
 
 
-def _measure(path: Path) -> tuple[Shard, NDArray[np.float64], NDArray[np.int64]]:
+def _measure(
+    path: Path, wanted_mass: float
+) -> tuple[Shard, NDArray[np.float64], NDArray[np.int64]]:
     """A finished shard's entry in the manifest, its :data:`SUMS`, and its reference tokens."""
     content = _whole_shard(path)
     batch = _read_shard(content)
@@ -171,6 +177,9 @@ def _measure(path: Path) -> tuple[Shard, NDArray[np.float64], NDArray[np.int64]]
     best = np.maximum.reduceat(others, first) if len(first) else others
     others[first] = np.inf
     worst = np.minimum.reduceat(others, first) if len(first) else others
+    kept = (gold >= worst) & (sizes > 1) | (gold >= best)
+    if "draws" in batch.schema.names:
+        kept = batch.column("draws").values.to_numpy()[first] > 0
     sums = [
         -gold.sum(dtype=np.float64),
         (gold >= best).sum(),
@@ -178,8 +187,10 @@ def _measure(path: Path) -> tuple[Shard, NDArray[np.float64], NDArray[np.int64]]
         value["entropy"].sum(dtype=np.float64),
         sizes.sum(),
         # It would have been kept without being the reference.
-        ((gold >= worst) & (sizes > 1) | (gold >= best)).sum(),
+        kept.sum(),
         ((sizes == 1) & (gold == 0)).sum(),
+        # Less than --top-p asks for, because of --top-k; what is stored is rounded.
+        (value["outside_mass"] > (1.0 - wanted_mass) * 1.001 + 1e-6).sum() if wanted_mass else 0,
     ]
     shard = Shard(
         file=path.name,

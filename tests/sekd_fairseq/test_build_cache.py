@@ -245,8 +245,12 @@ def test_sampled_cache_trains_with_sampled_loss_only(
     )  # fmt: skip
     assert 'num_updates": "30' in log and '"kl"' in log
     assert "agreement" not in log  # the best of the tokens drawn is not the teacher's best
-    # Its supports are distributions too, so the other losses take them.
-    train(data, tmp_path / "b", "--criterion", "self_evolution_kd", "--teacher-cache", folder)
+    # Its supports are distributions too, so the other losses take them, and say what they are.
+    log = train(data, tmp_path / "b", "--criterion", "self_evolution_kd", "--teacher-cache", folder)
+    assert "holds tokens drawn from the teacher (--sample)" in log
+    # The best token is always among them, so the teacher's accuracy is known as well as elsewhere.
+    quality = [TeacherCache.open(path / "train").manifest.quality for path in (cache, folder)]
+    assert quality[0]["accuracy"] == quality[1]["accuracy"] > 0.3
     line = error_line(train(data, tmp_path / "no", *kd, "--teacher-cache", cache, check=False))
     assert "--sample N" in line
     # A ratio from the same draws as the loss would make it biased.
@@ -261,6 +265,28 @@ def test_sampled_cache_trains_with_sampled_loss_only(
     )  # fmt: skip
     (stored,) = (tmp_path / "run" / "tokens" / "train").iterdir()
     train(data, tmp_path / "d", *drawn, "--stored-difficulty", stored)
+
+
+def test_a_cap_below_top_p_is_said(data: Path, teacher: Path, tmp_path: Path) -> None:
+    options = ("--subset", "valid", "--top-p", "0.98")
+    printed = build(data, teacher, tmp_path / "a", *options, "--top-k", "3")
+    cache = TeacherCache.open(tmp_path / "a" / "valid")
+    short = np.concatenate([row.outside_mass > 0.0201 for row in cache]).mean()
+    assert short > 0.1
+    assert cache.manifest.quality["capped"] == pytest.approx(short, abs=0.02)
+    line = next(line for line in printed.splitlines() if line.startswith("  capped"))
+    assert f"{cache.manifest.quality['capped']:.1%} of tokens" in line
+    assert "--top-p 0.98" in line and "--top-k 3" in line
+    assert "capped" not in build(data, teacher, tmp_path / "b", *options, "--top-k", "0")
+
+
+def test_options_without_effect_are_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
+    for given, words in (
+        (("--sample", "8", "--top-k", "32"), "--sample and --top-k"),
+        (("--top-p-floor", "4"), "--top-p-floor expects --top-p"),
+    ):
+        line = error_line(build(data, teacher, tmp_path / "out", *given, check=False))
+        assert words in line and not (tmp_path / "out").exists()
 
 
 def test_implausible_teachers_are_refused(

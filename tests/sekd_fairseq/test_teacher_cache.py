@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from analysis.integrity import read_json, sealed_json
 from sekd_fairseq.errors import CacheError
@@ -227,7 +228,14 @@ def test_restoration_error_is_the_kl_from_the_dense_teacher(
     out = command(
         "sekd_fairseq.inspect_cache", cache, "--verify", "--against", teacher, "--data", data
     )
-    assert out.count("KL from the dense teacher") == 3
+    assert out.count("KL from the dense teacher") == 3 and "is not the cache's" not in out
+    other = tmp_path / "again.pt"
+    torch.save(torch.load(teacher, map_location="cpu") | {"note": "saved again"}, other)
+    out = command(
+        "sekd_fairseq.inspect_cache", cache / "valid", "--verify", "--against", other, "--data", data
+    )  # fmt: skip
+    assert "again.pt" in out and f"is not the cache's teacher: {teacher.name}" in out
+    assert "KL from that other model" in out and "dense teacher" not in out
     vocab = TeacherCache.open(cache / "valid").manifest.vocab_size
     row = TeacherCache.open(cache / "valid")[2]
     dense = dense_row(row, vocab)

@@ -107,9 +107,10 @@ def test_no_ratio_is_word_level_kd_whatever_the_other_options(
     "divergence", ["reverse_kl", "jsd", "skew_forward_kl", "adaptive_kl", "atkd"]
 )
 def test_baselines_learn(data: Path, cache: Path, tmp_path: Path, divergence: str) -> None:
+    weight = () if divergence in ("reverse_kl", "adaptive_kl") else ("--divergence-weight", "0.3")
     log = train(
         data, tmp_path, "--criterion", "cached_kd", "--teacher-cache", cache, "--divergence",
-        divergence, "--divergence-weight", "0.3", "--max-update", "30", "--disable-validation",
+        divergence, *weight, "--max-update", "30", "--disable-validation",
     )  # fmt: skip
     kl = [float(record["kl"]) for record in records(log, "")]
     assert kl[-1] < 0.8 * kl[0]
@@ -156,7 +157,8 @@ def test_selective_kd_distils_its_share_and_resumes(
 ) -> None:
     base = (
         "--criterion", "cached_kd", "--teacher-cache", cache, "--select", select,
-        "--select-share", "0.4", "--queue-size", "500", "--disable-validation",
+        "--select-share", "0.4", "--disable-validation",
+        *(("--queue-size", "500") if select == "queue" else ()),
     )  # fmt: skip
     train(data, tmp_path / "whole", *base, "--max-update", "14")
     train(data, tmp_path / "resumed", *base, "--max-update", "9")
@@ -551,6 +553,23 @@ def test_validation_sees_every_sentence(student: tuple[Path, str]) -> None:
         ),
         ((*CACHED_KD, "--select", "batch", "--select-share", "1"), "--select-share"),
         ((*CACHED_KD, "--select", "queue", "--queue-size", "0"), "--queue-size"),
+        # What would have no effect is not taken in silence.
+        ((*CACHED_KD, "--select-share", "0.5"), "--select-share: has an effect with --select"),
+        ((*CACHED_KD, "--select", "batch", "--queue-size", "9"), "--queue-size: has an effect"),
+        ((*CACHED_KD, "--divergence-weight", "0.3"), "--divergence-weight 0.3: has no effect"),
+        (
+            (*SE_KD, "--teacher-cache", "CACHE", "--schedule", "step", "--schedule-scale", "2"),
+            "--schedule-scale 2.0: has no effect with --schedule step",
+        ),
+        (
+            (*CACHED_KD, "--alpha", "1", "--label-smoothing", "0.1"),
+            "--label-smoothing 0.1: has no effect",
+        ),
+        (
+            ("--criterion", "cross_entropy", "--teacher-cache", "CACHE"),
+            "has no effect with --criterion cross_entropy",
+        ),
+        ((*CACHED_KD, "--teacher-bf16"), "expect --teacher-path"),
         ((*CACHED_KD, "--divergence", "jsd", "--divergence-weight", "0"), "--divergence-weight"),
         ((*CACHED_KD, "--divergence", "skew_forward_kl", "--missing-mass", "uniform"), "linear"),
         ((*CACHED_KD, "--divergence", "reverse_kl", "--missing-mass", "sampled"), "not sampled"),
