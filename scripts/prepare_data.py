@@ -35,7 +35,14 @@ from typing import Any
 import sentencepiece
 from parallel_text import DataError, Pair, read_pairs, repeated, split, without_leaks
 
+from analysis.errors import one_line_errors
+from analysis.terminal import split_list, warn
+
 SUBSETS = ("train", "valid", "test")
+#: SentencePiece's mark for a space, in pieces.
+SPACE = "\u2581"
+#: fairseq's symbol for padding.
+PAD = "<pad>"
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,12 @@ def load_subsets(args: argparse.Namespace) -> tuple[dict[str, list[Pair]], dict[
     if args.src:
         pairs, empty = read_pairs(args.src, args.tgt)
         dropped = {"empty": empty, "repeated": repeated(pairs)}
-        return split(pairs, args.valid_size, args.test_size, args.seed), dropped
+        sizes = split_sizes(len(set(pairs)), args.valid_size, args.test_size)
+        return split(pairs, *sizes, 1 if args.seed is None else args.seed), dropped
     subsets, empties = {}, {}
     for subset in SUBSETS:
         subsets[subset], empties[subset] = [], 0
-        for prefix in getattr(args, subset).split(","):
+        for prefix in split_list(getattr(args, subset), f"--{subset}"):
             files = [Path(f"{prefix}.{lang}") for lang in (args.source_lang, args.target_lang)]
             pairs, empty = read_pairs(*files)
             subsets[subset] += pairs
@@ -77,6 +85,17 @@ def load_subsets(args: argparse.Namespace) -> tuple[dict[str, list[Pair]], dict[
     return subsets, {"empty": empties, "in_held_out_text": leaked}
 
 
+def split_sizes(pairs: int, valid: int | None, test: int | None) -> tuple[int, int]:
+    """How many of some pairs to hold out; where that was left open, never much of a small text."""
+    chosen = valid or max(1, min(400, pairs // 12)), test or max(1, min(600, pairs // 8))
+    if pairs - sum(chosen) < sum(chosen):
+        warn(
+            f"{chosen[0]} validation and {chosen[1]} test pairs leave fewer than as many of {pairs} "
+            "to train on; lower --valid-size and --test-size"
+        )
+    return chosen
+
+
 def train_sentencepiece(lines: Iterable[str], prefix: Path, settings: Settings) -> None:
     """Train a joint unigram model; writes PREFIX.model and PREFIX.vocab.
 
@@ -85,6 +104,7 @@ def train_sentencepiece(lines: Iterable[str], prefix: Path, settings: Settings) 
     their number.
     """
     model = io.BytesIO()
+    lines = list(lines)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -94,6 +114,8 @@ def train_sentencepiece(lines: Iterable[str], prefix: Path, settings: Settings) 
             hard_vocab_limit=False,
             character_coverage=settings.character_coverage,
             normalization_rule_name="identity",
+            # A piece of this name would be padding to fairseq.
+            control_symbols=[PAD] if any(PAD in line for line in lines) else [],
             num_threads=1,
             minloglevel=2,
         )
@@ -110,23 +132,28 @@ def train_sentencepiece(lines: Iterable[str], prefix: Path, settings: Settings) 
         for i in range(processor.get_piece_size())
     )
     prefix.with_suffix(".vocab").write_text("".join(pieces), encoding="utf-8")
+    if (found := processor.get_piece_size()) < settings.vocab_size:
+        warn(
+            f"{found} pieces, fewer than --vocab-size {settings.vocab_size}: the training text holds no more"
+        )
 
 
 def encode(
     subsets: dict[str, list[Pair]], model: Path, settings: Settings, given_splits: bool
-) -> tuple[dict[str, list[Pair]], dict[str, list[Pair]], dict[str, int]]:
+) -> tuple[dict[str, list[Pair]], dict[str, list[Pair]], dict[str, int], dict[str, int]]:
     """Cut all text into pieces and leave out pairs that are too long for the models.
 
     Given valid and test sets are not shortened in silence: there a long pair is an error.
 
     Returns
     -------
-    The kept pairs, the same in pieces, and how many were left out, each by subset.
+    The kept pairs, the same in pieces, how many were left out, and how many sentences the pieces do
+    not give back exactly (those that hold SentencePiece's own mark), each by subset.
     """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     texts: dict[str, list[Pair]] = {}
     pieces: dict[str, list[Pair]] = {}
-    too_long = {}
+    too_long, inexact = {}, {}
     for subset, pairs in subsets.items():
         sides = [processor.encode(list(side), out_type=str) for side in zip(*pairs, strict=True)]
         lengths = [max(map(len, both)) for both in zip(*sides, strict=True)]
@@ -141,7 +168,21 @@ def encode(
             )
         texts[subset] = [pairs[i] for i in kept]
         pieces[subset] = [(" ".join(sides[0][i]), " ".join(sides[1][i])) for i in kept]
-    return texts, pieces, too_long
+        changed = [
+            f"{subset}.{language} line {line}"
+            for language, side in zip(
+                settings.languages, zip(*texts[subset], strict=True), strict=True
+            )
+            for line, sentence in enumerate(side, start=1)
+            if SPACE in sentence
+        ]
+        inexact[subset] = len(changed)
+        if changed:
+            warn(
+                f"{len(changed)} sentences hold {SPACE!r} (U+2581), SentencePiece's mark for a space, and "
+                f"are translated with a space in its place, first {changed[0]}; is the text in pieces already?"
+            )
+    return texts, pieces, too_long, inexact
 
 
 def write_subset(pairs: list[Pair], prefix: Path, languages: tuple[str, str]) -> None:
@@ -201,7 +242,7 @@ def prepare(
         prefix = building / "sentencepiece"
         train_text = (sentence for pair in subsets["train"] for sentence in pair)
         train_sentencepiece(train_text, prefix, settings)
-        texts, pieces, too_long = encode(
+        texts, pieces, too_long, inexact = encode(
             subsets, prefix.with_suffix(".model"), settings, given_splits
         )
         for subset in SUBSETS:
@@ -217,6 +258,7 @@ def prepare(
             "target_lang": settings.target_lang,
             "sentences": {subset: len(texts[subset]) for subset in SUBSETS},
             "dropped": {**dropped, "too_long": too_long},
+            "inexact": inexact,
             "vocabulary": size,
             "max_pieces": settings.max_pieces,
             "fingerprint": fingerprint(building, settings.languages),
@@ -243,9 +285,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     whole = parser.add_argument_group("one parallel text, to be split")
     whole.add_argument("--src", type=Path, metavar="FILE", help="source side, a sentence a line")
     whole.add_argument("--tgt", type=Path, metavar="FILE", help="target side, aligned by line")
-    whole.add_argument("--valid-size", type=int, default=400, help="pairs (%(default)s)")
-    whole.add_argument("--test-size", type=int, default=600, help="pairs (%(default)s)")
-    whole.add_argument("--seed", type=int, default=1, help="of the split (%(default)s)")
+    whole.add_argument("--valid-size", type=int, help="pairs (400, of a small text one in twelve)")
+    whole.add_argument("--test-size", type=int, help="pairs (600, of a small text one in eight)")
+    whole.add_argument("--seed", type=int, help="of the split (1)")
     given = parser.add_argument_group(
         "or three given ones (prefixes, .LANGUAGE or .LANGUAGE.gz is added; several joined with ',')"
     )
@@ -280,8 +322,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("expected --src and --tgt, or --train, --valid and --test")
     if args.source_lang == args.target_lang:
         parser.error(f"expected two languages, found '{args.source_lang}' for both")
-    if min(args.valid_size, args.test_size) < 1:
-        parser.error("--valid-size and --test-size must be at least 1")
+    for name in ("valid_size", "test_size", "seed"):
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and not args.src:
+            parser.error(f"{flag} is for --src and --tgt: given splits are not divided")
+        if value is not None and value < 1 and name != "seed":
+            parser.error(f"{flag} must be at least 1")
     return args
 
 
@@ -295,12 +341,10 @@ def main(arguments: list[str] | None = None) -> None:
         args.character_coverage,
         args.max_pieces,
     )
-    try:
+    with one_line_errors():
         check_output(args.output)
         subsets, dropped = load_subsets(args)
         summary = prepare(subsets, dropped, args.output, settings, given_splits=not args.src)
-    except DataError as error:
-        sys.exit(f"error: {error}")
     counts = ", ".join(f"{n} {subset}" for subset, n in summary["sentences"].items())
     print(f"{args.output}: {counts} pairs, {summary['vocabulary']} symbols")
     print(f"left out: {json.dumps(summary['dropped'])}")

@@ -60,11 +60,12 @@ def allow_checkpoint_types() -> None:
 
 
 def keep_checkpoints_whole() -> None:
-    """Replace two functions of fairseq that a killed training would suffer from.
+    """Replace three functions of fairseq that a killed training, or its user, would suffer from.
 
     ``checkpoint_last.pt`` is a copy of the checkpoint just written, and fairseq copies onto it in
     place: killed in that instant, a training cannot go on. And where it meets a damaged checkpoint,
-    it says "please ensure that the architectures match" or shows a traceback.
+    it says "please ensure that the architectures match" or shows a traceback, as it does where
+    ``--save-dir`` cannot be written to.
     """
     if getattr(checkpoint_utils.load_checkpoint_to_cpu, "names_damage", False):
         return
@@ -85,6 +86,14 @@ def keep_checkpoints_whole() -> None:
 
     load_or_name.names_damage = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint_to_cpu = load_or_name
+    verify = checkpoint_utils.verify_checkpoint_directory
+
+    @functools.wraps(verify)
+    def verify_or_name(save_dir: str) -> None:
+        with one_line_errors():
+            verify(save_dir)
+
+    checkpoint_utils.verify_checkpoint_directory = verify_or_name
 
 
 def resume_as_left() -> None:

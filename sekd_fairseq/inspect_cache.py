@@ -252,11 +252,11 @@ def describe(directory: Path, manifest: Manifest) -> str:
         f"  fingerprint   {manifest.fingerprint}",
     ]
     if quality.get("capped", 0) > 0:
-        rule = manifest.truncation
+        asked = manifest.truncation
         lines.insert(
             5,
-            f"  capped        {quality['capped']:.1%} of tokens have less than --top-p {rule['p']:g} "
-            f"of the mass, because --top-k {rule['k']} is the most that is kept; raise it for more",
+            f"  capped        {quality['capped']:.1%} of tokens have less than --top-p {asked['p']:g} "
+            f"of the mass, because --top-k {asked['k']} is the most that is kept; raise it for more",
         )
     if quality["one_hot"] > 0:
         lines.insert(

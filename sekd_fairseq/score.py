@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--method",
         help="the run's method in reports, e.g. finetune, word_kd (default: from the checkpoint's "
-        "criterion and options)",
+        "criterion and options; teacher for one without distillation and --teacher-cache)",
     )
     out.add_argument(
         "--earlier",
@@ -114,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if args.earlier and not args.teacher_cache:
             raise UserError("--earlier expects --teacher-cache CACHE beside it, found none")
+        args.run.mkdir(parents=True, exist_ok=True)  # before the work, if it cannot be
         device = default_device(args.cpu)
         record, scored = score_checkpoint(args.path, args, device)
         for step, path in earlier_checkpoints(args.path).items() if args.earlier else ():
             if step != record["updates"]:
                 score_checkpoint(path, args, device, scored)
-        args.run.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.run / "run.json") as stream:
             stream.write(sealed_json(record))
 
@@ -341,7 +341,7 @@ def run_record(
     return {
         "format_version": FORMAT_VERSION,
         "name": args.run.name,
-        "method": args.method or method_name(config.criterion),
+        "method": args.method or method_name(config.criterion, bool(args.teacher_cache)),
         "seed": int(config.common.seed),
         "direction": f"{task.cfg.source_lang}-{task.cfg.target_lang}",
         "updates": step,
@@ -365,8 +365,9 @@ def run_record(
     }
 
 
-def method_name(criterion: Any) -> str:
-    """The method that a criterion's options amount to."""
+def method_name(criterion: Any, compared: bool) -> str:
+    """The method that a criterion's options amount to; what is not ``compared`` with a teacher may be
+    the teacher itself."""
     if criterion._name == "self_evolution_kd" and (
         # Without a ratio, blend still distils from the prior and not from the teacher.
         criterion.lambda_max > 0 or criterion.integration == "blend"
@@ -377,7 +378,7 @@ def method_name(criterion: Any) -> str:
             return "selective_kd"
         return "word_kd" if criterion.divergence == "forward_kl" else str(criterion.divergence)
     if criterion._name in ("cross_entropy", "label_smoothed_cross_entropy"):
-        return "finetune"
+        return "finetune" if compared else "teacher"
     return str(criterion._name)
 
 

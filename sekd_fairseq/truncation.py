@@ -47,9 +47,8 @@ class Truncation:
         return {key: value for key, value in asdict(self).items() if key in used}
 
 
-#: The format counts a support, which has the reference and may have the best token too, and draws in
-#: 16 bits.
-MAX_SUPPORT = 2**16 - 3
+#: The format counts a support, which has the reference too, and draws in 16 bits.
+MAX_SUPPORT = 2**16 - 2
 
 
 def truncation_of(
@@ -64,10 +63,13 @@ def truncation_of(
         if value < low:
             raise UserError(f"--{flag}: expected {low} or more, found {value}")
     k = min(top_k or vocab_size, vocab_size)
-    flag, kept = ("sample", samples) if samples else ("top-k", k)
-    if kept > MAX_SUPPORT:
+    # Beside what is drawn the best token is kept.
+    flag, kept, most = (
+        ("sample", samples, MAX_SUPPORT - 1) if samples else ("top-k", k, MAX_SUPPORT)
+    )
+    if kept > most:
         raise UserError(
-            f"--{flag}: a cache holds up to {MAX_SUPPORT} tokens of a distribution, found {kept}"
+            f"--{flag}: a cache holds up to {most} tokens of a distribution, found {kept}"
             f"{'' if samples else ' (0 is the whole vocabulary)'}; give a smaller one"
         )
     if samples and top_p is not None:

@@ -130,11 +130,14 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             )
         self.refuse_idle(
             cfg,
+            CachedTeacherConfig.divergence_weight,
             "divergence_weight",
             cfg.divergence not in WEIGHTED,
             f"--divergence {cfg.divergence}",
         )
-        self.refuse_idle(cfg, "label_smoothing", cfg.alpha == 1, "--alpha 1, without cross entropy")
+        self.refuse_idle(
+            cfg, 0.0, "label_smoothing", cfg.alpha == 1, "--alpha 1, without cross entropy"
+        )
         if not hasattr(task.cfg, "teacher_cache"):
             raise UserError(
                 f"{name} expects --task self_evolution_kd, found task "
@@ -163,9 +166,9 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             )
 
     @staticmethod
-    def refuse_idle(cfg: Any, option: str, idle: bool, because: str) -> None:
+    def refuse_idle(cfg: Any, default: Any, option: str, idle: bool, because: str) -> None:
         """Refuse an option that is given (is not as by default) and has no effect beside another."""
-        value, default = getattr(cfg, option), type(cfg).__dataclass_fields__[option].default
+        value = getattr(cfg, option)
         if idle and value != default:
             raise UserError(
                 f"--{option.replace('_', '-')} {value}: has no effect with {because}; leave it out, or "

@@ -183,7 +183,13 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
                 setattr(cfg, key, value)
             super().__init__(cfg, task)
             self.settings = parse_settings(cfg)
-            self.refuse_idle(cfg, "schedule_scale", cfg.schedule == "step", "--schedule step")
+            self.refuse_idle(
+                cfg,
+                SelfEvolutionKDConfig.schedule_scale,
+                "schedule_scale",
+                cfg.schedule == "step",
+                "--schedule step",
+            )
             if stored and self.settings.difficulty != "teacher":
                 raise UserError(
                     "--stored-difficulty holds KL(teacher || student); expected --difficulty "

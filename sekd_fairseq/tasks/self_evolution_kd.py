@@ -345,6 +345,15 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         """Keep :meth:`state_dict` for :meth:`build_criterion`."""
         self._learnt = state.get("criterion", {})
 
+    def eval_lm_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """fairseq-eval-lm calls this of every task."""
+        with one_line_errors():
+            raise UserError(
+                "fairseq-eval-lm: expected a task of language modelling, found self_evolution_kd, whose "
+                "data have two sides; perplexity of translations: fairseq-validate DATA --user-dir "
+                "sekd_fairseq --task self_evolution_kd --path CHECKPOINT --valid-subset test"
+            )
+
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """Before the loader workers of an epoch are forked."""
         collect_before_fork()

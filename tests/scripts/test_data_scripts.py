@@ -136,6 +136,83 @@ def test_recorded_vocabulary_is_that_of_the_models(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "data.json").read_text())["vocabulary"] == len(found) > 60
 
 
+PIECES = ["a", "▁", "▁house", "half▁way", "<pad>x", "x<pad>", "</s>", "<unk>", "<s>"]
+
+
+def test_text_that_looks_like_pieces_or_symbols(tmp_path: Path) -> None:
+    source, target = text_files(tmp_path)
+    lines = target.read_text(encoding="utf-8").splitlines()
+    odd = [f"{line} {PIECES[i % 9]}" for i, line in enumerate(lines)]
+    target.write_text("".join(f"{line}\n" for line in odd), encoding="utf-8")
+    done = run(
+        "prepare_data.py", "--src", source, "--tgt", target, "--source-lang", "en",
+        "--target-lang", "de", "--output", tmp_path / "out", "--valid-size", "10",
+        "--test-size", "11", "--vocab-size", "120",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "data.json").read_text())
+    dictionary = Dictionary.load(str(tmp_path / "out" / "bin" / "dict.de.txt"))
+    for subset in ("train", "valid", "test"):
+        text = (tmp_path / "out" / f"{subset}.de").read_text(encoding="utf-8").splitlines()
+        pieces = (tmp_path / "out" / "pieces" / f"{subset}.de").read_text(encoding="utf-8")
+        wrong = [
+            i
+            for i, (line, cut) in enumerate(zip(text, pieces.splitlines(), strict=True))
+            if cut.replace(" ", "").replace("▁", " ").strip() != line
+        ]
+        assert len(wrong) == summary["inexact"][subset] == sum("▁" in line for line in text)
+        assert all("▁" in text[i] for i in wrong)
+        if wrong:
+            message = next(x for x in done.stderr.splitlines() if f"{subset}.de line" in x)
+            assert message.startswith(f"warning: {len(wrong)} sentences hold '▁' (U+2581)")
+            assert f"first {subset}.de line {wrong[0] + 1};" in message
+        # No piece of the text is one of fairseq's own symbols.
+        ids = dictionary.encode_line(pieces.replace("\n", " "), append_eos=False).tolist()
+        assert not {dictionary.pad(), dictionary.eos(), dictionary.bos()} & set(ids)
+
+
+def test_a_small_text_is_not_held_out_whole(tmp_path: Path) -> None:
+    source, target = text_files(tmp_path, 1014)
+    given = ("--src", source, "--tgt", target, "--source-lang", "en", "--target-lang", "de")
+    done = run("prepare_data.py", *given, "--output", tmp_path / "a", "--vocab-size", "32000")
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "a" / "data.json").read_text())["sentences"]
+    assert counts == {"train": 804, "valid": 84, "test": 126}
+    assert "fewer than --vocab-size 32000" in done.stderr and "leave fewer" not in done.stderr
+    sizes = ("--valid-size", "400", "--test-size", "600")
+    done = run("prepare_data.py", *given, *sizes, "--output", tmp_path / "b")
+    assert "400 validation and 600 test pairs leave fewer" in done.stderr
+
+
+def test_lists_of_prefixes_and_options_without_effect(tmp_path: Path) -> None:
+    for name, first in (("one", 0), ("two", 30), ("dev", 60), ("test", 70)):
+        for side, language in zip(text_files(tmp_path, 90), ("en", "de"), strict=True):
+            lines = side.read_text(encoding="utf-8").splitlines(keepends=True)[first : first + 30]
+            lines = lines[: 10 if first >= 60 else 30]
+            (tmp_path / f"{name}.{language}").write_text("".join(lines), encoding="utf-8")
+    base = ("--source-lang", "en", "--target-lang", "de", "--output", tmp_path / "out")
+    rest = ("--valid", tmp_path / "dev", "--test", tmp_path / "test", "--vocab-size", "60", *base)
+    train = f"{tmp_path}/one, {tmp_path}/two"
+    done = run("prepare_data.py", "--train", train, *rest)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "out" / "data.json").read_text())["sentences"]
+    assert counts == {"train": 60, "valid": 10, "test": 10}
+    done = run("prepare_data.py", "--train", f"{train},{tmp_path}/one", *rest)
+    assert done.returncode == 1 and "one' twice" in done.stderr
+    done = run("prepare_data.py", "--train", train, *rest, "--valid-size", "400")
+    assert done.returncode == 2 and "--valid-size is for --src and --tgt" in done.stderr
+
+
+def test_an_output_that_cannot_be_made_ends_with_one_line(tmp_path: Path) -> None:
+    source, target = text_files(tmp_path)
+    done = run(
+        "prepare_data.py", "--src", source, "--tgt", target, "--source-lang", "en",
+        "--target-lang", "de", "--output", source / "below" / "a file",
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_corpus_from_a_wheel(tmp_path: Path) -> None:
     wheel = tmp_path / "homeassistant.whl"
     texts = {

@@ -87,9 +87,8 @@ def test_records_equal_the_models(data: Path, teacher: Path, tmp_path: Path) -> 
     assert "build_cache" in line
     # A teacher's own run: a record, no tokens.
     command(
-        "sekd_fairseq.score", data, "--path", teacher, "--cpu", "--run", tmp_path / "runs" / "t",
-        "--method", "teacher",
-    )  # fmt: skip
+        "sekd_fairseq.score", data, "--path", teacher, "--cpu", "--run", tmp_path / "runs" / "t"
+    )
     assert json.loads((tmp_path / "runs" / "t" / "run.json").read_text())["method"] == "teacher"
 
 

@@ -662,6 +662,50 @@ checkpoint: {{save_dir: {tmp_path / "save"}, no_epoch_checkpoints: true}}
     )  # fmt: skip
 
 
+def readme_block(after: str, language: str) -> str:
+    """The first block of a language after some words of the README."""
+    rest = (ROOT / "README.md").read_text(encoding="utf-8").split(after, 1)[1]
+    return rest.split(f"```{language}\n", 1)[1].split("```", 1)[0]
+
+
+def test_the_readmes_hydra_configuration_trains(data: Path, cache: Path, tmp_path: Path) -> None:
+    """As it stands, from a directory with a space, where its relative paths lie."""
+    here = tmp_path / "a b"
+    (here / "conf").mkdir(parents=True)
+    text = readme_block("fairseq-hydra-train", "yaml")
+    for name, place in (("DATA", data), ("CACHE", cache), ("sekd_fairseq", ROOT / "sekd_fairseq")):
+        (here / name).symlink_to(place)
+        assert f": {name}" in text
+    (here / "conf" / "sekd.yaml").write_text(text)
+    out = command(
+        "fairseq_cli.hydra_train", "--config-dir", "conf", "--config-name", "sekd",
+        "optimization.max_update=3", "common.cpu=true", cwd=here, fresh=True,
+    )  # fmt: skip
+    assert (here / "runs/mine/se_kd/checkpoints/checkpoint_best.pt").exists(), out
+
+
+def test_every_option_is_listed() -> None:
+    out = command("sekd_fairseq.options")
+    for option in ("--teacher-cache", "--lambda-max", "--hf-model", "--select-share", "--alpha"):
+        assert f"  {option} " in out
+
+
+def test_what_cannot_work_ends_with_one_line(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = error_line(
+        train(data, tmp_path / "file" / "save", "--criterion", "cross_entropy", check=False)
+    )
+    assert str(tmp_path / "file") in line
+
+
+def test_eval_lm_is_refused_in_one_line(data: Path, teacher: Path) -> None:
+    out = command(
+        "fairseq_cli.eval_lm", data, *PLUGIN, "--path", teacher, "--gen-subset", "test", "--cpu",
+        check=False,
+    )  # fmt: skip
+    assert "fairseq-validate" in error_line(out)
+
+
 def test_eval_bleu_checkpoint_resumes(data: Path, cache: Path, tmp_path: Path) -> None:
     base = (*SE_KD, "--teacher-cache", cache, "--eval-bleu", "--eval-bleu-args", '{"beam": 1}')
     train(data, tmp_path / "save", *base, "--max-update", "6")
