@@ -73,6 +73,17 @@ CONSISTENT: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8, "hidden_size_per_layer_input": 8,
     },
+    "gemma3": {
+        "text_config": {
+            "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -159,17 +170,23 @@ def compare(model_type: str, folder: Path) -> tuple[float, float, HFCausalLM]:
     for token in words:
         dictionary.add_symbol(str(token))
     Vocabulary(rows, "", None, hash_symbols(dictionary.symbols)).save(folder)
-    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    cfg = HFCausalLMConfig(hf_model=str(folder), data=str(folder))
+    task = SimpleNamespace(
+        source_dictionary=dictionary,
+        target_dictionary=dictionary,
+        cfg=SimpleNamespace(data=str(folder)),
+    )
+    cfg = HFCausalLMConfig(hf_model=str(folder))
     # In float32 all of it: some families keep a few weights in bfloat16.
     model = HFCausalLM.build_model(cfg, task).float()
-    original = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().float()
+    original = transformers.AutoModelForCausalLM.from_pretrained(folder).train().float()
 
     pairs = list(sentences())
     pad, eos = dictionary.pad(), dictionary.eos()
     source = padded([[*prompt, eos] for prompt, _ in pairs], pad, left=True)
     previous = padded([[eos, *output] for _, output in pairs], pad)
     target = padded([[*output, eos] for _, output in pairs], pad)
+    model.train()  # first, because what its family lacks is to be told by the plugin
+    logits, _ = model(source, None, previous)
     order = torch.tensor(rows)
     alone = []
     for prompt, output in pairs:
@@ -181,8 +198,6 @@ def compare(model_type: str, folder: Path) -> tuple[float, float, HFCausalLM]:
     )
     loss.backward()
 
-    model.train()
-    logits, _ = model(source, None, previous)
     kl = max(divergence(alone[i], logits[i]) for i in range(len(pairs)))
     torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), target.flatten(), reduction="sum", ignore_index=pad

@@ -88,10 +88,14 @@ class Probe:
         shared = [next(taken) for _ in range(SHARED)]
         prompts = [shared + [next(taken) for _ in range(length)] for length in PROMPTS]
         outputs = [[next(taken) for _ in range(length)] for length in OUTPUTS]
+        versions = [parameter._version for parameter in lm.parameters()]
         expected = [
             alone(lm, [rows[symbol] for symbol in prompt + output])
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
+        if versions != [parameter._version for parameter in lm.parameters()]:
+            # RWKV's layers are scaled for evaluation in place; a checkpoint would hold either.
+            raise refused(lm, "weights that evaluation leaves as they are", "others after it")
         return cls(
             prompts, outputs, expected, torch.tensor(known), torch.tensor([rows[i] for i in known])
         )
@@ -108,24 +112,22 @@ def alone(lm: Any, tokens: Sequence[int]) -> Tensor:
         with torch.no_grad():
             logits = lm(input_ids=torch.tensor([tokens])).logits
     except Exception as error:  # whatever a family raises
-        raise _refused(lm, "one that reads token ids alone", described(error)) from error
+        raise refused(lm, "one that reads token ids alone", error) from error
     if not isinstance(logits, Tensor) or logits.shape[:2] != (1, len(tokens)) or logits.dim() != 3:
         shape = tuple(getattr(logits, "shape", ()))
-        raise _refused(lm, f"logits for each of {len(tokens)} tokens", f"the shape {shape}")
+        raise refused(lm, f"logits for each of {len(tokens)} tokens", f"the shape {shape}")
     if not logits.isfinite().all():
-        raise _refused(lm, "finite logits", "others; are its weights whole?")
+        raise refused(lm, "finite logits", "others; are its weights whole?")
     return logits[0].float()
 
 
-def _refused(lm: Any, expected: str, found: str) -> UserError:
+def refused(lm: Any, expected: str, found: str | Exception) -> UserError:
+    """The line that says what a model lacks."""
+    if isinstance(found, Exception):
+        found = " ".join(f"{type(found).__name__}: {found}".split())[:200]
     return UserError(
         f"{type(lm).__name__} is no model for --arch hf_causal_lm: expected {expected}, found {found}"
     )
-
-
-def described(error: Exception) -> str:
-    """An error of a family in one short line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -151,18 +153,18 @@ def find_traits(decoder: Any, probe: Probe) -> None:
         tokens = [torch.tensor([p + o]) for p, o in zip(probe.prompts, probe.outputs, strict=True)]
         for i, row in enumerate(tokens):
             if probe.differs(i, alone(lm, row[0].tolist()), 0):
-                raise _refused(
+                raise refused(
                     lm,
                     "a vocabulary that only the embedding and the output projection know",
                     "logits that change when their rows are put in the dictionary's order",
                 )
         decoder.traits = Traits(body=find_body(lm, tokens[0]))
         try:
-            logits = decoder(previous, encoder_out)[0]
+            logits = decoder.read(previous, encoder_out)
         except Exception as error:  # whatever a family raises
-            raise _refused(lm, "one that reads padded batches", described(error)) from error
+            raise refused(lm, "one that reads padded batches", error) from error
         if _wrong(probe, logits):
-            raise _refused(
+            raise refused(
                 lm,
                 "logits that depend on the tokens before alone",
                 "others in a padded batch; if its config.json has is_decoder, it should be true",
@@ -170,7 +172,7 @@ def find_traits(decoder: Any, probe: Probe) -> None:
         decoder.traits = Traits(decoder.traits.body, cache=True)
         usual, decoder.shared_prefix = decoder.shared_prefix, SHARED
         try:
-            right = not _wrong(probe, decoder(previous, encoder_out)[0])
+            right = not _wrong(probe, decoder.read(previous, encoder_out))
             right = right and _generates(decoder, probe, previous, encoder_out)
         except Exception:  # whatever a family raises that has another cache or none
             right = False
@@ -257,7 +259,7 @@ def _generates(
             encoder_out = {
                 key: [value[order] for value in values] for key, values in encoder_out.items()
             }
-        logits = decoder(previous[order][:, :step], encoder_out, incremental_state=state)[0]
+        logits = decoder.read(previous[order][:, :step], encoder_out, incremental_state=state)
         for place, i in enumerate(order):
             start = len(probe.prompts[i]) + step - 2
             if step <= len(probe.outputs[i]) + 1 and probe.differs(i, logits[place], start):
@@ -274,7 +276,8 @@ def positions_of(lm: Any) -> int:
     """The most tokens that a model reads; a million where it has no limit of its own."""
     config = text_config(lm)
     names = ("max_position_embeddings", "max_seq_len")
-    positions = min(int(getattr(config, name, None) or 10**6) for name in names)
+    given = [getattr(config, name, None) for name in names]
+    positions = min((int(limit) for limit in given if limit and limit > 0), default=10**6)
     # RoBERTa's relatives count positions from the one after that of padding.
     offsets = [
         module.padding_idx + 1

@@ -28,11 +28,18 @@ from fairseq.models import (
     FairseqIncrementalDecoder,
     register_model,
 )
-from omegaconf import II, open_dict
+from omegaconf import open_dict
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.llm.families import Probe, Traits, find_traits, positions_of, telling_weights
+from sekd_fairseq.llm.families import (
+    Probe,
+    Traits,
+    find_traits,
+    positions_of,
+    refused,
+    telling_weights,
+)
 from sekd_fairseq.llm.loading import from_config, keep_layers, pretrained, read_config
 from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, check_rows, select_rows
 
@@ -79,7 +86,6 @@ class HFCausalLMConfig(FairseqDataclass):
         default=None,
         metadata={"help": "set by training: the model's configuration, kept in the checkpoint"},
     )
-    data: str = II("task.data")
 
 
 def prompt_mask(src_tokens: Tensor, pad: int, eos: int) -> Tensor:
@@ -177,6 +183,20 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         translation together, where the batch knows it; counting it on a GPU would wait for the GPU.
         Features are there where :attr:`output_projection` is.
         """
+        with one_line_errors():
+            return self.read(
+                prev_output_tokens, encoder_out, incremental_state, features_only, longest
+            ), {"attn": [None]}
+
+    def read(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: dict[str, list[Tensor]],
+        incremental_state: dict[str, Any] | None = None,
+        features_only: bool = False,
+        longest: int | None = None,
+    ) -> Tensor:
+        """What :meth:`forward` returns first; ``UserError`` where the model cannot read it."""
         prompt = encoder_out["encoder_out"][0]
         padding = encoder_out["encoder_padding_mask"][0]
         real = prev_output_tokens.ne(self.dictionary.pad())
@@ -192,23 +212,24 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         else:
             rows, places = self._join(prompt, padding, prev_output_tokens, real, longest)
             if rows.size(1) > self.positions and incremental_state is None:
-                with one_line_errors():
-                    raise UserError(
-                        f"a prompt and a translation of {rows.size(1)} tokens together: the model "
-                        f"has {self.positions} positions; shorten the prompt (fewer --shots) or "
-                        "leave out long sentences"
-                    )
+                raise UserError(
+                    f"a prompt and a translation of {rows.size(1)} tokens together: the model "
+                    f"has {self.positions} positions; shorten the prompt (fewer --shots) or "
+                    "leave out long sentences"
+                )
             if incremental_state is not None:
                 rows = rows[:, : self.positions]
                 places = places[:, -1:].clamp_max(rows.size(1) - 1)
             features = self._read(rows, places, prompt.size(1) - padding.sum(dim=1))
         if features_only:
-            return features, {"attn": [None]}
-        logits = features if self.output_projection is None else self.output_projection(features)
+            return features
+        logits: Tensor = (
+            features if self.output_projection is None else self.output_projection(features)
+        )
         if full is not None:
             others = torch.arange(logits.size(-1), device=logits.device).ne(self.dictionary.eos())
             logits = logits.masked_fill(full.view(-1, 1, 1) & others, -torch.inf)
-        return logits, {"attn": [None]}
+        return logits
 
     def _join(
         self,
@@ -283,7 +304,11 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
     def _run(self, module: Any, **options: Any) -> Any:
         """Run the model or its body with those options that the family knows."""
         known = inspect.signature(type(self.lm).forward).parameters
-        return module(**{name: value for name, value in options.items() if name in known})
+        try:
+            return module(**{name: value for name, value in options.items() if name in known})
+        except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
+            mode = "training" if self.training else "evaluation"
+            raise refused(self.lm, f"one that reads token ids alone in {mode}", error) from error
 
     def _shared_prefix(
         self, rows: Tensor, shortest: int
@@ -438,9 +463,22 @@ def load_language_model(cfg: HFCausalLMConfig, task: Any) -> tuple[Any, list[int
             "--arch hf_causal_lm expects --hf-model FOLDER (pretrained) or --hf-config FILE (from "
             "scratch), found neither"
         )
-    vocabulary = Vocabulary.load(Path(str(cfg.data).split(":")[0]), task.target_dictionary.symbols)
+    vocabulary = Vocabulary.load(
+        # The task's data: a checkpoint remembers where they were when it was trained.
+        Path(str(task.cfg.data).split(":")[0]),
+        task.target_dictionary.symbols,
+    )
     if cfg.hf_model:
-        lm = pretrained(cfg.hf_model, cfg.hf_gguf_file)
+        try:
+            lm = pretrained(cfg.hf_model, cfg.hf_gguf_file)
+        except UserError as error:
+            if cfg.hf_state is None:
+                raise
+            raise UserError(
+                f"{error}; this checkpoint has adapters alone: say where the model is that they "
+                "were trained on, --hf-model FOLDER, or for fairseq's own commands "
+                "--model-overrides \"{'hf_model': 'FOLDER'}\""
+            ) from error
         if cfg.hf_layers:
             keep_layers(lm, cfg.hf_layers)
         check_rows(lm, vocabulary.rows)
@@ -457,6 +495,8 @@ def take(x: Tensor, places: Tensor) -> Tensor:
 
 def remember_configuration(cfg: Any, model: Any) -> None:
     """Keep the language model's configuration in the training's own, so that a checkpoint can be
-    loaded without the files that it was started from."""
+    loaded without the files that it was started from, and the place of these from anywhere."""
     with open_dict(cfg):
+        if cfg.hf_model and Path(cfg.hf_model).exists():  # or it is a hub id
+            cfg.hf_model = str(Path(cfg.hf_model).resolve())
         cfg.hf_state = model.decoder.model.config.to_json_string(use_diff=False)

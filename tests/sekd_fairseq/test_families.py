@@ -59,11 +59,15 @@ def build(folder: Path, **options: Any) -> Any:
     dictionary = Dictionary()
     for token in range(4, llm_families.VOCABULARY):
         dictionary.add_symbol(str(token))
-    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    task = SimpleNamespace(
+        source_dictionary=dictionary,
+        target_dictionary=dictionary,
+        cfg=SimpleNamespace(data=str(folder)),
+    )
     rows = list(range(llm_families.VOCABULARY))
     symbols = llm_families.hash_symbols(dictionary.symbols)
     llm_families.Vocabulary(rows, "", None, symbols).save(folder)
-    cfg = llm_families.HFCausalLMConfig(data=str(folder), **options)
+    cfg = llm_families.HFCausalLMConfig(**options)
     return llm_families.HFCausalLM.build_model(cfg, task)
 
 
