@@ -36,7 +36,7 @@ PROBE = "Straße,  zwei\tTage\nNaïve 你好 🙂"
 
 def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str | None) -> None:
     """Write the folder."""
-    (model,), _, task = load_models([checkpoint], data, torch.device("cpu"))
+    (model,), _, task = load_models([checkpoint], data, torch.device("cpu"), base)
     if not isinstance(model, HFCausalLM):
         raise UserError(f"{checkpoint}: expected a student of --arch hf_causal_lm, found another")
     vocabulary = Vocabulary.load(Path(data), task.target_dictionary.symbols)
@@ -100,7 +100,12 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True, help="data directory that it was trained on")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--base", metavar="MODEL", help="folder (or hub id) of the original model")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="folder (or hub id) of the original model; of adapters the one that they were trained on, "
+        "if it has moved",
+    )
     parser.add_argument("--base-gguf-file", metavar="FILE", help="a GGUF file in --base")
     args = parser.parse_args()
     quiet_fairseq()

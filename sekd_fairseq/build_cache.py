@@ -29,6 +29,7 @@ from sekd_fairseq.data import target_hashes
 from sekd_fairseq.engines import Engine, TorchEngine, VLLMEngine
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inference import (
+    add_hf_model,
     default_device,
     half_precision,
     load_split,
@@ -159,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="I",
         help="which of these this is, from 0 (default: 0, or the rank under torchrun)",
     )
+    add_hf_model(out)
     out.add_argument("--cpu", action="store_true", help="do not use a GPU")
     return out
 
@@ -198,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             engine = vllm_engine(args, dtype)
         else:
             paths = utils.split_paths(args.path)
-            engine = TorchEngine(paths, args.data, default_device(args.cpu), dtype)
+            engine = TorchEngine(paths, args.data, default_device(args.cpu), dtype, args.hf_model)
         for split in splits:
             cache = build_split(engine, args, split)
             if cache is not None:

@@ -56,10 +56,15 @@ class TorchEngine:
     batch_tokens = 4096
 
     def __init__(
-        self, paths: Sequence[str], data: str, device: torch.device, dtype: torch.dtype
+        self,
+        paths: Sequence[str],
+        data: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        hf_model: str | None = None,
     ) -> None:
         self.device = device
-        self.models, config, self.task = load_models(paths, data, device)
+        self.models, config, self.task = load_models(paths, data, device, hf_model)
         for model in self.models:
             model.to(dtype)
         self.identity = {
@@ -87,7 +92,11 @@ class TorchEngine:
         parts: dict[str, list[NDArray[Any]]] = {}
         done = 0
         for target, z in token_logits(
-            self.models, to_device(sample, self.device), pad, temperature
+            self.models,
+            to_device(sample, self.device),
+            pad,
+            temperature,
+            len(self.task.target_dictionary),
         ):
             draws = None if uniform is None else uniform[done : done + len(target)]
             done += len(target)

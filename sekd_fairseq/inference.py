@@ -1,5 +1,6 @@
 """Running checkpoints over a dataset, for the commands that build caches and score students."""
 
+import argparse
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from sekd_fairseq.splits import read_whole, readable
 
 
 def load_models(
-    paths: Sequence[str], data: str, device: torch.device
+    paths: Sequence[str], data: str, device: torch.device, hf_model: str | None = None
 ) -> tuple[list[Any], Any, Any]:
     """Load checkpoints of one task, in eval mode on ``device``.
 
@@ -31,6 +32,8 @@ def load_models(
     data
         The data directory whose dictionaries they must fit (instead of the one they were trained
         on).
+    hf_model
+        Where the language model is that adapters were trained on, if it has moved.
 
     Returns
     -------
@@ -48,13 +51,13 @@ def load_models(
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
-    training_only: dict[str, Any] = dict.fromkeys(
-        ("teacher_cache", "teacher_path", "stored_difficulty")
-    )
-    training_only |= {"bf16": False, "num_batch_buckets": 0}
+    overrides: dict[str, Any] = {"data": data, "bf16": False, "num_batch_buckets": 0}
+    overrides |= dict.fromkeys(("teacher_cache", "teacher_path", "stored_difficulty"))
+    if hf_model:
+        overrides["hf_model"] = hf_model
     try:
         models, config, task = checkpoint_utils.load_model_ensemble_and_task(
-            list(paths), arg_overrides={"data": data, **training_only}
+            list(paths), arg_overrides=overrides
         )
     except FileNotFoundError as error:
         raise UserError(
@@ -73,6 +76,16 @@ def load_models(
     for model in models:
         model.eval().to(device)
     return models, config, task
+
+
+def add_hf_model(parser: argparse.ArgumentParser) -> None:
+    """``--hf-model``, for commands that load checkpoints (:func:`load_models`)."""
+    parser.add_argument(
+        "--hf-model",
+        metavar="FOLDER",
+        help="where the language model is that a checkpoint's adapters (--lora-r) were trained on, "
+        "if it has moved",
+    )
 
 
 def language_model_config(data: str, *options_of_model: str) -> Any:
@@ -146,9 +159,31 @@ def too_long(
     return frozenset(found)
 
 
+def flat_logits(logits: Tensor, target: Tensor, symbols: int | None = None) -> Tensor:
+    """Logits, or features, at every target position, (B, T, X) to (B T, X).
+
+    Raises
+    ------
+    UserError
+        They are not at the positions of ``target`` (B, T), or logits of another number of symbols.
+    """
+    expected = (*target.shape, symbols or logits.size(-1))
+    if logits.shape != expected:
+        raise UserError(
+            f"the model gives logits of shape {tuple(logits.shape)}: expected {expected}, one for "
+            "each target token and each symbol of the data's dictionary; the model and DATA do not "
+            "belong together, or this --arch does not give logits at target positions"
+        )
+    return logits.reshape(-1, logits.size(-1))
+
+
 @torch.no_grad()
 def token_logits(
-    models: Sequence[Any], sample: dict[str, Any], pad: int, temperature: float = 1.0
+    models: Sequence[Any],
+    sample: dict[str, Any],
+    pad: int,
+    temperature: float = 1.0,
+    symbols: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Next-token distributions of an ensemble at a batch's target tokens, some tokens at a time.
 
@@ -159,11 +194,15 @@ def token_logits(
     z : (n, V) float32
         Logits over ``temperature``; of several models the log of their mean probability. The
         caller may overwrite it.
+
+    Raises
+    ------
+    UserError
+        A model gives no logits for each target token and each of ``symbols``.
     """
     target = sample["target"]
     rows = target.view(-1).ne(pad).nonzero().squeeze(1)
-    logits = [model(**sample["net_input"])[0] for model in models]
-    logits = [one.reshape(-1, one.size(-1)) for one in logits]
+    logits = [flat_logits(model(**sample["net_input"])[0], target, symbols) for model in models]
     step = max(1, 2**26 // logits[0].size(-1))
     for start in range(0, rows.numel(), step):
         part = rows[start : start + step]

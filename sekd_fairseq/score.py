@@ -29,7 +29,9 @@ from sekd_fairseq.criterions.self_evolution_kd import partners
 from sekd_fairseq.data import TeacherDataset, teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inference import (
+    add_hf_model,
     default_device,
+    flat_logits,
     half_precision,
     load_models,
     load_split,
@@ -103,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     half = out.add_mutually_exclusive_group()
     half.add_argument("--fp16", action="store_true", help="run the student in float16 (GPU)")
     half.add_argument("--bf16", action="store_true", help="run the student in bfloat16")
+    add_hf_model(out)
     out.add_argument("--cpu", action="store_true", help="do not use a GPU")
     return out
 
@@ -164,7 +167,7 @@ def score_checkpoint(
 ) -> tuple[dict[str, Any], ScoredSplit | None]:
     """Write the token records of one checkpoint; returns the content of ``run.json`` and, for the
     run's other checkpoints, what it was scored on (None without ``--teacher-cache``)."""
-    models, config, task = load_models([str(path)], args.data, device)
+    models, config, task = load_models([str(path)], args.data, device, args.hf_model)
     models[0].to(half_precision(args.fp16, args.bf16))
     checkpoint = torch.load(path, map_location="cpu")
     step = int(checkpoint["optimizer_history"][-1]["num_updates"])
@@ -199,12 +202,15 @@ def score_split(
     parts: list[dict[str, NDArray[Any]]] = []
     lengths = dataset.sizes[:, 1]
     temperature = dataset.caches[0].manifest.temperature
+    symbols = dataset.caches[0].manifest.vocab_size
     with progress(
         total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"score {name}"
     ) as bar:
         for batch in token_batches(dataset, np.arange(len(dataset)), max_tokens):
             sample = dataset.collater([dataset[i] for i in batch])
-            part = token_columns(model, to_device(sample, device), dataset.pad, temperature)
+            part = token_columns(
+                model, to_device(sample, device), dataset.pad, temperature, symbols
+            )
             ids = sample["id"].numpy()
             rows = [dataset.caches[0][int(i)] for i in ids]
             sizes = [len(row.entropy) for row in rows]
@@ -220,7 +226,11 @@ def score_split(
 
 @torch.no_grad()
 def token_columns(
-    model: Any, sample: dict[str, Any], pad: int, temperature: float = 1.0
+    model: Any,
+    sample: dict[str, Any],
+    pad: int,
+    temperature: float = 1.0,
+    symbols: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Teacher and student at the target tokens of a batch, in the batch's order.
 
@@ -228,7 +238,7 @@ def token_columns(
     ``p_of_q_top1`` of a token outside the teacher's support is the outside mass spread evenly.
     """
     logits = model(**sample["net_input"])[0].float() / temperature
-    logits = logits.reshape(-1, logits.size(-1))
+    logits = flat_logits(logits, sample["target"], symbols)
     target = sample["target"].view(-1)
     rows = target.ne(pad).nonzero().squeeze(1)
     teacher = teacher_rows(sample["teacher"])

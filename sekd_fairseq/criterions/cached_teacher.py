@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sekd_fairseq.data import teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.inference import flat_logits
 from sekd_fairseq.losses import (
     DIVERGENCES,
     MISSING_MASS,
@@ -262,12 +263,17 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             return self._loss(logits, every, at_tokens(teacher, part), overwrite=True)
 
         if projection is not None:
-            features = flatten(model(**sample["net_input"], features_only=True)[0])  # (B T, D)
+            features = model(**sample["net_input"], features_only=True)[0]
+            with one_line_errors():
+                features = flat_logits(features, sample["target"])  # (B T, D)
             features = features.index_select(0, rows)
             weights = (projection.weight, projection.bias)
             loss, sums = chunked_loss(features, *weights, part_loss, self.chunk_tokens)
         else:
-            logits = flatten(model(**sample["net_input"])[0])  # (B T, V)
+            logits = model(**sample["net_input"])[0]
+            with one_line_errors():
+                symbols = len(self.task.target_dictionary)
+                logits = flat_logits(logits, sample["target"], symbols)  # (B T, V)
             loss, sums = self._loss(logits, rows, teacher)
         sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
         logging_output = {
@@ -438,11 +444,6 @@ def gradients_of(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not value.requires_grad:
         return tuple(map(torch.zeros_like, inputs))
     return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-
-
-def flatten(x: Tensor) -> Tensor:
-    """Batch and time as one dimension: (B, T, X) to (B T, X)."""
-    return x.reshape(-1, x.size(-1))
 
 
 def output_projection(model: Any) -> torch.nn.Linear | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -832,3 +833,38 @@ def test_templates() -> None:
     for text in ("no field", "{src} {other}", "{src"):
         with pytest.raises(UserError, match="prompt template"):
             Template(text, "de", "en")
+
+
+def test_adapters_travel(
+    llm_data: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data and base moved, the checkpoint used from another directory: what is given wins."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(llm_data, first / "data")
+    pretrained(first / "base", "llama", len(load_tokenizer(str(tokenizer)).pieces))
+    monkeypatch.chdir(first)
+    arguments = train_llm_arguments(
+        Path("data"), Path("lora"), "--criterion", "cross_entropy", "--hf-model", "base", "--lora-r",
+        "2", "--disable-validation",
+    )  # fmt: skip
+    command(*arguments, cwd=first)
+    path = first / "lora" / "checkpoint_last.pt"
+    second.mkdir()
+    generate = [
+        "fairseq_cli.generate", *PLUGIN, "--path", path, "--cpu", "--beam", "2", "--max-len-b", "4",
+    ]  # fmt: skip
+    # From elsewhere, the base where it was.
+    command(*generate, first / "data", cwd=second)
+    data, base = ((first / name).rename(second / name) for name in ("data", "base"))
+    line = error_line(command(*generate, "data", cwd=second, check=False))
+    assert str(first / "base") in line and "--hf-model" in line and "--model-overrides" in line
+    out = command(*generate, "data", "--model-overrides", "{'hf_model': 'base'}", cwd=second)
+    assert out.count("H-") == 9
+    score = ["sekd_fairseq.score", "data", "--path", path, "--run", "run", "--cpu"]
+    assert "--hf-model" in error_line(command(*score, cwd=second, check=False))
+    command(*score, "--hf-model", "base", cwd=second)
+    build = ["sekd_fairseq.build_cache", "data", "--path", path, "--output", "cache", "--cpu"]
+    build += ["--subset", "test", "--allow-implausible"]
+    assert "--hf-model" in error_line(command(*build, cwd=second, check=False))
+    command(*build, "--hf-model", "base", cwd=second)
+    script("export_hf", path, "--data", data, "--output", tmp_path / "hf", "--base", base)
