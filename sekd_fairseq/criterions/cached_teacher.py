@@ -160,7 +160,8 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         #: False for a batch that fills up a process's share of an update and is not learnt from.
         self.counted = True
         self._told = False
-        if self.chunk_tokens != 0 and self.whole_batch(cfg):
+        self.ranks_batch = bool(self.whole_batch(cfg))
+        if self.chunk_tokens != 0 and self.ranks_batch:
             raise UserError(
                 f"--sekd-chunk-tokens: expected 0 with {self.whole_batch(cfg)}, which ranks the "
                 f"tokens of a whole batch, found {cfg.sekd_chunk_tokens}"
@@ -304,7 +305,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                 student = whole_log_probs(logits, teacher.target[part])
                 return self._token_loss(student, student, teacher.rows(part), {}, logits)
 
-            return blockwise_loss(logits, rows, block_loss)
+            return blockwise_loss(logits, rows, block_loss, at_once=self.ranks_batch)
         temperature = self.task.teacher_temperature
         usual = temperature == 1.0 and "draws" not in teacher
         threshold = self.one_kernel() if usual else None

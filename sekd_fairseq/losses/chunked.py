@@ -79,7 +79,7 @@ def chunked_loss(
 
 
 def blockwise_loss(
-    logits: Tensor, rows: Tensor, loss_of: ChunkLoss
+    logits: Tensor, rows: Tensor, loss_of: ChunkLoss, at_once: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summed loss of some rows of logits, worked off in blocks (:func:`blocks_of`).
 
@@ -94,6 +94,8 @@ def blockwise_loss(
         The rows that count, each once.
     loss_of
         Called once a block with its logits, (n, V) in single precision.
+    at_once
+        Take all rows as one block, for a loss that ranks the tokens of a batch.
     """
     sums: dict[str, Tensor] = {}
     wanted = torch.is_grad_enabled() and logits.requires_grad
@@ -101,7 +103,8 @@ def blockwise_loss(
         gradient = torch.zeros_like(logits) if wanted else None
         total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         # No tokens still make one (empty) block, which names the sums.
-        for part in blocks_of(logits, rows) or [slice(0, 0)]:
+        blocks = [slice(None)] if at_once else blocks_of(logits, rows) or [slice(0, 0)]
+        for part in blocks:
             block = logits.index_select(0, rows[part]).to(total.dtype)
             with torch.set_grad_enabled(wanted):
                 loss, found = loss_of(block.requires_grad_(wanted), part)

@@ -14,8 +14,10 @@ from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDCriterion,
 )
 from sekd_fairseq.data import teacher_rows
-from sekd_fairseq.losses import build_events, chunked_loss, support_log_probs
+from sekd_fairseq.losses import TeacherRows, build_events, chunked_loss, support_log_probs
 from sekd_fairseq.losses.divergences import DIVERGENCES
+from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
+from sekd_fairseq.online_teacher import DenseTeacher
 
 TOKENS, VOCABULARY = 9, 31
 
@@ -155,3 +157,52 @@ def test_a_sure_student_at_low_temperature(divergence: str) -> None:
     if divergence == "forward_kl":  # one token at 0, thirty at -120, beside 1/31 for each
         by_hand = 30 / 31 * 120 - math.log(31)
         assert results[1][0][0].item() == pytest.approx(by_hand, rel=1e-3)  # stored in float16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma_type": "quantile"},
+        {"select": "batch"},
+        {"divergence": "atkd"},
+        {"divergence": "jsd"},
+        {"label_smoothing": 0.1},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_a_teacher_beside_the_student_is_a_cache_of_every_token(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the size of the blocks in which its distributions are compared: also for losses that
+    rank the tokens of a batch."""
+    generator = torch.Generator().manual_seed(6)
+    logits, teacher = (torch.randn(1, TOKENS, VOCABULARY, generator=generator) for _ in range(2))
+    sample = batch()
+    target = sample["target"].view(-1)
+    whole = TeacherRows.from_dense(teacher[0].log_softmax(-1), target)
+    entry = {
+        "ids": whole.ids,
+        "size": torch.full_like(target, VOCABULARY),
+        "log_p": whole.log_p,
+        "gold_log_p": whole.log_p[:, 0].double(),
+        "outside_mass": torch.zeros(TOKENS).double(),
+    }
+    beside = DenseTeacher([teacher[0]], torch.arange(TOKENS), target)
+    se_kd = "gamma_type" in options or "label_smoothing" in options
+    kind, config = (
+        (SelfEvolutionKDCriterion, SelfEvolutionKDConfig(sentence_avg=False, **options))
+        if se_kd
+        else (CachedKDCriterion, CachedKDConfig(sentence_avg=False, **options))
+    )
+    config._name = "self_evolution_kd" if se_kd else "cached_kd"
+    monkeypatch.setitem(SCRATCH_ELEMENTS, "cpu", 2 * VOCABULARY)  # two tokens a block
+    found = []
+    for one in (entry, beside):
+        criterion = kind(config, task())
+        criterion.task.teacher_at = lambda sample, rows, one=one: one
+        model = Logits(logits.clone())
+        loss, _, log = criterion(model, {**sample, "teacher": {}})
+        loss.backward()
+        sums = {key: torch.as_tensor(value).double() for key, value in log.items()}
+        found.append((loss.detach(), model.logits.grad, sums))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
