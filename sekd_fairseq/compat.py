@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
 from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.settings import check_settings, remember_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ def keep_checkpoints_whole() -> None:
 def resume_as_left() -> None:
     """Put right how fairseq goes on with a training.
 
+    It does so whatever the settings are now: others are refused (:mod:`sekd_fairseq.settings`).
     It looks at ``--max-update`` only after an update, so that each new start of a finished training
     would make one more: that ends at once. And with ``--reset-dataloader``, for other data, it goes on
     with the optimiser but not with what the criterion has learnt over updates.
@@ -111,6 +114,14 @@ def resume_as_left() -> None:
     def load_as_left(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         with one_line_errors():
             check_precision(trainer)
+            remember_teacher(trainer.cfg)
+            last_one = Path(cfg.save_dir) / f"checkpoint_last{trainer.checkpoint_suffix}.pt"
+            resets = ("optimizer", "lr_scheduler", "meters", "dataloader")
+            deliberate = cfg.restore_file != "checkpoint_last.pt" or any(
+                getattr(cfg, f"reset_{name}") for name in resets
+            )
+            if last_one.is_file() and not deliberate:
+                check_settings(last_one, trainer.cfg)
         loaded = load(cfg, trainer, **kwargs)
         updates, last = trainer.get_num_updates(), trainer.cfg.optimization.max_update
         if 0 < last <= updates:

@@ -66,6 +66,10 @@ class SelfEvolutionKDConfig(TranslationConfig):
         },
     )
     bf16: bool = II("common.bf16")
+    teacher: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "set by training: which teacher it has, kept in the checkpoint"},
+    )
 
 
 def paths(value: str | None) -> list[str]:
@@ -191,7 +195,12 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         )
 
     def _open_cache(self, root: Path, split: str, turn: int) -> TeacherCache:
-        if root.is_dir() and not (root / split).is_dir():
+        if not root.is_dir():
+            raise CacheError(
+                f"{root}: expected a teacher cache, found no directory; give its place with "
+                "--teacher-cache CACHE, or leave that out for plain translation"
+            )
+        if not (root / split).is_dir():
             built = sorted(path.name for path in root.iterdir() if path.is_dir())
             command = suggested(
                 *("python", "-m", "sekd_fairseq.build_cache", paths(self.cfg.data)[turn]),
@@ -336,14 +345,23 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             self.criterion.load_running_state(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The criterion's state over updates, for ``fairseq-validate`` and its like."""
-        if not isinstance(self.criterion, CachedTeacherCriterion):
-            return {}
-        return {"criterion": self.criterion.running_state()}
+        """The criterion's state over updates, for ``fairseq-validate`` and its like, and where
+        relative paths start."""
+        state: dict[str, Any] = {"directory": os.getcwd()}
+        if isinstance(self.criterion, CachedTeacherCriterion):
+            state["criterion"] = self.criterion.running_state()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep :meth:`state_dict` for :meth:`build_criterion`."""
+        """Keep the criterion's part of :meth:`state_dict` for :meth:`build_criterion`; relative paths
+        start where the checkpoint was trained, unless they lead somewhere from here."""
         self._learnt = state.get("criterion", {})
+        for name in ("teacher_cache", "teacher_path"):
+            found = [
+                path if os.path.exists(path) else os.path.join(state.get("directory", ""), path)
+                for path in paths(getattr(self.cfg, name))
+            ]
+            setattr(self.cfg, name, ":".join(found) or None)
 
     def eval_lm_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq-eval-lm calls this of every task."""

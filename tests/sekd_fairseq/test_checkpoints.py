@@ -1,0 +1,69 @@
+"""Checkpoints used elsewhere than they were trained, and trained on with other settings."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sekd_fairseq.errors import UserError
+from sekd_fairseq.inference import flat_logits
+
+from .conftest import ROOT, command, error_line, train, train_arguments
+
+
+def test_relative_paths_of_a_checkpoint(data: Path, cache: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(cache, first / "cache")
+    second.mkdir()
+    options = ("--criterion", "self_evolution_kd", "--teacher-cache", "cache", "--max-update", "2")
+    command(*train_arguments(data, first / "save", *options), cwd=first)
+    path = first / "save" / "checkpoint_last.pt"
+    validate = [
+        "fairseq_cli.validate", data, "--user-dir", ROOT / "sekd_fairseq", "--task",
+        "self_evolution_kd", "--path", path, "--max-tokens", "300", "--cpu",
+    ]  # fmt: skip
+    command(*validate, cwd=second)
+    (first / "cache").rename(second / "moved")
+    line = error_line(command(*validate, cwd=second, check=False))
+    assert str(first / "cache") in line and "--teacher-cache" in line
+    command(*validate, "--teacher-cache", "moved", cwd=second)
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    base = ("--criterion", "self_evolution_kd", "--teacher-cache", cache, "--disable-validation")
+    train(data, save, *base, "--max-update", "2")
+
+    def refused(*options: object) -> str:
+        line = error_line(train(data, save, *base, "--max-update", "3", *options, check=False))
+        assert "begun with other settings" in line and "--save-dir" in line
+        return line
+
+    assert "--lr [0.005] is now [0.004]" in refused("--lr", "4e-3")
+    assert "--alpha None is now 0.5" in refused("--alpha", "0.5")
+    assert "--encoder-layers 2 is now 1" in refused("--encoder-layers", "1")
+    other = tmp_path / "other"
+    command(
+        "sekd_fairseq.build_cache", data, "--path", teacher, "--output", other, "--cpu", "--subset",
+        "train", "--top-k", "3",
+    )  # fmt: skip
+    assert "--teacher " in refused("--teacher-cache", other)
+    # The same cache elsewhere, longer, with other logs and workers.
+    shutil.copytree(cache, tmp_path / "moved")
+    free = ("--teacher-cache", tmp_path / "moved", "--log-interval", "2", "--num-workers", "1")
+    assert '"train_num_updates": "4"' in train(data, save, *base, "--max-update", "4", *free)
+    # Deliberately.
+    given = ("--lr", "4e-3", "--max-update", "5")
+    train(data, save, *base, *given, "--restore-file", save / "checkpoint_last.pt")
+    train(data, save, *base, "--lr", "3e-3", "--reset-optimizer", "--max-update", "6")
+
+
+def test_logits_that_do_not_match_the_targets() -> None:
+    target = torch.zeros(2, 3, dtype=torch.long)
+    assert flat_logits(torch.zeros(2, 3, 7), target, 7).shape == (6, 7)
+    for shape in ((2, 4, 7), (3, 2, 7), (2, 3, 8)):
+        with pytest.raises(UserError, match=r"expected \(2, 3, 7\)"):
+            flat_logits(torch.zeros(shape), target, 7)
