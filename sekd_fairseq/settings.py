@@ -6,6 +6,7 @@ would then pass for one of the new settings, and one that was stopped would be a
 
 import logging
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from omegaconf import OmegaConf, open_dict
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.teacher_cache.format import Manifest
+from sekd_fairseq.teacher_cache.format import MANIFEST, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,10 @@ def check_settings(checkpoint: Path, cfg: Any) -> None:
     UserError
         Names what differs.
     """
-    # Mapped, because its tensors are not asked for.
-    begun = torch.load(checkpoint, map_location="cpu", mmap=True).get("cfg")
+    try:  # mapped, because its tensors are not asked for
+        begun = torch.load(checkpoint, map_location="cpu", mmap=True).get("cfg")
+    except (RuntimeError, EOFError, zipfile.BadZipFile):
+        return  # a damaged one is named when it is loaded
     if begun is None:
         return
     before, now = settings(begun), settings(plain(cfg))
@@ -80,7 +83,10 @@ def remember_teacher(cfg: Any) -> None:
     move."""
     roots = getattr(cfg.task, "teacher_cache", None)
     if roots:
-        manifests = [Manifest.load(Path(r) / cfg.dataset.train_subset) for r in roots.split(":")]
+        caches = [Path(root) / cfg.dataset.train_subset for root in roots.split(":")]
+        if not all((cache / MANIFEST).is_file() for cache in caches):
+            return  # the data say what is missing when they are loaded
+        manifests = [Manifest.load(cache) for cache in caches]
         with open_dict(cfg):
             cfg.task.teacher = ":".join(manifest.fingerprint for manifest in manifests)
     elif getattr(cfg.task, "teacher_path", None):

@@ -1,5 +1,6 @@
 """A small translation task that trains in seconds, and ways to run fairseq on it."""
 
+import gc
 import logging
 import os
 import random
@@ -15,6 +16,7 @@ from typing import IO, NoReturn
 
 import pytest
 import torch
+import torch._dynamo  # an optimiser imports it, which takes a second (imported before forking)
 from filelock import FileLock
 
 import sekd_fairseq.tasks  # noqa: F401 (imported before forking)
@@ -68,6 +70,7 @@ def fork_module(words: list[str], cwd: Path, output: IO[str], fresh: bool = Fals
 def run_module(words: list[str], cwd: Path, output: IO[str], fresh: bool) -> NoReturn:
     """In a forked child: become ``python -m words``, with both streams to ``output``."""
     status = 1
+    gc.freeze()  # what pytest has loaded is no garbage, and to look at it would copy it
     try:
         os.chdir(cwd)
         for stream in (1, 2):
