@@ -4,41 +4,25 @@ import importlib.util
 import io
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import snakemake.cli  # noqa: F401 (imported before forking)
 import yaml
 from progress import describe, follow, parse_line
 from train import check_settings
+
+from tests.sekd_fairseq.conftest import command
 
 ROOT = Path(__file__).parents[2]
 
 
 def plan(config: str, cwd: Path, *overrides: str, options: Sequence[str | Path] = ("-c2",)) -> str:
     write_texts(cwd, config)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--dry-run",
-            "-s",
-            ROOT / "scripts" / "Snakefile",
-            "--configfile",
-            ROOT / "scripts" / "configs" / config,
-            *options,
-            *(["--config", *overrides] if overrides else []),
-        ],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    words = ["--configfile", ROOT / "scripts" / "configs" / config, *options]
+    words += ["--config", *overrides] if overrides else []
+    return command("snakemake", "--dry-run", "-s", ROOT / "scripts" / "Snakefile", *words, cwd=cwd)
 
 
 def write_texts(cwd: Path, config: str) -> None:
