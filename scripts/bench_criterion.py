@@ -559,8 +559,9 @@ def main() -> None:
             write_results(name, rows, targets, device, args.output, quiet=True)
     if not on_gpu:
         targets = cpu_targets(Figures(rows))
-        draw(rows, args.output / "bench_criterion.png")
     write_results(name, rows, targets, device, args.output)
+    if not on_gpu:
+        draw(rows, args.output / "bench_criterion.png")
 
 
 if __name__ == "__main__":
