@@ -233,17 +233,11 @@ def dense_step(
     return step
 
 
-def ours(vocabulary: int, chunk: str = "0", **options: Any) -> SelfEvolutionKDCriterion | None:
-    """SE-KD with its defaults but for ``options``; None where it does not know a value of them."""
-    config = SelfEvolutionKDConfig(sentence_avg=False, **options)
+def ours(vocabulary: int, chunk: str = "0", **options: Any) -> SelfEvolutionKDCriterion:
+    """SE-KD with its defaults but for ``options``."""
+    config = SelfEvolutionKDConfig(sentence_avg=False, sekd_chunk_tokens=chunk, **options)
     config._name = "self_evolution_kd"
-    # As fairseq's parser gives it.
-    kind = type(config.sekd_chunk_tokens)
-    try:
-        config.sekd_chunk_tokens = kind(chunk)
-        return SelfEvolutionKDCriterion(config, task(vocabulary))
-    except (ValueError, SystemExit):
-        return None
+    return SelfEvolutionKDCriterion(config, task(vocabulary))
 
 
 def fits(vocabulary: int, tokens: int, copies: int) -> bool:
@@ -341,8 +335,7 @@ def gpu_contenders(setting: Setting, device: torch.device) -> dict[str, Callable
     if setting.width:
         for chunk in ("1024", "auto"):
             criterion = ours(vocabulary, chunk)
-            if criterion is not None:
-                found[f"chunked, {chunk}"] = criterion_step(criterion, inputs.model, cached)
+            found[f"chunked, {chunk}"] = criterion_step(criterion, inputs.model, cached)
         found["floor"] = matrix_products(inputs)
         liger = first_of("liger_kernel.transformers:LigerFusedLinearCrossEntropyLoss")
         if liger is not None and device.type == "cuda":

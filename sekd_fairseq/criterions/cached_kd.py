@@ -141,7 +141,7 @@ class CachedKDCriterion(CachedTeacherCriterion):
             return None
         return SelfEvolution(lambda_max=0.0), math.inf
 
-    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Any]:
+    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int, gamma: float) -> dict[str, Any]:
         """The mean KL; no token is hard."""
         own = {"kl": sums["kl_easy"], "selected": torch.full_like(sums["kl_easy"], tokens)}
         return {"nll_loss": sums["nll_loss"], "agree": sums["agree"], **own}

@@ -31,7 +31,7 @@ from sekd_fairseq.losses import (
     chunked_loss,
     support_log_probs,
 )
-from sekd_fairseq.losses.divergences import in_float32
+from sekd_fairseq.losses.divergences import WEIGHTED, in_float32
 from sekd_fairseq.losses.known_gradient import with_gradient
 from sekd_fairseq.losses.support import (
     gradient_size,
@@ -43,9 +43,6 @@ from sekd_fairseq.online_teacher import DenseTeacher
 from sekd_fairseq.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
-
-#: Divergences that ``divergence_weight`` is part of.
-WEIGHTED = ("jsd", "skew_forward_kl", "skew_reverse_kl")
 
 #: Divergences with KL(q || p) in them, infinite where p is zero and q is not.
 ENDLESS_WITHOUT_TEACHER = ("reverse_kl", "adaptive_kl")
@@ -195,7 +192,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         (:mod:`~sekd_fairseq.losses.token_loss_triton`); None where it cannot."""
         return None
 
-    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Any]:
+    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int, gamma: float) -> dict[str, Any]:
         """What is logged of the sums that the kernel gives, as :meth:`distill` names it."""
         raise NotImplementedError
 
@@ -308,11 +305,12 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             return blockwise_loss(logits, rows, block_loss, at_once=self.ranks_batch)
         temperature = self.task.teacher_temperature
         usual = temperature == 1.0 and "draws" not in teacher
-        threshold = self.one_kernel() if usual else None
-        if threshold is not None and (kernel := one_kernel(logits)) is not None:
+        known = self.one_kernel() if usual else None
+        if known is not None and (kernel := one_kernel(logits)) is not None:
+            settings, gamma = known
             weights = (self.alpha, self.label_smoothing)
-            loss, sums = kernel(logits, rows, teacher, *threshold, *weights, overwrite)
-            return loss, self.sums_of_kernel(sums, rows.numel())
+            loss, sums = kernel(logits, rows, teacher, settings, gamma, *weights, overwrite)
+            return loss, self.sums_of_kernel(sums, rows.numel(), gamma)
         smooth, uniform = self.label_smoothing > 0, self.missing_mass == "uniform"
         cached = teacher_rows(teacher)
         ids, valid = cached.ids, cached.valid

@@ -243,9 +243,8 @@ class SelfEvolutionKDCriterion(CachedTeacherCriterion):
         running = self.running_quantile
         return settings, settings.gamma if running is None else running.value
 
-    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int) -> dict[str, Any]:
+    def sums_of_kernel(self, sums: dict[str, Tensor], tokens: int, gamma: float) -> dict[str, Any]:
         """All of them, and the threshold in use."""
-        _, gamma = self.one_kernel() or (None, 0.0)
         if not torch.is_grad_enabled():
             sums = {key: value for key, value in sums.items() if "gradient" not in key}
         return {"gamma": gamma * tokens, **sums}

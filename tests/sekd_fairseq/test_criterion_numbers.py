@@ -14,7 +14,7 @@ from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDCriterion,
 )
 from sekd_fairseq.data import teacher_rows
-from sekd_fairseq.losses import TeacherRows, build_events, chunked_loss, support_log_probs
+from sekd_fairseq.losses import TeacherRows, build_events, chunked_loss, support, support_log_probs
 from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
 from sekd_fairseq.online_teacher import DenseTeacher
@@ -206,3 +206,32 @@ def test_a_teacher_beside_the_student_is_a_cache_of_every_token(
         sums = {key: torch.as_tensor(value).double() for key, value in log.items()}
         found.append((loss.detach(), model.logits.grad, sums))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize("name", ["self_evolution_kd", "cached_kd"])
+def test_one_kernel_logs_what_the_plain_path_logs(
+    name: str, with_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    config: Any = CachedKDConfig(sentence_avg=False)
+    if name == "self_evolution_kd":
+        config = SelfEvolutionKDConfig(sentence_avg=False, label_smoothing=0.1)
+    config._name = name
+    kind = CachedKDCriterion if name == "cached_kd" else SelfEvolutionKDCriterion
+    logits = torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(7))
+    found = []
+    for module in (lambda *_: None, lambda _, name: support.triton_module(name)):
+        monkeypatch.setattr(support, "kernels_for", module)
+        model = Logits(logits.clone())
+        with torch.set_grad_enabled(with_gradient):
+            loss, _, log = kind(config, task())(model, batch())
+        if with_gradient:
+            loss.backward()
+        sums = {key: torch.as_tensor(value).double() for key, value in sorted(log.items())}
+        found.append((loss.detach(), model.logits.grad, sums))
+    (loss, gradient, sums), (other_loss, other_gradient, other_sums) = found
+    torch.testing.assert_close((loss, sums), (other_loss, other_sums), rtol=1e-4, atol=1e-5)
+    if with_gradient:
+        torch.testing.assert_close(gradient, other_gradient, rtol=1e-4, atol=1e-5)
