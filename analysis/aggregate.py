@@ -17,7 +17,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from analysis.buckets import Family
-from analysis.records import Columns, TokenSet, iterate_columns
+from analysis.runs.token_records import Columns, TokenSet, iterate_columns
 from analysis.stats import Floats
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.records import TokenSet, read_columns, read_pieces
+from analysis.runs.token_records import TokenSet, read_columns, read_pieces
 
 EASY, HARD = 0, 1
 FREQUENCY_EDGES = (1, 10, 100, 1000, 10000)

@@ -15,10 +15,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.aggregate import Partition
-from analysis.errors import RecordError
 from analysis.judge import Judge
-from analysis.records import read_columns, read_token_set
-from analysis.runs import LeftOut, Run
+from analysis.runs.errors import RecordError
+from analysis.runs.run_record import LeftOut, Run
+from analysis.runs.token_records import read_columns, read_token_set
 from analysis.stats import Floats, ratio
 
 STATES = ("easy", "hard")

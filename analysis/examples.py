@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from analysis.judge import Judge
 from analysis.quality import Quality
-from analysis.records import read_columns, read_pieces
-from analysis.runs import Run
+from analysis.runs.run_record import Run
+from analysis.runs.token_records import read_columns, read_pieces
 from analysis.study import partner
 from analysis.style import method_name
 

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.errors import AnalysisError, one_line_errors
 from analysis.flows import aligned, draw_transitions
+from analysis.runs.errors import AnalysisError, one_line_errors
 from analysis.sensitivity import BASELINE, value_key
 from analysis.study import base_method
 from analysis.style import (

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from analysis.aggregate import Partition, RunSums, make_partition, sum_records
 from analysis.buckets import Family, Threshold, difficulty_families, shared_families
-from analysis.errors import AnalysisError, RecordError
-from analysis.records import TokenSet, read_columns
-from analysis.runs import LeftOut, Run
+from analysis.runs.errors import AnalysisError, RecordError
+from analysis.runs.run_record import LeftOut, Run
+from analysis.runs.token_records import TokenSet, read_columns
 from analysis.stats import Floats, Resamples, ratio
 from analysis.study import Direction, Study, base_method, couples, partner
 from analysis.terminal import progress

@@ -10,7 +10,7 @@ from analysis.buckets import EASY, HARD
 from analysis.evolution import History, easy_times
 from analysis.judge import Judge
 from analysis.quality import Quality
-from analysis.runs import Run
+from analysis.runs.run_record import Run
 from analysis.stats import Floats, partial_spearman, ratio
 
 #: A rank correlation below this is too weak to matter.

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.errors import AnalysisError
 from analysis.quality import Quality
+from analysis.runs.errors import AnalysisError
 from analysis.terminal import progress
 
 

@@ -13,8 +13,8 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 
 from analysis.judge import Options
-from analysis.languages import Tokenizer, bleu_tokenizer, installed_tokenizer, languages_of
-from analysis.runs import Run, read_scores
+from analysis.runs.languages import Tokenizer, bleu_tokenizer, installed_tokenizer, languages_of
+from analysis.runs.run_record import Run, read_scores
 from analysis.stats import Floats, Resamples, hierarchical, holm
 from analysis.study import Direction, Texts, couples, partner
 from analysis.terminal import progress, warn

@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.judge import Judge
 from analysis.quality import Quality
-from analysis.runs import Run
+from analysis.runs.run_record import Run
 from analysis.study import base_method, flatten
 
 #: What the rows of the baseline have as their parameter.

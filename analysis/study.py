@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.errors import AnalysisError
-from analysis.integrity import hash_lines
-from analysis.lines import read_lines
-from analysis.records import TokenSet, read_token_set
-from analysis.runs import LINES, LeftOut, Run, discover, read_scores
+from analysis.runs.errors import AnalysisError
+from analysis.runs.files import hash_lines
+from analysis.runs.run_record import LINES, LeftOut, Run, discover, read_scores
+from analysis.runs.texts import read_lines
+from analysis.runs.token_records import TokenSet, read_token_set
 from analysis.terminal import progress, warn
 
 

@@ -14,8 +14,8 @@ from analysis.buckets import EASY, HARD
 from analysis.judge import Judge, pairs
 from analysis.measures import sentence_gains
 from analysis.quality import BASELINES, Quality
-from analysis.records import read_columns
-from analysis.runs import Run
+from analysis.runs.run_record import Run
+from analysis.runs.token_records import read_columns
 from analysis.stats import Floats, interval, ratio, sorted_ranks
 from analysis.study import base_method, partner
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from analysis.errors import AnalysisError
+from analysis.runs.errors import AnalysisError
 
 #: Seconds between two lines of progress in a log.
 LOG_INTERVAL = 60.0

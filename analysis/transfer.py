@@ -13,8 +13,8 @@ import pandas as pd
 
 from analysis import claims, evolution, examples, neural, quality, report, sensitivity, tables
 from analysis.buckets import Threshold
-from analysis.errors import AnalysisError, one_line_errors
 from analysis.judge import Judge, Options, load_judges
+from analysis.runs.errors import AnalysisError, one_line_errors
 from analysis.study import Study, load_study
 
 #: A file of every report; a directory without it is never replaced.

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarking import RESULTS, Target, write_results
-from simulated_runs import PIECES, write_records, write_run_directory, write_run_record
 
 from analysis import transfer
 from analysis.judge import Options
+from analysis.runs.simulated import PIECES, write_records, write_run_directory, write_run_record
 from analysis.terminal import progress
 
 TOKENS, LENGTH = 2_500_000, 25

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.errors import AnalysisError as DataError
-from analysis.lines import read_lines
+from analysis.runs.errors import AnalysisError as DataError
+from analysis.runs.texts import read_lines
 
 Pair = tuple[str, str]
 

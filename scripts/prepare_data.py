@@ -35,7 +35,7 @@ from typing import Any
 import sentencepiece
 from parallel_text import DataError, Pair, read_pairs, repeated, split, without_leaks
 
-from analysis.errors import one_line_errors
+from analysis.runs.errors import one_line_errors
 from analysis.terminal import split_list, warn
 
 SUBSETS = ("train", "valid", "test")

@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from benchmarking import Target, write_results
-from simulated_runs import write_run_directory
 
-from analysis.errors import AnalysisError
-from analysis.integrity import hash_lines, sealed_json
-from analysis.lines import read_lines
-from analysis.records import COLUMNS, read_columns, read_pieces, read_token_set
-from analysis.runs import LINES, read_run, read_scores
+from analysis.runs.errors import AnalysisError
+from analysis.runs.files import hash_lines, sealed_json
+from analysis.runs.run_record import LINES, read_run, read_scores
+from analysis.runs.simulated import write_run_directory
+from analysis.runs.texts import read_lines
+from analysis.runs.token_records import COLUMNS, read_columns, read_pieces, read_token_set
 from analysis.study import read_texts
 from sekd_fairseq.build_cache import SETTINGS, read_settings
 from sekd_fairseq.errors import UserError

@@ -36,9 +36,9 @@ import yaml
 from benchmarking import Target, write_targets
 from snakemake.utils import update_config
 
-from analysis.integrity import DamagedFile, is_sealed, read_json, sealed_parquet
-from analysis.languages import languages_of
-from analysis.records import COLUMNS
+from analysis.runs.files import DamagedFile, is_sealed, read_json, sealed_parquet
+from analysis.runs.languages import languages_of
+from analysis.runs.token_records import COLUMNS
 
 #: Columns of token records that are the teacher's or the test set's, so the same in all runs of a
 #: direction: kept once, in SHARED_FILE.

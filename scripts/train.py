@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.integrity import DamagedFile, read_json, sealed_json
+from analysis.runs.files import DamagedFile, read_json, sealed_json
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from fairseq import utils
 from numpy.typing import NDArray
 
 import sekd_fairseq
-from analysis.integrity import DamagedFile, read_json, sealed_json
+from analysis.runs.files import DamagedFile, read_json, sealed_json
 from analysis.terminal import progress, split_list
 from sekd_fairseq.data import target_hashes
 from sekd_fairseq.engines import Engine, TorchEngine, VLLMEngine

@@ -16,8 +16,8 @@ from fairseq.data import (
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.errors import AnalysisError
-from analysis.records import read_columns, read_token_set
+from analysis.runs.errors import AnalysisError
+from analysis.runs.token_records import read_columns, read_token_set
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.losses import TeacherRows
 from sekd_fairseq.teacher_cache import TeacherCache, hash_targets

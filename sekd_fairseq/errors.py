@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from analysis.errors import AnalysisError
+from analysis.runs.errors import AnalysisError
 
 
 class UserError(ValueError):

@@ -19,10 +19,10 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from analysis.integrity import hash_lines, sealed_json
-from analysis.languages import bleu_tokenizer
-from analysis.lines import read_lines
-from analysis.runs import LINES, read_scores
+from analysis.runs.files import hash_lines, sealed_json
+from analysis.runs.languages import bleu_tokenizer
+from analysis.runs.run_record import LINES, read_scores
+from analysis.runs.texts import read_lines
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.teacher_cache.format import atomic_write

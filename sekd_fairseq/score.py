@@ -22,8 +22,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import sekd_fairseq
-from analysis.integrity import sealed_json, sealed_parquet
-from analysis.runs import FORMAT_VERSION
+from analysis.runs.files import sealed_json, sealed_parquet
+from analysis.runs.run_record import FORMAT_VERSION
 from analysis.terminal import progress, warn
 from sekd_fairseq.criterions.self_evolution_kd import partners
 from sekd_fairseq.data import TeacherDataset, teacher_rows
@@ -49,7 +49,7 @@ from sekd_fairseq.splits import train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 from sekd_fairseq.teacher_cache.format import atomic_write, hash_file
 
-#: Columns of the token records with their stored types; analysis/records.py documents them.
+#: Columns of the token records with their stored types; analysis/runs/token_records.py documents them.
 SCHEMA = pa.schema(
     [
         *((name, pa.int32()) for name in ("sentence", "position", "token")),

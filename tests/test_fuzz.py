@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from analysis.errors import AnalysisError
-from analysis.integrity import sealed_json
-from analysis.runs import read_run
+from analysis.runs.errors import AnalysisError
+from analysis.runs.files import sealed_json
+from analysis.runs.run_record import read_run
+from analysis.runs.simulated import write_run_directory
 from analysis.study import read_texts
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.llm.prompts import Template
@@ -25,7 +26,6 @@ from sekd_fairseq.teacher_cache.format import MANIFEST
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from parallel_text import DataError, read_aligned, read_pairs
 from robustness import Kind, make_cache, make_kinds, search
-from simulated_runs import write_run_directory
 
 quick = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -39,10 +39,8 @@ def test_installed_package(version: str, tmp_path: Path) -> None:
     code = "import importlib.util as u, analysis; print(analysis.__file__, u.find_spec('torch'))"
     place, torch = run(python, "-c", code, cwd=tmp_path).split()
     assert "site-packages" in place and torch == "None"
-    make = (
-        "from pathlib import Path; import simulated_runs as s; s.write_study(Path('runs'), 1, 20)"
-    )
-    write = f"import sys; sys.path.insert(0, {str(source / 'scripts')!r}); {make}"
+    write = "from analysis.runs.simulated import write_study; from pathlib import Path; "
+    write += "write_study(Path('runs'), 1, 20)"
     run(python, "-c", write, cwd=tmp_path)
     out = run(python, "-m", "analysis.transfer", "runs", cwd=tmp_path)
     assert "claim 1 (se_kd_student): inconclusive" in out

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.languages import language_name
+from analysis.runs.languages import language_name
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.tokenizer import Mark, Tokenizer
 

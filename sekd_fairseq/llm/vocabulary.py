@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.integrity import read_json, sealed_json
+from analysis.runs.files import read_json, sealed_json
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import PromptSettings
 from sekd_fairseq.llm.tokenizer import Tokenizer

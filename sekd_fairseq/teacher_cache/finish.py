@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from analysis.integrity import DamagedFile, is_sealed
+from analysis.runs.files import DamagedFile, is_sealed
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
     FORMAT_VERSION,

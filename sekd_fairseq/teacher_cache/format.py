@@ -33,7 +33,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.integrity import DamagedFile, hash_content, read_json, sealed_json
+from analysis.runs.files import DamagedFile, hash_content, read_json, sealed_json
 from sekd_fairseq.errors import CacheError, UserError
 
 FORMAT_VERSION = 2

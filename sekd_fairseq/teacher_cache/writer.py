@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.integrity import sealed_arrow
+from analysis.runs.files import sealed_arrow
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
     ENTRY_COLUMNS,

@@ -1,14 +1,11 @@
-"""Simulated runs (scripts/simulated_runs.py) as fixtures."""
+"""Simulated runs (analysis/runs/simulated.py) as fixtures."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from simulated_runs import write_run_directory
+from analysis.runs.simulated import write_run_directory
 
 WriteRun = Callable[..., Path]
 

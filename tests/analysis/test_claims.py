@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import scipy.stats
 from conftest import WriteRun
-from simulated_runs import write_study
 
 from analysis.claims import _verdict, claims_table
 from analysis.evolution import History, easy_times, training_table, transition_table, transitions
@@ -16,7 +15,8 @@ from analysis.flows import aligned
 from analysis.judge import Judge, Options, load_judges, pairs
 from analysis.measures import sentence_gains
 from analysis.quality import load_quality, methods_table
-from analysis.records import read_columns
+from analysis.runs.simulated import write_study
+from analysis.runs.token_records import read_columns
 from analysis.stats import partial_spearman
 from analysis.study import load_study
 from analysis.tables import sentence_table

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simulated_runs import write_study
 
 from analysis import page, transfer
+from analysis.runs.simulated import write_study
 
 HOSTILE = '<script>document.title = "owned"</script><b onclick=x>&amp; "quotes"</b>'
 

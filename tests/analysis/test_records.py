@@ -7,19 +7,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import WriteRun
-from simulated_runs import (
+
+from analysis.runs.errors import AnalysisError, RecordError
+from analysis.runs.files import hash_lines, read_json, sealed_json
+from analysis.runs.run_record import LINES, discover
+from analysis.runs.simulated import (
     make_corpus,
     record_columns,
     student,
     write_records,
     write_run_directory,
 )
-
-from analysis.errors import AnalysisError, RecordError
-from analysis.integrity import hash_lines, read_json, sealed_json
-from analysis.lines import read_lines
-from analysis.records import iterate_columns, read_columns, read_pieces, read_token_set
-from analysis.runs import LINES, discover
+from analysis.runs.texts import read_lines
+from analysis.runs.token_records import iterate_columns, read_columns, read_pieces, read_token_set
 from analysis.study import load_study, partner
 
 

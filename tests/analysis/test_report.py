@@ -12,9 +12,9 @@ import pytest
 from conftest import WriteRun
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
-from simulated_runs import write_study
 
 from analysis import figures, report, transfer
+from analysis.runs.simulated import write_study
 from analysis.stats import holm
 
 ROOT = Path(__file__).parents[2]

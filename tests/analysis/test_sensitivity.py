@@ -9,7 +9,7 @@ from conftest import WriteRun
 
 from analysis import transfer
 from analysis.figures import without_variants
-from analysis.runs import Run
+from analysis.runs.run_record import Run
 from analysis.sensitivity import BASELINE, one_at_a_time, value_key
 
 

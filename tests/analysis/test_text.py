@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from analysis import terminal
-from analysis.errors import AnalysisError
-from analysis.languages import bleu_tokenizer, installed_tokenizer, language_name, languages_of
-from analysis.lines import read_lines
+from analysis.runs.errors import AnalysisError
+from analysis.runs.languages import bleu_tokenizer, installed_tokenizer, language_name, languages_of
+from analysis.runs.texts import read_lines
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import WriteRun
-from simulated_runs import write_records
 
 from analysis import tables
 from analysis.aggregate import METRICS, calibration_error, make_partition, sum_records
@@ -20,7 +19,8 @@ from analysis.buckets import (
     shared_families,
 )
 from analysis.judge import Judge, Options, load_judges
-from analysis.records import read_columns, read_token_set
+from analysis.runs.simulated import write_records
+from analysis.runs.token_records import read_columns, read_token_set
 from analysis.study import load_study
 
 
@@ -99,14 +99,17 @@ def test_every_family_is_a_partition(demo: Path) -> None:
 
 
 def test_blocks_of_rows_do_not_change_the_sums(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from analysis import aggregate, records
+    from analysis import aggregate
+    from analysis.runs import token_records
 
     judge = load_judges(load_study(demo, "test"), Options())[0]
     run = judge.runs[0]
     partition = judge.partition(run)
     whole = judge.sums(run, partition)
     monkeypatch.setattr(
-        aggregate, "iterate_columns", lambda path, names: records.iterate_columns(path, names, 37)
+        aggregate,
+        "iterate_columns",
+        lambda path, names: token_records.iterate_columns(path, names, 37),
     )
     blocks = sum_records(judge.path(run), judge.tokens, partition)
     np.testing.assert_allclose(blocks.totals, whole.totals, rtol=1e-12)

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import study_outputs
-from simulated_runs import write_study
 
 from analysis import report, transfer
-from analysis.integrity import sealed_parquet
+from analysis.runs.files import sealed_parquet
+from analysis.runs.simulated import write_study
 
 MARKS = ("train.done", "test.out", "score.test.done")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sacrebleu.metrics import BLEU
 
-from analysis.errors import AnalysisError
-from analysis.lines import read_lines
-from analysis.runs import Run
+from analysis.runs.errors import AnalysisError
+from analysis.runs.run_record import Run
+from analysis.runs.texts import read_lines
 from analysis.study import read_texts
 from sekd_fairseq.evaluate import main
 

@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from analysis.runs.simulated import write_study
+
 from .conftest import (
-    ROOT,
     command,
     error_line,
     needs_whole_disk,
@@ -25,9 +25,6 @@ from .conftest import (
     train,
     train_arguments,
 )
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from simulated_runs import write_study
 
 
 @pytest.fixture

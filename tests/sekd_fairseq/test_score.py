@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 
-from analysis.lines import read_lines
+from analysis.runs.texts import read_lines
 from sekd_fairseq.losses import TeacherRows
 from sekd_fairseq.score import top_overlap
 

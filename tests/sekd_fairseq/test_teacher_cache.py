@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.integrity import read_json, sealed_json
+from analysis.runs.files import read_json, sealed_json
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
 from sekd_fairseq.teacher_cache.finish import finish_cache

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from analysis.integrity import sealed_json, sealed_parquet
-from analysis.runs import FORMAT_VERSION
+from analysis.runs.files import sealed_json, sealed_parquet
+from analysis.runs.run_record import FORMAT_VERSION
 
 VOCABULARY = 12
 PIECES = [
@@ -34,14 +35,15 @@ EOS = VOCABULARY - 1
 class Corpus:
     """Test set and teacher of a direction: ``log_p`` is (N, V), the rest (N,)."""
 
-    sentence: np.ndarray
-    position: np.ndarray
-    token: np.ndarray
-    log_p: np.ndarray
-    common: np.ndarray  # (N, V) the part of the students' error that all of them share
+    sentence: NDArray[Any]
+    position: NDArray[Any]
+    token: NDArray[Any]
+    log_p: NDArray[Any]
+    common: NDArray[Any]  # (N, V) the part of the students' error that all of them share
 
 
 def make_corpus(sentences: int, seed: int) -> Corpus:
+    """A test set with its teacher."""
     rng = np.random.default_rng([7, seed])
     lengths = rng.integers(3, 12, sentences)
     sentence = np.repeat(np.arange(sentences), lengths)
@@ -54,14 +56,15 @@ def make_corpus(sentences: int, seed: int) -> Corpus:
     return Corpus(sentence, position, token, log_softmax(logits), common)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
+    """Log-probabilities of (N, V) logits."""
     logits = logits - logits.max(axis=1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def student(
     corpus: Corpus, noise: float, own: float, seed: int, habit: float = 0.0, method: str = ""
-) -> np.ndarray:
+) -> NDArray[Any]:
     """A student's log-probabilities: the teacher's, off by an error that all students share, one that
     the students of a method share (``habit``), and one of its own."""
     rng = np.random.default_rng([11, seed])
@@ -72,7 +75,7 @@ def student(
     return log_softmax(corpus.log_p + error)
 
 
-def record_columns(corpus: Corpus, log_q: np.ndarray) -> dict[str, np.ndarray]:
+def record_columns(corpus: Corpus, log_q: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Token records (no pieces), computed in float64 from full distributions."""
     rows = np.arange(len(corpus.token))
     p, q = np.exp(corpus.log_p), np.exp(log_q)
@@ -120,7 +123,7 @@ SCHEMA = pa.schema(
 
 
 def write_records(
-    path: Path, columns: dict[str, np.ndarray], cache: str = "cache-1", rows: int = 97
+    path: Path, columns: dict[str, NDArray[Any]], cache: str = "cache-1", rows: int = 97
 ) -> None:
     """Write token records as ``sekd_fairseq.score`` does, ``rows`` a row group."""
     names = pa.array(PIECES)

@@ -1,7 +1,7 @@
 """Run directories: where they are and what their ``run.json`` says.
 
 A run directory holds ``run.json`` (what was trained), ``tokens/<subset>/<step>.parquet`` (see
-:mod:`analysis.records`), ``hyps/<subset>.txt`` with ``.ref.txt`` and ``.src.txt``, ``scores.json``
+:mod:`analysis.runs.token_records`), ``hyps/<subset>.txt`` with ``.ref.txt`` and ``.src.txt``, ``scores.json``
 and fairseq's ``train.jsonl``.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.errors import AnalysisError, one_line
-from analysis.integrity import DamagedFile, read_json
+from analysis.runs.errors import AnalysisError, one_line
+from analysis.runs.files import DamagedFile, read_json
 
 FORMAT_VERSION = 2
 #: Of files of an earlier version, which have no checksum.

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis.errors import RecordError, one_line
-from analysis.integrity import DamagedFile, is_sealed
-from analysis.runs import FORMAT_VERSION, UNSEALED_VERSION
+from analysis.runs.errors import RecordError, one_line
+from analysis.runs.files import DamagedFile, is_sealed
+from analysis.runs.run_record import FORMAT_VERSION, UNSEALED_VERSION
 
 #: Columns of the token records and their kind. ``int``, ``float`` and ``text`` (dictionary-encoded).
 COLUMNS: dict[str, str] = {

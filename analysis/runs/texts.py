@@ -4,7 +4,7 @@ import gzip
 import zlib
 from pathlib import Path
 
-from analysis.errors import AnalysisError
+from analysis.runs.errors import AnalysisError
 
 BYTE_ORDER_MARK = "\ufeff"
 
