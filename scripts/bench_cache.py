@@ -30,14 +30,16 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 
 from analysis.terminal import progress
 from sekd_fairseq import build_cache
-from sekd_fairseq.data import TeacherDataset
-from sekd_fairseq.engines import TorchEngine
-from sekd_fairseq.inference import load_models, load_split, quiet_fairseq, to_device, token_batches
+from sekd_fairseq.checkpoints import load_models, quiet_fairseq
+from sekd_fairseq.datasets import TeacherDataset
+from sekd_fairseq.devices import to_device
 from sekd_fairseq.inspect_cache import restoration_error
+from sekd_fairseq.splits import load_split, token_batches
 from sekd_fairseq.teacher_cache import SentenceRows, TeacherCache, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import payload_dtypes
-from sekd_fairseq.truncation import Truncation
+from sekd_fairseq.teachers.torch import TorchEngine
+from sekd_fairseq.teachers.truncation import Truncation
 
 RULES = [("top_k", k) for k in (4, 8, 16, 24, 32, 64)]
 RULES += [("top_p", p) for p in (0.9, 0.95, 0.98, 0.99, 0.995, 0.999)]

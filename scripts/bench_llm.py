@@ -32,7 +32,8 @@ from benchmarking import RESULTS, Deadline, Target, keep_below, write_results
 from synthetic_training import free_memory, make_cache, make_teacher, train, write_data
 from torch import Tensor, nn
 
-from sekd_fairseq.inference import language_model_config, to_device
+from sekd_fairseq.checkpoints import language_model_config
+from sekd_fairseq.devices import to_device
 
 GPU_MEMORY = 70  # GiB that a GPU has surely
 PAD = 1

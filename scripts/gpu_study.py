@@ -2,7 +2,7 @@
 
     bash scripts/gpu_study.sh --data DATA --model FOLDER --output runs/gemma-gpu --minutes 9
 
-DATA is made by prepare_llm_data.py. The model, fine-tuned, is the teacher; some of its layers, fine-tuned
+DATA is made by prepare_llm_data. The model, fine-tuned, is the teacher; some of its layers, fine-tuned
 too, are what every student goes on from (scripts/configs/gemma-gpu.yaml says how). Several trainings
 share the card. Steps are done in the order of their importance; one that would not end in time is not
 begun, and the report is about the runs that are there. The same command again goes on: what is finished
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="made by prepare_llm_data.py"
+        "--data", required=True, type=Path, metavar="DIR", help="made by prepare_llm_data"
     )
     parser.add_argument(
         "--model", required=True, type=Path, metavar="DIR", help="folder of a causal language model"
@@ -118,7 +118,7 @@ def direction_of(data: Path) -> tuple[str, str]:
         return source, target
     sys.exit(
         f"error: {data}: expected bin/{SUBSET}.XX-YY.XX.idx, found none; "
-        "make the folder with scripts/prepare_llm_data.py"
+        "make the folder with python -m sekd_fairseq.prepare_llm_data"
     )
 
 

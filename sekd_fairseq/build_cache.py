@@ -25,20 +25,12 @@ from numpy.typing import NDArray
 import sekd_fairseq
 from analysis.runs.files import DamagedFile, read_json, sealed_json
 from analysis.terminal import progress, split_list
-from sekd_fairseq.data import target_hashes
-from sekd_fairseq.engines import Engine, TorchEngine, VLLMEngine
+from sekd_fairseq.checkpoints import add_hf_model, quiet_fairseq
+from sekd_fairseq.datasets import target_hashes
+from sekd_fairseq.devices import default_device, half_precision
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
-from sekd_fairseq.inference import (
-    add_hf_model,
-    default_device,
-    half_precision,
-    load_split,
-    quiet_fairseq,
-    token_batches,
-    too_long,
-)
 from sekd_fairseq.inspect_cache import describe
-from sekd_fairseq.splits import check_splits
+from sekd_fairseq.splits import check_splits, load_split, token_batches, too_long
 from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
 from sekd_fairseq.teacher_cache.format import (
     MANIFEST,
@@ -49,7 +41,10 @@ from sekd_fairseq.teacher_cache.format import (
 )
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
-from sekd_fairseq.truncation import MAX_SUPPORT, truncation_of
+from sekd_fairseq.teachers.engine import Engine
+from sekd_fairseq.teachers.torch import TorchEngine
+from sekd_fairseq.teachers.truncation import MAX_SUPPORT, truncation_of
+from sekd_fairseq.teachers.vllm import VLLMEngine
 
 SETTINGS = "build.json"
 
@@ -212,7 +207,7 @@ def vllm_engine(args: argparse.Namespace, dtype: torch.dtype) -> Engine:
     if not Path(args.path).is_dir():
         raise UserError(
             f"--engine vllm: expected --path to be a Hugging Face folder, found {args.path}; "
-            "scripts/export_hf.py makes one of a checkpoint"
+            "python -m sekd_fairseq.export_hf makes one of a checkpoint"
         )
     if args.sample or args.top_k == 0 or args.temperature != 1.0:
         raise UserError(

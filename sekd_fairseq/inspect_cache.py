@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("--data expects --against TEACHER beside it, found none")
         if args.against:
             # Only here: without a teacher this module needs neither torch nor fairseq.
-            from sekd_fairseq.inference import quiet_fairseq
+            from sekd_fairseq.checkpoints import quiet_fairseq
 
             quiet_fairseq()
         directories = split_directories(args.cache)
@@ -140,8 +140,10 @@ def restoration_error(
     import torch
     from fairseq import utils
 
-    from sekd_fairseq.data import target_hashes
-    from sekd_fairseq.inference import load_models, load_split, token_logits
+    from sekd_fairseq.checkpoints import load_models
+    from sekd_fairseq.datasets import target_hashes
+    from sekd_fairseq.logits import token_logits
+    from sekd_fairseq.splits import load_split
 
     models, _, task = load_models(utils.split_paths(teacher), data, torch.device("cpu"))
     pad = task.target_dictionary.pad()

@@ -13,10 +13,10 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from sekd_fairseq.criterions.cached_kd import CachedKDConfig
 from sekd_fairseq.criterions.self_evolution_kd import SelfEvolutionKDConfig
 from sekd_fairseq.models.hf_causal_lm import HFCausalLMConfig
-from sekd_fairseq.tasks.self_evolution_kd import SelfEvolutionKDConfig as TaskConfig
+from sekd_fairseq.tasks.self_evolution_kd import SelfEvolutionKDTaskConfig
 
 GROUPS = {
-    "--task self_evolution_kd": TaskConfig,
+    "--task self_evolution_kd": SelfEvolutionKDTaskConfig,
     "--criterion self_evolution_kd": SelfEvolutionKDConfig,
     "--criterion cached_kd": CachedKDConfig,
     "--arch hf_causal_lm": HFCausalLMConfig,

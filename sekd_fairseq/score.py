@@ -25,27 +25,17 @@ import sekd_fairseq
 from analysis.runs.files import sealed_json, sealed_parquet
 from analysis.runs.run_record import FORMAT_VERSION
 from analysis.terminal import progress, warn
+from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits, quiet_fairseq
 from sekd_fairseq.criterions.self_evolution_kd import partners
-from sekd_fairseq.data import TeacherDataset, teacher_rows
+from sekd_fairseq.datasets import TeacherDataset, teacher_rows
+from sekd_fairseq.devices import default_device, half_precision, to_device
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.inference import (
-    add_hf_model,
-    default_device,
-    flat_logits,
-    half_precision,
-    load_models,
-    load_split,
-    position_limits,
-    quiet_fairseq,
-    to_device,
-    token_batches,
-    too_long,
-)
+from sekd_fairseq.logits import flat_logits
 from sekd_fairseq.losses import TeacherRows, build_events, support_log_probs
 from sekd_fairseq.losses.decoupled import decoupled_kl
 from sekd_fairseq.losses.divergences import forward_kl
 from sekd_fairseq.losses.events import log_sum_exp
-from sekd_fairseq.splits import train_targets
+from sekd_fairseq.splits import load_split, token_batches, too_long, train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 from sekd_fairseq.teacher_cache.format import atomic_write, hash_file
 

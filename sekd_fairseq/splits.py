@@ -1,4 +1,4 @@
-"""The files of a fairseq data directory: which splits it has, and in which format they are stored."""
+"""The splits of a fairseq data directory: their files and formats, loading one, batches of its sentences."""
 
 import glob
 import itertools
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fairseq import utils
-from fairseq.data import FairseqDataset, indexed_dataset
+from fairseq.data import FairseqDataset, data_utils, indexed_dataset
 
 from sekd_fairseq.errors import UserError
 
@@ -102,3 +103,53 @@ def train_targets(task: Any) -> Iterator[FairseqDataset]:
                 dictionary=task.target_dictionary,
             )
             yield targets
+
+
+def load_split(task: Any, split: str, data: str) -> FairseqDataset:
+    """Load one split of the task's data; ``UserError`` if it is not there."""
+    with readable(task.cfg, utils.split_paths(data)[0], split):
+        task.load_dataset(split)
+    dataset = task.dataset(split)
+    read_whole(dataset)
+    return dataset
+
+
+def token_batches(dataset: FairseqDataset, sentences: Any, max_tokens: int) -> list[list[int]]:
+    """Batches of sentences of similar length, at most ``max_tokens`` padded tokens a side, of a
+    language model's data at most so many positions of prompt and translation together."""
+    indices = np.asarray(sentences, dtype=np.int64)
+    sizes = dataset.sizes[indices]  # (n, 2): source, target
+    together = getattr(dataset, "one_row", False)
+    indices = indices[np.lexsort((sizes[:, 0], sizes.sum(axis=1) if together else sizes[:, 1]))]
+    lengths = dataset.num_tokens_vec(indices).astype(np.int64)
+    longest = int(lengths.max()) if len(lengths) else 0
+    batches = data_utils.batch_by_size(
+        indices,
+        num_tokens_fn=None,
+        num_tokens_vec=lengths,
+        max_tokens=max(max_tokens, longest),
+        required_batch_size_multiple=1,
+    )
+    return [list(batch) for batch in batches]
+
+
+def too_long(
+    dataset: FairseqDataset,
+    limits_of_models: Sequence[tuple[float, ...]],
+    split: str,
+    allow: bool = False,
+) -> frozenset[int]:
+    """Sentences longer than a model's positions; ``UserError`` names the first unless allowed."""
+    found: set[int] = set()
+    lengths = np.column_stack([dataset.sizes, dataset.sizes.sum(axis=1)])
+    for limits in limits_of_models:
+        lines = np.flatnonzero((lengths > np.array(limits)).any(axis=1))
+        if len(lines) and not allow:
+            source, target = dataset.sizes[lines[0]]
+            raise UserError(
+                f"{split} line {lines[0] + 1}: {source} source and {target} target tokens, "
+                f"but the model takes {limits[0]} and {limits[1]}, together {limits[2]} "
+                f"({len(lines)} such lines); remove or split them and binarise again"
+            )
+        found.update(lines.tolist())
+    return frozenset(found)

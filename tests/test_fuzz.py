@@ -24,8 +24,9 @@ from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teacher_cache.format import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from parallel_text import DataError, read_aligned, read_pairs
 from robustness import Kind, make_cache, make_kinds, search
+
+from sekd_fairseq.parallel_text import read_aligned, read_pairs
 
 quick = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -154,7 +155,7 @@ def test_odd_parallel_text(tmp_path: Path, lines: list[str], other: list[bytes])
     try:
         left, right = read_aligned(source, target)
         pairs, dropped = read_pairs(source, target)
-    except DataError as error:
+    except AnalysisError as error:
         assert str(source) in str(error) or str(target) in str(error)
     else:
         assert left == lines and len(right) == len(lines) == len(pairs) + dropped

@@ -12,9 +12,9 @@ from fairseq.logging import metrics
 from torch import Tensor
 from torch.nn import functional
 
-from sekd_fairseq.criterions.cached_teacher import (
-    CachedTeacherConfig,
-    CachedTeacherCriterion,
+from sekd_fairseq.criterions.distillation import (
+    DistillationConfig,
+    DistillationCriterion,
     Distilled,
 )
 from sekd_fairseq.errors import UserError, one_line_errors
@@ -28,7 +28,7 @@ SELECTIONS = ("all", "batch", "queue")
 
 
 @dataclass
-class CachedKDConfig(CachedTeacherConfig):
+class CachedKDConfig(DistillationConfig):
     """Options of the criterion."""
 
     divergence: ChoiceEnum((*DIVERGENCES, "atkd")) = field(  # type: ignore[valid-type]
@@ -59,7 +59,7 @@ class CachedKDConfig(CachedTeacherConfig):
 
 
 @register_criterion("cached_kd", dataclass=CachedKDConfig)
-class CachedKDCriterion(CachedTeacherCriterion):
+class CachedKDCriterion(DistillationCriterion):
     """``D_i`` is a plain divergence, at all tokens or at those that selective KD chooses.
 
     Selective KD differs from Wang et al. in the weights alone: theirs is ``CE + alpha KD`` on

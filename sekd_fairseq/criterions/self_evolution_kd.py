@@ -11,9 +11,9 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor
 
-from sekd_fairseq.criterions.cached_teacher import (
-    CachedTeacherConfig,
-    CachedTeacherCriterion,
+from sekd_fairseq.criterions.distillation import (
+    DistillationConfig,
+    DistillationCriterion,
     Distilled,
 )
 from sekd_fairseq.errors import UserError, one_line_errors
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class SelfEvolutionKDConfig(CachedTeacherConfig):
+class SelfEvolutionKDConfig(DistillationConfig):
     """Options of the criterion; the symbols are those of :mod:`sekd_fairseq.losses`.
 
     ``alpha``, ``beta`` and ``difficulty`` are None where nothing was given; :func:`partners` says what
@@ -160,7 +160,7 @@ def parse_settings(cfg: Any) -> SelfEvolution:
 
 
 @register_criterion("self_evolution_kd", dataclass=SelfEvolutionKDConfig)
-class SelfEvolutionKDCriterion(CachedTeacherCriterion):
+class SelfEvolutionKDCriterion(DistillationCriterion):
     """SE-KD, ``D_i`` of :mod:`sekd_fairseq.losses.self_evolution`.
 
     Logged, beside what every criterion logs, in nats or as shares: ``difficulty`` (mean),

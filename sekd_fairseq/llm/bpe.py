@@ -27,7 +27,7 @@ class HFTokenizerConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "folder (or hub id) of a tokenizer, or a SentencePiece model file; data that "
-            "prepare_llm_data.py made have their own"
+            "prepare_llm_data made have their own"
         },
     )
     hf_tokenizer_gguf_file: Optional[str] = field(  # noqa: UP045
@@ -62,7 +62,7 @@ class LanguageModelText:
     Parameters
     ----------
     directory
-        A data directory of ``prepare_llm_data.py``.
+        A data directory of ``prepare_llm_data``.
     dictionary
         Its dictionary.
     tokenizer

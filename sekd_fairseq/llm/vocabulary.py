@@ -83,7 +83,7 @@ class Vocabulary:
         except FileNotFoundError:
             raise UserError(
                 f"{directory}: expected data made for a language model ({FILE}), found none; make "
-                "them with: python scripts/prepare_llm_data.py"
+                "them with: python -m sekd_fairseq.prepare_llm_data"
             ) from None
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: cannot be read ({error}); make the data again") from error

@@ -234,7 +234,7 @@ def token_loss(
     rows : (N,) int64
         The positions that count, each once.
     teacher
-        A batch's entry (:class:`~sekd_fairseq.data.TeacherDataset`), of these positions.
+        A batch's entry (:class:`~sekd_fairseq.datasets.TeacherDataset`), of these positions.
     settings
         ``divergence`` ``forward_kl``, ``missing_mass`` ``bucket``.
     gamma

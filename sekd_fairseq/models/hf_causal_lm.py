@@ -9,7 +9,7 @@ begin with (an instruction, k-shot examples) is computed once and kept for the n
 
 Ids are fairseq's: rows of the embedding and of the output projection are put in the dictionary's
 order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and put back by
-``scripts/export_hf.py``.
+``python -m sekd_fairseq.export_hf``.
 """
 
 import inspect

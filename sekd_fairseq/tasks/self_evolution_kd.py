@@ -17,23 +17,23 @@ from omegaconf import II
 from torch import Tensor
 
 from analysis.terminal import suggested
-from sekd_fairseq.compat import BATCH_SIZE_MULTIPLE, collect_before_fork
-from sekd_fairseq.criterions.cached_teacher import CachedTeacherCriterion
-from sekd_fairseq.data import StableOrderDataset, StoredDifficulty, TeacherDataset
+from sekd_fairseq.criterions.distillation import DistillationCriterion
+from sekd_fairseq.datasets import StableOrderDataset, StoredDifficulty, TeacherDataset
+from sekd_fairseq.devices import half_precision
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
-from sekd_fairseq.inference import half_precision
 from sekd_fairseq.llm.bpe import HFTokenizerBPE, LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
-from sekd_fairseq.online_teacher import DenseTeacher, OnlineTeacher
+from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork
 from sekd_fairseq.splits import read_whole, readable
 from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teachers.online import DenseTeacher, OnlineTeacher
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class SelfEvolutionKDConfig(TranslationConfig):
+class SelfEvolutionKDTaskConfig(TranslationConfig):
     """Options of the task, beside those of ``translation``."""
 
     teacher_cache: Optional[str] = field(  # noqa: UP045 (fairseq's parser needs Optional)
@@ -94,19 +94,19 @@ def on_host(logging_outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-@register_task("self_evolution_kd", dataclass=SelfEvolutionKDConfig)
+@register_task("self_evolution_kd", dataclass=SelfEvolutionKDTaskConfig)
 class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     """Translation with a teacher cache.
 
     With ``--teacher-cache``, every loaded split is checked against its cache and each batch holds
-    ``batch["teacher"]`` (:class:`~sekd_fairseq.data.TeacherDataset`). Without, it is fairseq's
-    translation task with this fairseq's traps closed (:mod:`sekd_fairseq.compat`), for teachers,
+    ``batch["teacher"]`` (:class:`~sekd_fairseq.datasets.TeacherDataset`). Without, it is fairseq's
+    translation task with this fairseq's traps closed (:mod:`sekd_fairseq.patches`), for teachers,
     baselines and generation.
     """
 
-    cfg: SelfEvolutionKDConfig
+    cfg: SelfEvolutionKDTaskConfig
 
-    def __init__(self, cfg: SelfEvolutionKDConfig, src_dict: Any, tgt_dict: Any) -> None:
+    def __init__(self, cfg: SelfEvolutionKDTaskConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
         self.criterion: FairseqCriterion | None = None
         #: What the criterion of a loaded checkpoint had learnt, for the one that is built next.
@@ -123,7 +123,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             cfg.upsample_primary = 1  # fairseq's default of -1 fails when train and train1 combine
 
     @classmethod
-    def setup_task(cls, cfg: SelfEvolutionKDConfig, **kwargs: Any) -> "SelfEvolutionKDTask":
+    def setup_task(cls, cfg: SelfEvolutionKDTaskConfig, **kwargs: Any) -> "SelfEvolutionKDTask":
         """Load dictionaries and check the caches' directories against the data's."""
         with one_line_errors():
             data, caches = paths(cfg.data), paths(cfg.teacher_cache)
@@ -173,7 +173,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             parts = len(getattr(dataset.tgt, "datasets", [dataset.tgt]))
             names = [split + (str(part) if part else "") for part in range(parts)]
             caches = [self._open_cache(Path(root), name, turn) for name in names]
-            if isinstance(self.criterion, CachedTeacherCriterion):
+            if isinstance(self.criterion, DistillationCriterion):
                 for cache in caches:
                     self.criterion.check_cache(cache)
             where = f"{self.cfg.target_lang} side of {split} ({self.cfg.data})"
@@ -278,9 +278,9 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                     f"{flag} {teacher}: has no effect with --criterion {cfg._name}, which knows no "
                     "teacher; expected --criterion self_evolution_kd or cached_kd, or no teacher"
                 )
-        if self._learnt and isinstance(self.criterion, CachedTeacherCriterion):
+        if self._learnt and isinstance(self.criterion, DistillationCriterion):
             self.criterion.load_running_state(self._learnt)
-        if self.cfg.teacher_path and isinstance(self.criterion, CachedTeacherCriterion):
+        if self.cfg.teacher_path and isinstance(self.criterion, DistillationCriterion):
             dtype = half_precision(self.cfg.teacher_fp16, self.cfg.teacher_bf16)
             data = paths(self.cfg.data)[0]
             with one_line_errors():
@@ -328,7 +328,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 sum(log[key] for log in logging_outputs) for key in ("positions", "padding")
             )
             metrics.log_scalar("padding", padding / positions, positions, round=4)
-        if criterion.training and isinstance(criterion, CachedTeacherCriterion):
+        if criterion.training and isinstance(criterion, DistillationCriterion):
             criterion.end_update(logging_outputs)
 
     # A checkpoint keeps what the criterion learnt twice, because fairseq hands a training that
@@ -341,14 +341,14 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_checkpoint_dict`."""
-        if isinstance(self.criterion, CachedTeacherCriterion):
+        if isinstance(self.criterion, DistillationCriterion):
             self.criterion.load_running_state(state)
 
     def state_dict(self) -> dict[str, Any]:
         """The criterion's state over updates, for ``fairseq-validate`` and its like, and where
         relative paths start."""
         state: dict[str, Any] = {"directory": os.getcwd()}
-        if isinstance(self.criterion, CachedTeacherCriterion):
+        if isinstance(self.criterion, DistillationCriterion):
             state["criterion"] = self.criterion.running_state()
         return state
 

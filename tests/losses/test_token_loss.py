@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sekd_fairseq.data import teacher_rows
+from sekd_fairseq.datasets import teacher_rows
 from sekd_fairseq.losses import SelfEvolution, build_events, self_evolution_kd, support_log_probs
 from sekd_fairseq.losses.divergences import relative_entropy
 from sekd_fairseq.losses.self_evolution import DIFFICULTIES, INTEGRATIONS, SCHEDULES

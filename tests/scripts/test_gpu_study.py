@@ -209,7 +209,7 @@ def test_wrong_use_is_one_line(arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no such folder"):
         gpu_study.main([*arguments, "--data", str(tmp_path / "none")])
     (tmp_path / "data" / "bin" / "test.de-en.de.idx").unlink()
-    with pytest.raises(SystemExit, match=r"prepare_llm_data\.py"):
+    with pytest.raises(SystemExit, match="prepare_llm_data"):
         gpu_study.main(arguments)
 
 
@@ -229,7 +229,7 @@ def tiny(folder: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     splits = [word for s in ("train", "valid", "test") for word in (f"--{s}", folder / "text" / s)]
     prepare = [
-        sys.executable, ROOT / "scripts" / "prepare_llm_data.py", "--tokenizer", folder / "spm.model",
+        sys.executable, "-m", "sekd_fairseq.prepare_llm_data", "--tokenizer", folder / "spm.model",
         *splits, "--source-lang", "en", "--target-lang", "de", "--output", folder / "data",
     ]  # fmt: skip
     subprocess.run(prepare, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)

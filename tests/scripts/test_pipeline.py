@@ -65,7 +65,7 @@ def test_plans_of_the_large_studies(tmp_path: Path) -> None:
     out = plan("gemma.yaml", tmp_path, options=("-c1", "-p"))
     assert jobs_of(out)["student"] == "12" and "corpus" not in jobs_of(out)
     for words in (
-        "prepare_llm_data.py", "--teacher-shots 4", "import_hf.py gemma", "--prune-vocab",
+        "prepare_llm_data", "--teacher-shots 4", "import_hf gemma", "--prune-vocab",
         "build_cache data/gemma/de-en/teacher", "--bpe hf_tokenizer",
     ):  # fmt: skip
         assert words in out

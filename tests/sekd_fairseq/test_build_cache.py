@@ -41,7 +41,9 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
 def test_whole_vocabulary_equals_the_teacher(data: Path, teacher: Path, tmp_path: Path) -> None:
     build(data, teacher, tmp_path / "dense", "--top-k", "0", "--subset", "valid")
     cache = TeacherCache.open(tmp_path / "dense" / "valid")
-    from sekd_fairseq.inference import load_models, load_split, token_logits
+    from sekd_fairseq.checkpoints import load_models
+    from sekd_fairseq.logits import token_logits
+    from sekd_fairseq.splits import load_split
 
     models, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
     dataset = load_split(task, "valid", str(data))
@@ -136,7 +138,7 @@ def test_killed_at_random_instants_it_ends_in_the_same_bytes(
 
 
 def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sekd_fairseq.inference import default_device
+    from sekd_fairseq.devices import default_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert default_device(cpu=True) == torch.device("cpu")
@@ -146,8 +148,9 @@ def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_spawned_workers_read_the_same(data: Path, teacher: Path, cache: Path) -> None:
-    from sekd_fairseq.data import TeacherDataset
-    from sekd_fairseq.inference import load_models, load_split
+    from sekd_fairseq.checkpoints import load_models
+    from sekd_fairseq.datasets import TeacherDataset
+    from sekd_fairseq.splits import load_split
 
     _, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
     dataset = TeacherDataset(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.inference import flat_logits
+from sekd_fairseq.logits import flat_logits
 
 from .conftest import ROOT, command, error_line, train, train_arguments
 

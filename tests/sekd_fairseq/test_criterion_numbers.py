@@ -13,11 +13,11 @@ from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDConfig,
     SelfEvolutionKDCriterion,
 )
-from sekd_fairseq.data import teacher_rows
+from sekd_fairseq.datasets import teacher_rows
 from sekd_fairseq.losses import TeacherRows, build_events, chunked_loss, support, support_log_probs
 from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
-from sekd_fairseq.online_teacher import DenseTeacher
+from sekd_fairseq.teachers.online import DenseTeacher
 
 TOKENS, VOCABULARY = 9, 31
 

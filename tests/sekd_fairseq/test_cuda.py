@@ -75,8 +75,8 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Student:
     )  # fmt: skip
     splits = [word for name in ("train", "valid", "test") for word in (f"--{name}", folder / name)]
     command(
-        "prepare_llm_data", "--tokenizer", folder / "spm.model", *splits, "--source-lang", "en",
-        "--target-lang", "de", "--output", folder / "data", cwd=ROOT / "scripts", fresh=True,
+        "sekd_fairseq.prepare_llm_data", "--tokenizer", folder / "spm.model", *splits, "--source-lang", "en",
+        "--target-lang", "de", "--output", folder / "data", fresh=True,
     )  # fmt: skip
     config = {
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -82,19 +82,10 @@ def llm_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def script(name: str, *arguments: object, check: bool = True) -> str:
-    """Run one of the scripts."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        return command(name, *arguments, check=check)
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-
-
 def prepare(tokenizer: Path, text: Path, output: Path, *options: object, check: bool = True) -> str:
     splits = [word for s in ("train", "valid", "test") for word in (f"--{s}", text / s)]
-    return script(
-        "prepare_llm_data", "--tokenizer", tokenizer, *splits, "--source-lang", "en",
+    return command(
+        "sekd_fairseq.prepare_llm_data", "--tokenizer", tokenizer, *splits, "--source-lang", "en",
         "--target-lang", "de", "--output", output, *options, check=check,
     )  # fmt: skip
 
@@ -134,7 +125,7 @@ def train_llm(data: Path, save: Path, *options: object, check: bool = True) -> s
 
 
 def load(path: Path, data: Path) -> tuple[Any, Any]:
-    from sekd_fairseq.inference import load_models
+    from sekd_fairseq.checkpoints import load_models
 
     (model,), _, task = load_models([str(path)], str(data), torch.device("cpu"))
     return model, task
@@ -303,7 +294,7 @@ def test_teacher_cache_student_generation_and_export(
         tmp_path / "run", "--cpu",
     )  # fmt: skip
     assert list((tmp_path / "run" / "tokens" / "test").glob("*.parquet"))
-    script("export_hf", student, "--data", llm_data, "--output", tmp_path / "hf")
+    command("sekd_fairseq.export_hf", student, "--data", llm_data, "--output", tmp_path / "hf")
     check_exported(tmp_path / "hf", load(student, llm_data)[0], task.dataset("test"), 4)
     # And back again: the exported folder is a model to start from.
     log = train_llm(
@@ -319,7 +310,9 @@ def test_teacher_cache_student_generation_and_export(
 def test_two_processes_train_as_one(llm_data: Path, tokenizer: Path, tmp_path: Path) -> None:
     tokens = len(load_tokenizer(str(tokenizer)).pieces)
     source = pretrained(tmp_path / "model", "llama", tokens)
-    script("import_hf", source, "--data", llm_data, "--output", tmp_path / "teacher.pt")
+    command(
+        "sekd_fairseq.import_hf", source, "--data", llm_data, "--output", tmp_path / "teacher.pt"
+    )
     command(
         "sekd_fairseq.build_cache", llm_data, "--path", tmp_path / "teacher.pt", "--output",
         tmp_path / "cache", "--cpu", "--allow-implausible",
@@ -346,7 +339,16 @@ def test_adapters_and_fewer_layers(llm_data: Path, tokenizer: Path, tmp_path: Pa
     state = torch.load(path, map_location="cpu")["model"]
     assert all("lora_" in key or key == "vocabulary_rows" for key in state)
     model, task = load(path, llm_data)
-    script("export_hf", path, "--data", llm_data, "--output", tmp_path / "hf", "--base", source)
+    command(
+        "sekd_fairseq.export_hf",
+        path,
+        "--data",
+        llm_data,
+        "--output",
+        tmp_path / "hf",
+        "--base",
+        source,
+    )
     task.load_dataset("valid")
     exported, ids = check_exported(tmp_path / "hf", model, task.dataset("valid"), 0)
     # Not the model it started from: the adapters were trained.
@@ -369,8 +371,8 @@ def test_pruned_vocabulary_is_restored(tokenizer: Path, llm_text: Path, tmp_path
     )  # fmt: skip
     model, _ = load(tmp_path / "save" / "checkpoint_last.pt", data)
     assert 259 <= len(model.vocabulary_rows) < len(pieces)
-    script(
-        "export_hf", tmp_path / "save" / "checkpoint_last.pt", "--data", data, "--output",
+    command(
+        "sekd_fairseq.export_hf", tmp_path / "save" / "checkpoint_last.pt", "--data", data, "--output",
         tmp_path / "hf", "--base", source,
     )  # fmt: skip
     ids = torch.arange(3, 40).unsqueeze(0)
@@ -470,8 +472,8 @@ def test_gguf_file(llm_text: Path, tmp_path: Path) -> None:
     assert opened.specials == original.specials and opened.pieces == original.pieces
     data = tmp_path / "data"
     prepare(folder, llm_text, data, "--gguf-file", name)
-    out = script(
-        "import_hf", folder, "--gguf-file", name, "--data", data / "bin", "--output",
+    out = command(
+        "sekd_fairseq.import_hf", folder, "--gguf-file", name, "--data", data / "bin", "--output",
         tmp_path / "teacher.pt",
     )  # fmt: skip
     assert "parameters" in out
@@ -487,8 +489,13 @@ def test_gguf_file(llm_text: Path, tmp_path: Path) -> None:
     known = rows >= 0
     torch.testing.assert_close(found[:, known], expected[:, rows[known]], atol=3e-4, rtol=1e-4)
     # Exported, it is an ordinary folder whose tokenizer says the same.
-    script(
-        "export_hf", tmp_path / "teacher.pt", "--data", data / "bin", "--output", tmp_path / "hf"
+    command(
+        "sekd_fairseq.export_hf",
+        tmp_path / "teacher.pt",
+        "--data",
+        data / "bin",
+        "--output",
+        tmp_path / "hf",
     )
     exported = load_tokenizer(str(tmp_path / "hf"))
     for line in (llm_text / "test.de").read_text(encoding="utf-8").splitlines():
@@ -509,7 +516,14 @@ def test_byte_level_tokenizer_and_few_shot_teacher(
     # The teacher's prompts: the student's after two examples, in the same symbols.
     scripted = {}
     for name in ("bin", "teacher"):
-        script("import_hf", bpe_folder, "--data", data / name, "--output", tmp_path / f"{name}.pt")
+        command(
+            "sekd_fairseq.import_hf",
+            bpe_folder,
+            "--data",
+            data / name,
+            "--output",
+            tmp_path / f"{name}.pt",
+        )
         model, task = load(tmp_path / f"{name}.pt", data / name)
         task.load_dataset("test")
         scripted[name] = model, task.dataset("test"), task.target_dictionary
@@ -621,7 +635,14 @@ def test_vllm_engine(
         [*command_line, "--output", str(tmp_path / "p"), "--top-k", "6", "--top-p", "0.3"]
     )
     top_k, top_p = (TeacherCache.open(tmp_path / name / "test") for name in "kp")
-    script("import_hf", source, "--data", data / "bin", "--output", tmp_path / "teacher.pt")
+    command(
+        "sekd_fairseq.import_hf",
+        source,
+        "--data",
+        data / "bin",
+        "--output",
+        tmp_path / "teacher.pt",
+    )
     model, task = load(tmp_path / "teacher.pt", data / "bin")
     task.load_dataset("test")
     dataset = task.dataset("test")
@@ -699,7 +720,8 @@ def test_positions_are_for_prompt_and_translation_together(
     import fairseq.tasks
     from fairseq.sequence_generator import SequenceGenerator
 
-    from sekd_fairseq.inference import language_model_config, position_limits, too_long
+    from sekd_fairseq.checkpoints import language_model_config, position_limits
+    from sekd_fairseq.splits import too_long
 
     name = "n_positions" if family == "gpt2" else "max_position_embeddings"
     config = tmp_path / "config.json"
@@ -754,7 +776,8 @@ def test_positions_are_for_prompt_and_translation_together(
 def test_batches_are_cut_by_prompt_and_translation_together(llm_data: Path, tmp_path: Path) -> None:
     import fairseq.tasks
 
-    from sekd_fairseq.inference import language_model_config, token_batches
+    from sekd_fairseq.checkpoints import language_model_config
+    from sekd_fairseq.splits import token_batches
 
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FAMILIES["llama"]))
@@ -867,4 +890,6 @@ def test_adapters_travel(
     build += ["--subset", "test", "--allow-implausible"]
     assert "--hf-model" in error_line(command(*build, cwd=second, check=False))
     command(*build, "--hf-model", "base", cwd=second)
-    script("export_hf", path, "--data", data, "--output", tmp_path / "hf", "--base", base)
+    command(
+        "sekd_fairseq.export_hf", path, "--data", data, "--output", tmp_path / "hf", "--base", base
+    )

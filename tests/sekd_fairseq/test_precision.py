@@ -14,8 +14,9 @@ from fairseq.optim import AMPOptimizer
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
-from sekd_fairseq.data import TeacherDataset
-from sekd_fairseq.inference import load_models, load_split
+from sekd_fairseq.checkpoints import load_models
+from sekd_fairseq.datasets import TeacherDataset
+from sekd_fairseq.splits import load_split
 from sekd_fairseq.teacher_cache import TeacherCache
 
 from .conftest import ROOT, command, error_line, train, train_arguments

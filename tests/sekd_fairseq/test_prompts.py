@@ -25,7 +25,7 @@ from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.llm.vocabulary import Vocabulary
 
 from .conftest import command, error_line, sentence_pairs, write_text
-from .test_llm import PLUGIN, load, prepare, pretrained, script
+from .test_llm import PLUGIN, load, prepare, pretrained
 
 transformers = pytest.importorskip("transformers")
 
@@ -193,7 +193,14 @@ def test_the_model_reads_what_its_tokenizer_gives(
     assert summary["ends_of_translation"] == {"bin": end}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[kind])
     original = transformers.AutoModelForCausalLM.from_pretrained(folders[kind]).eval()
-    script("import_hf", folders[kind], "--data", out / "bin", "--output", tmp_path / "lm.pt")
+    command(
+        "sekd_fairseq.import_hf",
+        folders[kind],
+        "--data",
+        out / "bin",
+        "--output",
+        tmp_path / "lm.pt",
+    )
     model, task = load(tmp_path / "lm.pt", out / "bin")
     task.load_dataset("test")
     dataset, rows = task.dataset("test"), model.vocabulary_rows
@@ -292,7 +299,14 @@ def test_control_strings_in_text(folders: dict[str, Path], text: Path, tmp_path:
         prepare(folders[kind], folder, out, "--shots", "1")
         summary = json.loads((out / "data.json").read_text())
         assert summary["unknown_tokens"] == summary["translations_not_given_back_exactly"] == 0
-        script("import_hf", folders[kind], "--data", out / "bin", "--output", tmp_path / "lm.pt")
+        command(
+            "sekd_fairseq.import_hf",
+            folders[kind],
+            "--data",
+            out / "bin",
+            "--output",
+            tmp_path / "lm.pt",
+        )
         model, task = load(tmp_path / "lm.pt", out / "bin")
         task.load_dataset("test")
         tokenizer = load_tokenizer(str(folders[kind]))
@@ -340,7 +354,9 @@ def test_interactive_translates_as_generate(
     tokenizer = Path(shutil.copytree(folders[kind], tmp_path / "tokenizer"))
     first = tmp_path / "first" / "data"
     prepare(tokenizer, text, first, "--template", tmp_path / "template", "--prune-vocab", *options)
-    script("import_hf", tokenizer, "--data", first / "bin", "--output", tmp_path / "lm.pt")
+    command(
+        "sekd_fairseq.import_hf", tokenizer, "--data", first / "bin", "--output", tmp_path / "lm.pt"
+    )
     data = tmp_path / "moved"  # with all that is needed
     (first / "bin").rename(data)
     named = ("--bpe", "hf_tokenizer", "--hf-tokenizer", folders[kind])

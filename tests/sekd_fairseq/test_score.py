@@ -17,7 +17,9 @@ from .conftest import command, error_line, train
 
 def full_log_probs(path: Path, data: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reference tokens of test and the model's full log-probabilities there, sentence by sentence."""
-    from sekd_fairseq.inference import load_models, load_split, token_logits
+    from sekd_fairseq.checkpoints import load_models
+    from sekd_fairseq.logits import token_logits
+    from sekd_fairseq.splits import load_split
 
     models, _, task = load_models([str(path)], str(data), torch.device("cpu"))
     dataset = load_split(task, "test", str(data))

@@ -308,7 +308,9 @@ def test_the_student_takes_the_caches_temperature(
     )  # fmt: skip
     base = (*SE_KD, "--lambda-max", "0", "--alpha", "0.6", "--max-update", "1", "--lr", "1e-9")
     log = train(data, tmp_path / "save", *base, "--teacher-cache", warm)
-    from sekd_fairseq.inference import load_models, load_split, token_batches, token_logits
+    from sekd_fairseq.checkpoints import load_models
+    from sekd_fairseq.logits import token_logits
+    from sekd_fairseq.splits import load_split, token_batches
 
     # By hand, from the models themselves: 0.6 * 4 * KL at temperature 2, 0.4 * CE at 1.
     total = kl_sum = tokens = 0.0

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.teacher_cache.format import decode_logprob, encode_logprob
-from sekd_fairseq.truncation import (
+from sekd_fairseq.teachers.truncation import (
     Truncation,
     best_tokens,
     truncate,

@@ -8,7 +8,7 @@ import torch
 from fairseq import utils
 from torch import Tensor
 
-from sekd_fairseq.inference import load_models
+from sekd_fairseq.checkpoints import load_models
 from sekd_fairseq.losses import TeacherRows
 from sekd_fairseq.losses.support import reference_first
 

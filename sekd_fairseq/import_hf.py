@@ -1,21 +1,22 @@
 """A Hugging Face model as a fairseq checkpoint, untrained: a teacher that is good enough as it is.
 
-    python scripts/import_hf.py MODEL --data DATA --output runs/llm/teacher/checkpoint_best.pt
+    python -m sekd_fairseq.import_hf MODEL --data DATA --output runs/llm/teacher/checkpoint_best.pt
 
 ``build_cache``, ``score``, ``fairseq-generate`` and ``--teacher-path`` then take it like any other
-checkpoint. DATA was made for its tokenizer by ``prepare_llm_data.py``; the reverse is
-``export_hf.py``.
+checkpoint. DATA was made for its tokenizer by ``prepare_llm_data``; the reverse is
+``export_hf``.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from fairseq import tasks
 from omegaconf import OmegaConf
 
+from sekd_fairseq.checkpoints import language_model_config, quiet_fairseq
 from sekd_fairseq.errors import one_line_errors
-from sekd_fairseq.inference import language_model_config, quiet_fairseq
 from sekd_fairseq.teacher_cache.format import atomic_write
 
 
@@ -38,7 +39,8 @@ def import_model(folder: str, gguf: str | None, data: str, output: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the checkpoint."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--gguf-file", metavar="FILE", help="a GGUF file in MODEL")
     parser.add_argument("--data", required=True, help="data directory made for its tokenizer")
     parser.add_argument("--output", required=True, type=Path, metavar="CHECKPOINT")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     quiet_fairseq()
     with one_line_errors():
         parameters = import_model(args.model, args.gguf_file, args.data, args.output)

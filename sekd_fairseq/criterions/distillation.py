@@ -16,9 +16,9 @@ from fairseq.models.transformer import TransformerDecoderBase
 from omegaconf import II
 from torch import Tensor
 
-from sekd_fairseq.data import teacher_rows
+from sekd_fairseq.datasets import teacher_rows
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.inference import flat_logits
+from sekd_fairseq.logits import flat_logits
 from sekd_fairseq.losses import (
     DIVERGENCES,
     MISSING_MASS,
@@ -39,8 +39,8 @@ from sekd_fairseq.losses.support import (
     outside_gradient_size,
     whole_log_probs,
 )
-from sekd_fairseq.online_teacher import DenseTeacher
 from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teachers.online import DenseTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ ENDLESS_WITHOUT_TEACHER = ("reverse_kl", "adaptive_kl")
 
 
 @dataclass
-class CachedTeacherConfig(FairseqDataclass):
+class DistillationConfig(FairseqDataclass):
     """Options of every criterion on a cached teacher."""
 
     alpha: float = field(
@@ -89,7 +89,7 @@ class CachedTeacherConfig(FairseqDataclass):
 
 
 class Distilled(NamedTuple):
-    """What :meth:`CachedTeacherCriterion.distill` finds.
+    """What :meth:`DistillationCriterion.distill` finds.
 
     Attributes
     ----------
@@ -106,7 +106,7 @@ class Distilled(NamedTuple):
     hard: Tensor | None = None
 
 
-class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
+class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
     """``sum_i alpha D_i + (1 - alpha) CE_i`` over target tokens that are not padding.
 
     A subclass says what ``D_i`` is (:meth:`distill`) and what it logs besides ``loss``,
@@ -114,7 +114,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
     not of a sampled cache, whose best token is the best of those drawn).
     """
 
-    def __init__(self, cfg: CachedTeacherConfig, task: Any) -> None:
+    def __init__(self, cfg: DistillationConfig, task: Any) -> None:
         super().__init__(task)
         name = f"--criterion {cfg._name}"
         for option in ("alpha", "label_smoothing"):
@@ -128,7 +128,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
             )
         self.refuse_idle(
             cfg,
-            CachedTeacherConfig.divergence_weight,
+            DistillationConfig.divergence_weight,
             "divergence_weight",
             cfg.divergence not in WEIGHTED,
             f"--divergence {cfg.divergence}",
@@ -183,7 +183,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
         """The distillation loss of each token, and the sums to log.
 
         ``nll`` (N,) is cross entropy at temperature 1, ``teacher`` the batch's entry
-        (:class:`~sekd_fairseq.data.TeacherDataset`).
+        (:class:`~sekd_fairseq.datasets.TeacherDataset`).
         """
         raise NotImplementedError
 
@@ -212,7 +212,7 @@ class CachedTeacherCriterion(FairseqCriterion):  # type: ignore[misc]
                 "where the teacher gives no probability; choose another, or take these sentences out"
             )
 
-    def train(self, mode: bool = True) -> "CachedTeacherCriterion":
+    def train(self, mode: bool = True) -> "DistillationCriterion":
         """As torch's. fairseq calls it when an update begins, and not between its parts."""
         self.begin_update()
         return super().train(mode)

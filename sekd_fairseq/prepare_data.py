@@ -1,6 +1,6 @@
 """From parallel text to what ``fairseq-train`` reads.
 
-    python scripts/prepare_data.py --src text.en --tgt text.de \\
+    python -m sekd_fairseq.prepare_data --src text.en --tgt text.de \\
         --source-lang en --target-lang de --output data/en-de
 
 splits the text into train, valid and test; or ``--train``, ``--valid`` and ``--test`` name the
@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from parallel_text import DataError, Pair, read_pairs, repeated, split, without_leaks
 
-from analysis.runs.errors import one_line_errors
+from analysis.runs.errors import AnalysisError, one_line_errors
 from analysis.terminal import split_list, warn
+from sekd_fairseq.parallel_text import Pair, read_pairs, repeated, split, without_leaks
 
 SUBSETS = ("train", "valid", "test")
 #: SentencePiece's mark for a space, in pieces.
@@ -68,7 +68,8 @@ def load_subsets(args: argparse.Namespace) -> tuple[dict[str, list[Pair]], dict[
         dropped = {"empty": empty, "repeated": repeated(pairs)}
         sizes = split_sizes(len(set(pairs)), args.valid_size, args.test_size)
         return split(pairs, *sizes, 1 if args.seed is None else args.seed), dropped
-    subsets, empties = {}, {}
+    subsets: dict[str, list[Pair]] = {}
+    empties: dict[str, int] = {}
     for subset in SUBSETS:
         subsets[subset], empties[subset] = [], 0
         for prefix in split_list(getattr(args, subset), f"--{subset}"):
@@ -78,7 +79,7 @@ def load_subsets(args: argparse.Namespace) -> tuple[dict[str, list[Pair]], dict[
             empties[subset] += empty
     subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
     if not subsets["train"]:
-        raise DataError(
+        raise AnalysisError(
             f"{args.train}: every training pair shares a sentence with valid or test; expected "
             "held-out text that is not in the training text"
         )
@@ -120,7 +121,7 @@ def train_sentencepiece(lines: Iterable[str], prefix: Path, settings: Settings) 
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise DataError(
+        raise AnalysisError(
             f"SentencePiece found no vocabulary of {settings.vocab_size} pieces: "
             f"{' '.join(str(error).split())}; raise --vocab-size, or lower --character-coverage "
             "(0.9995 is usual for Chinese)"
@@ -161,7 +162,7 @@ def encode(
         too_long[subset] = len(pairs) - len(kept)
         if (given_splits and subset != "train" and too_long[subset]) or not kept:
             index = next(i for i, length in enumerate(lengths) if length > settings.max_pieces)
-            raise DataError(
+            raise AnalysisError(
                 f"{subset}: expected pairs of at most {settings.max_pieces} pieces, found "
                 f"{lengths[index]} in pair {index + 1} ({pairs[index][0][:40]!r}...); shorten it "
                 "or raise --max-pieces"
@@ -203,7 +204,7 @@ def binarise(pieces: Path, destination: Path, languages: tuple[str, str]) -> Non
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         last = (result.stdout.strip().splitlines() or ["no message"])[-1]
-        raise DataError(f"fairseq-preprocess failed: {last}; see that fairseq is installed")
+        raise AnalysisError(f"fairseq-preprocess failed: {last}; see that fairseq is installed")
 
 
 def fingerprint(directory: Path, languages: tuple[str, str]) -> str:
@@ -219,7 +220,7 @@ def check_output(output: Path) -> None:
     """Refuse to replace anything but what an earlier call made."""
     made = (output / "sentencepiece.model").is_file() and (output / "bin").is_dir()
     if output.exists() and not made and not (output.is_dir() and not any(output.iterdir())):
-        raise DataError(
+        raise AnalysisError(
             f"--output {output}: expected a new directory or one that this script made, found "
             "something else; choose another"
         )

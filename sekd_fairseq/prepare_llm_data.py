@@ -1,6 +1,6 @@
 """From parallel text to a fairseq data directory for language models.
 
-    python scripts/prepare_llm_data.py --tokenizer FOLDER_OR_MODEL --train text/train \\
+    python -m sekd_fairseq.prepare_llm_data --tokenizer FOLDER_OR_MODEL --train text/train \\
         --valid text/val --test text/test --source-lang de --target-lang en --output data/llm-de-en
 
 ``--train text/train`` is the pair of files ``text/train.de`` and ``text/train.en`` (or ``.gz``).
@@ -29,13 +29,14 @@ from typing import Any
 
 import torch
 from fairseq.data import Dictionary, indexed_dataset
-from parallel_text import DataError, Pair, read_aligned, without_leaks
 
+from analysis.runs.errors import AnalysisError
 from analysis.terminal import progress
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import DEFAULT, Prompts, PromptSettings, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
 from sekd_fairseq.llm.vocabulary import UNK, Vocabulary, build_vocabulary, with_end
+from sekd_fairseq.parallel_text import Pair, read_aligned, without_leaks
 from sekd_fairseq.teacher_cache.format import atomic_directory, hash_file, hash_symbols
 
 Tokens = list[list[int]]
@@ -44,6 +45,7 @@ EOS = 2
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Parallel text to a fairseq data directory whose ids are the rows of a "
         "language model."
@@ -117,7 +119,7 @@ def read_subset(prefixes: str, languages: tuple[str, str]) -> list[Pair]:
         source, target = read_aligned(*(Path(f"{prefix}.{language}") for language in languages))
         for number, pair in enumerate(zip(source, target, strict=True), start=1):
             if not all(side.strip() for side in pair):
-                raise DataError(
+                raise AnalysisError(
                     f"{prefix}, line {number}: expected text on both sides, found an empty line; "
                     "take the pair out"
                 )
@@ -128,7 +130,7 @@ def read_subset(prefixes: str, languages: tuple[str, str]) -> list[Pair]:
 def choose_shots(subsets: dict[str, list[Pair]], count: int) -> list[Pair]:
     """Examples for prompts, taken out of the training text."""
     if count > len(subsets["train"]):
-        raise DataError(
+        raise AnalysisError(
             f"--shots: expected at most the training pairs ({len(subsets['train'])}), found {count}"
         )
     shots = random.Random(1).sample(subsets["train"], count)
@@ -223,6 +225,7 @@ def write_directory(
     kept: Kept,
 ) -> None:
     """Write one data directory for fairseq."""
+    assert vocabulary.prompt is not None  # data made here say what their prompts are
     languages = (vocabulary.prompt.source_lang, vocabulary.prompt.target_lang)
     for language in languages:
         dictionary.save(str(folder / f"dict.{language}.txt"))
@@ -326,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         with atomic_directory(args.output) as building:
             summary, notes = prepare(args, building)
             (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
-    except (DataError, UserError) as error:
+    except (AnalysisError, UserError) as error:
         sys.exit(f"error: {error}")
     for note in notes:
         print(f"{args.output}: {note}")

@@ -1,6 +1,6 @@
 """A trained student as an ordinary Hugging Face folder.
 
-    python scripts/export_hf.py checkpoint_best.pt --data DATA --output FOLDER [--base MODEL]
+    python -m sekd_fairseq.export_hf checkpoint_best.pt --data DATA --output FOLDER [--base MODEL]
 
 Rows go back to the tokenizer's order, low-rank adapters are merged. Tokens without a symbol
 (``--prune-vocab``, padding of the matrix) get their rows from ``--base``, the model that the student
@@ -11,14 +11,15 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from sekd_fairseq.checkpoints import load_models, quiet_fairseq
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.inference import load_models, quiet_fairseq
 from sekd_fairseq.llm.loading import pretrained
 from sekd_fairseq.llm.tokenizer import (
     HFTokenizer,
@@ -74,7 +75,7 @@ def export_tokenizer(tokenizer: Tokenizer, config: type, output: Path) -> None:
         folder = Path(name) / "written"
         (Path(name) / "tokenizer.model").write_bytes(tokenizer.proto)
         same = False
-        if reads_models:
+        if family is not None and reads_models:
             with suppress(Exception):  # transformers' converters fail anyhow on others' models
                 family(
                     vocab_file=str(Path(name) / "tokenizer.model"),
@@ -93,7 +94,8 @@ def export_tokenizer(tokenizer: Tokenizer, config: type, output: Path) -> None:
             )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,7 +109,7 @@ def main() -> None:
         "if it has moved",
     )
     parser.add_argument("--base-gguf-file", metavar="FILE", help="a GGUF file in --base")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     quiet_fairseq()
     with one_line_errors():
         export(args.checkpoint, args.data, args.output, args.base, args.base_gguf_file)

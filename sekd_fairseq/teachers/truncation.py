@@ -212,3 +212,14 @@ def _sample(
     first[:, 1:] = kept[:, 1:] != kept[:, :-1]
     valid = torch.cat([torch.ones_like(gold, dtype=torch.bool), first & (kept != gold)], dim=1)
     return ids, valid, count
+
+
+def keep_best(log_p: dict[int, float], gold: int, truncation: Truncation) -> list[int]:
+    """The reference first, then the best others that a truncation keeps of some known tokens."""
+    order = sorted(log_p, key=lambda token: -log_p[token])
+    if truncation.rule == "top_k":
+        return [gold, *[token for token in order if token != gold][: truncation.k - 1]]
+    mass = np.cumsum([np.exp(log_p[token]) for token in order])
+    before = np.concatenate([[0.0], mass[:-1]])
+    best = order[: max(truncation.floor, min(truncation.k, int((before < truncation.p).sum())))]
+    return [gold, *[token for token in best if token != gold]]
