@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.flows import aligned, draw_transitions
-from analysis.runs.errors import AnalysisError, one_line_errors
+from analysis.runs.errors import UserError, one_line_errors
 from analysis.sensitivity import BASELINE, value_key
 from analysis.study import base_method
 from analysis.style import (
@@ -400,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = (args.output or args.runs / "report") / "figures"
         names = draw_all(folder) if folder.is_dir() else []
         if not names:
-            raise AnalysisError(
+            raise UserError(
                 f"{folder}: expected the tables of a report (CSV), found none; run "
                 f"python -m analysis.transfer {args.runs} first"
             )

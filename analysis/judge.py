@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from analysis.aggregate import Partition, RunSums, make_partition, sum_records
 from analysis.buckets import Family, Threshold, difficulty_families, shared_families
-from analysis.runs.errors import AnalysisError, RecordError
+from analysis.runs.errors import RecordError, UserError
 from analysis.runs.run_record import LeftOut, Run
 from analysis.runs.token_records import TokenSet, read_columns
 from analysis.stats import Floats, Resamples, ratio
@@ -47,13 +47,13 @@ class Judge:
 
     Raises
     ------
-    AnalysisError
+    UserError
         The direction has no run that can define the buckets.
     """
 
     def __init__(self, direction: Direction, options: Options) -> None:
         if direction.tokens is None:
-            raise AnalysisError(f"{direction.name}: expected a run with token records, found none")
+            raise UserError(f"{direction.name}: expected a run with token records, found none")
         self.direction = direction
         self.options = options
         self.tokens: TokenSet = direction.tokens
@@ -91,7 +91,7 @@ class Judge:
             first = (other for other in self.runs if partner(other, [other], method))
             chosen = next(first, None)
         if chosen is None:
-            raise AnalysisError(
+            raise UserError(
                 f"{self.direction.name}: expected a run of {method!r} with token records, which "
                 f"defines the buckets, found only {', '.join(sorted({r.method for r in self.runs}))};"
                 " train and score one, or choose another with --reference"
@@ -99,7 +99,7 @@ class Judge:
         steps = chosen.steps(self.options.subset)
         if reference == "initial":
             if len(steps) < 2:
-                raise AnalysisError(
+                raise UserError(
                     f"{chosen.path}: expected token records of an earlier step for --reference "
                     "initial, found one step; score an early checkpoint too"
                 )
@@ -179,7 +179,7 @@ def load_judges(study: Study, options: Options) -> list[Judge]:
 
     Raises
     ------
-    AnalysisError
+    UserError
         No direction is left with records that can be judged.
     """
     judges = []
@@ -191,13 +191,13 @@ def load_judges(study: Study, options: Options) -> list[Judge]:
             judge = Judge(direction, options)
             try:
                 _read_all(judge, study, bar)
-            except AnalysisError as error:
+            except UserError as error:
                 study.left_out.append(LeftOut(direction.name, str(error)))
                 continue
             judges.append(judge)
     if not judges:
         reasons = "; ".join(f"{item.label}: {item.reason}" for item in study.left_out)
-        raise AnalysisError(
+        raise UserError(
             f"expected a direction whose token records can be judged, found none: {reasons}"
         )
     return judges
@@ -215,7 +215,7 @@ def _read_all(judge: Judge, study: Study, bar: Any) -> None:
             study.left_out.append(LeftOut(run.label, str(error)))
         bar.update()
     if not judge.runs:
-        raise AnalysisError("no run with usable token records is left")
+        raise UserError("no run with usable token records is left")
 
 
 def pairs(judge: Judge, treatment: str, baseline: str) -> list[tuple[Run, Run]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.quality import Quality
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 from analysis.terminal import progress
 
 
@@ -17,16 +17,16 @@ def load_comet(model: Path) -> Any:
 
     Raises
     ------
-    AnalysisError
+    UserError
         COMET is not installed, or there is no checkpoint.
     """
     path = model / "checkpoints" / "model.ckpt" if model.is_dir() else model
     if not path.is_file():
-        raise AnalysisError(f"--comet: expected a COMET checkpoint, found no file {path}")
+        raise UserError(f"--comet: expected a COMET checkpoint, found no file {path}")
     try:
         from comet import load_from_checkpoint
     except ImportError as error:
-        raise AnalysisError(
+        raise UserError(
             f"--comet: expected the package unbabel-comet, found none that imports ({error}); "
             "pip install unbabel-comet, or leave --comet out"
         ) from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 from analysis.runs.files import hash_lines
 from analysis.runs.run_record import LINES, LeftOut, Run, discover, read_scores
 from analysis.runs.texts import read_lines
@@ -75,7 +75,7 @@ def load_study(root: Path, subset: str) -> Study:
 
     Raises
     ------
-    AnalysisError
+    UserError
         No run directory, or none with token records of ``subset``.
     """
     found, left_out = discover(root)
@@ -93,7 +93,7 @@ def load_study(root: Path, subset: str) -> Study:
         reasons = (
             "; ".join(f"{item.label}: {item.reason}" for item in left_out) or "none was scored"
         )
-        raise AnalysisError(
+        raise UserError(
             f"{root}: expected at least one run with token records of {subset!r} "
             f"(tokens/{subset}/STEP.parquet), found none; score a run first ({reasons})"
         )
@@ -121,7 +121,7 @@ def _load_direction(
             if step is not None:
                 sets[run.label] = read_token_set(run.records(subset, step))
                 direction.scored[run.label] = step
-        except AnalysisError as error:
+        except UserError as error:
             _leave_out(direction, run, str(error), left_out)
             continue
         if not all(file.sealed for file in (run, texts, sets.get(run.label)) if file):
@@ -193,7 +193,7 @@ def read_texts(run: Run, subset: str) -> Texts | None:
 
     Raises
     ------
-    AnalysisError
+    UserError
         References are missing, the files have different numbers of lines, or they are not those that
         were scored: ``scores.json`` holds a checksum of each.
     """
@@ -210,12 +210,12 @@ def read_texts(run: Run, subset: str) -> Texts | None:
             continue
         lines[suffix] = read_lines(file)
         if len(lines[suffix]) != len(lines[""]):
-            raise AnalysisError(
+            raise UserError(
                 f"{file}: expected {len(lines[''])} lines as in {path.name}, found "
                 f"{len(lines[suffix])}; evaluate the run again"
             )
         if checksums and hash_lines(lines[suffix]) != checksums.get(file.name):
-            raise AnalysisError(
+            raise UserError(
                 f"{file}: the lines do not match their checksum in scores.json, so they were edited "
                 "or damaged; evaluate the run again"
             )

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 
 #: Seconds between two lines of progress in a log.
 LOG_INTERVAL = 60.0
@@ -17,14 +17,14 @@ def split_list(value: str, option: str, separator: str = ",") -> list[str]:
 
     Raises
     ------
-    AnalysisError
+    UserError
         An empty item, or one given twice.
     """
     items = [item.strip() for item in value.split(separator)]
     repeated = next((item for item in items if items.count(item) > 1), None)
     if not all(items) or repeated:
         what = f"{repeated!r} twice" if repeated else f"an empty one in {value!r}"
-        raise AnalysisError(
+        raise UserError(
             f"{option}: expected different items joined with {separator!r}, found {what}"
         )
     return items

@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import claims, evolution, examples, neural, quality, report, sensitivity, tables
 from analysis.buckets import Threshold
 from analysis.judge import Judge, Options, load_judges
-from analysis.runs.errors import AnalysisError, one_line_errors
+from analysis.runs.errors import UserError, one_line_errors
 from analysis.study import Study, load_study
 
 #: A file of every report; a directory without it is never replaced.
@@ -41,7 +41,7 @@ def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
 
     Raises
     ------
-    AnalysisError
+    UserError
         Nothing below ``root`` can be compared.
     """
     model = None if comet is None else neural.load_comet(comet)
@@ -83,7 +83,7 @@ def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
 def write(results: Results, output: Path) -> None:
     """Write the report beside ``output`` and put it in its place when it is complete."""
     if output.exists() and not (output / MARK).exists() and any(output.iterdir()):
-        raise AnalysisError(
+        raise UserError(
             f"{output}: expected a report or nothing there, found other files; choose another --output"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -156,11 +156,11 @@ def read_options(args: argparse.Namespace) -> Options:
     """Check the numbers of the command line."""
     if args.gamma < 0 or (args.gamma_type == "quantile" and args.gamma > 1):
         allowed = "in [0, 1] as a quantile" if args.gamma_type == "quantile" else "at least 0"
-        raise AnalysisError(f"--gamma: expected a number {allowed}, found {args.gamma}")
+        raise UserError(f"--gamma: expected a number {allowed}, found {args.gamma}")
     if args.resamples < 100:
-        raise AnalysisError(f"--resamples: expected at least 100, found {args.resamples}")
+        raise UserError(f"--resamples: expected at least 100, found {args.resamples}")
     if not 0 <= args.margin < 1:
-        raise AnalysisError(f"--margin: expected a share in [0, 1), found {args.margin}")
+        raise UserError(f"--margin: expected a share in [0, 1), found {args.margin}")
     return Options(
         subset=args.subset,
         threshold=Threshold(args.gamma, args.gamma_type),

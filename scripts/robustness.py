@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from benchmarking import Target, write_results
 
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 from analysis.runs.files import hash_lines, sealed_json
 from analysis.runs.run_record import LINES, read_run, read_scores
 from analysis.runs.simulated import write_run_directory
@@ -35,7 +35,6 @@ from analysis.runs.texts import read_lines
 from analysis.runs.token_records import COLUMNS, read_columns, read_pieces, read_token_set
 from analysis.study import read_texts
 from sekd_fairseq.build_cache import SETTINGS, read_settings
-from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import PromptSettings
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary
 from sekd_fairseq.teacher_cache import SentenceRows, TeacherCache, hash_symbols, write_shard
@@ -174,7 +173,7 @@ def outcome(kind: Kind, known: Any) -> str:
     """What came of reading a file; ``known`` is what a whole one holds."""
     try:
         found = kind.read()
-    except (UserError, AnalysisError) as error:
+    except UserError as error:
         # A line that names no file does not help.
         return (
             "refused" if "\n" not in str(error) and kind.path.parts[-2] in str(error) else "other"

@@ -23,7 +23,7 @@ from fairseq import utils
 from numpy.typing import NDArray
 
 import sekd_fairseq
-from analysis.runs.files import DamagedFile, read_json, sealed_json
+from analysis.runs.files import DamagedFile, atomic_write, read_json, sealed_json
 from analysis.terminal import progress, split_list
 from sekd_fairseq.checkpoints import add_hf_model, quiet_fairseq
 from sekd_fairseq.datasets import target_hashes
@@ -32,13 +32,7 @@ from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inspect_cache import describe
 from sekd_fairseq.splits import check_splits, load_split, token_batches, too_long
 from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
-from sekd_fairseq.teacher_cache.format import (
-    MANIFEST,
-    atomic_write,
-    hash_symbols,
-    payload_dtypes,
-    shard_name,
-)
+from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
 from sekd_fairseq.teachers.engine import Engine

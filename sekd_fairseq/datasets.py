@@ -16,7 +16,6 @@ from fairseq.data import (
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.runs.errors import AnalysisError
 from analysis.runs.token_records import read_columns, read_token_set
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.losses import TeacherRows
@@ -138,7 +137,7 @@ class StoredDifficulty:
         try:
             records = read_token_set(path)
             self.values = read_columns(path, ["kl"])["kl"].astype(np.float32)  # nats
-        except AnalysisError as error:
+        except UserError as error:
             raise UserError(
                 f"--stored-difficulty: {path} holds no token records that can be used ({error})"
             ) from error

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
+from analysis.runs.files import atomic_directory
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.evaluate import read_generated
 from sekd_fairseq.splits import check_splits, languages, stored_as
-from sekd_fairseq.teacher_cache.format import atomic_directory
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,13 +19,12 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from analysis.runs.files import hash_lines, sealed_json
+from analysis.runs.files import atomic_write, hash_lines, sealed_json
 from analysis.runs.languages import bleu_tokenizer
 from analysis.runs.run_record import LINES, read_scores
 from analysis.runs.texts import read_lines
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.teacher_cache.format import atomic_write
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ import torch
 from fairseq import tasks
 from omegaconf import OmegaConf
 
+from analysis.runs.files import atomic_write
 from sekd_fairseq.checkpoints import language_model_config, quiet_fairseq
 from sekd_fairseq.errors import one_line_errors
-from sekd_fairseq.teacher_cache.format import atomic_write
 
 
 def import_model(folder: str, gguf: str | None, data: str, output: Path) -> int:

@@ -16,17 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from analysis.runs.files import atomic_write, hash_file
 from analysis.terminal import progress
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.teacher_cache import TeacherCache, TeacherRow
 from sekd_fairseq.teacher_cache.finish import upgrade_cache
-from sekd_fairseq.teacher_cache.format import (
-    ENTRY_COLUMNS,
-    MANIFEST,
-    Manifest,
-    atomic_write,
-    hash_file,
-)
+from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest
 
 
 def parser() -> argparse.ArgumentParser:

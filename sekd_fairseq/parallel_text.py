@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 from analysis.runs.texts import read_lines
 
 Pair = tuple[str, str]
@@ -33,12 +33,12 @@ def read_aligned(source: Path, target: Path) -> tuple[list[str], list[str]]:
 
     Raises
     ------
-    AnalysisError
+    UserError
         A file is missing or not UTF-8, or the two differ in length.
     """
     sources, targets = read_lines(source), read_lines(target)
     if len(sources) != len(targets):
-        raise AnalysisError(
+        raise UserError(
             f"{source} has {len(sources)} lines and {target} has {len(targets)}; expected as many "
             "in both, one sentence a line, aligned by line; align them and start again"
         )
@@ -50,14 +50,14 @@ def read_pairs(source: Path, target: Path) -> tuple[list[Pair], int]:
 
     Raises
     ------
-    AnalysisError
+    UserError
         A file is missing or not UTF-8, the two differ in length, or no pair is left.
     """
     sources, targets = read_aligned(source, target)
     normalised = zip(map(normalise, sources), map(normalise, targets), strict=True)
     pairs = [pair for pair in normalised if all(pair)]
     if not pairs:
-        raise AnalysisError(
+        raise UserError(
             f"{source} and {target}: expected at least one pair with text on both sides, found "
             f"none among {len(sources)} lines; check the files"
         )
@@ -109,7 +109,7 @@ def split(
 
     Raises
     ------
-    AnalysisError
+    UserError
         Too few independent pairs for the sizes.
     """
     unique = list(dict.fromkeys(pairs))
@@ -126,7 +126,7 @@ def split(
             chosen["train"] += group
     found = [len(chosen[subset]) for subset in ("valid", "test")]
     if found != [valid_size, test_size] or not chosen["train"]:
-        raise AnalysisError(
+        raise UserError(
             f"expected enough text for {valid_size} validation and {test_size} test pairs and "
             f"some to train on, found {len(unique)} different pairs in {len(groups)} independent "
             "groups; pass more text or lower --valid-size and --test-size"

@@ -34,7 +34,7 @@ from typing import Any
 
 import sentencepiece
 
-from analysis.runs.errors import AnalysisError, one_line_errors
+from analysis.runs.errors import UserError, one_line_errors
 from analysis.terminal import split_list, warn
 from sekd_fairseq.parallel_text import Pair, read_pairs, repeated, split, without_leaks
 
@@ -79,7 +79,7 @@ def load_subsets(args: argparse.Namespace) -> tuple[dict[str, list[Pair]], dict[
             empties[subset] += empty
     subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
     if not subsets["train"]:
-        raise AnalysisError(
+        raise UserError(
             f"{args.train}: every training pair shares a sentence with valid or test; expected "
             "held-out text that is not in the training text"
         )
@@ -121,7 +121,7 @@ def train_sentencepiece(lines: Iterable[str], prefix: Path, settings: Settings) 
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise AnalysisError(
+        raise UserError(
             f"SentencePiece found no vocabulary of {settings.vocab_size} pieces: "
             f"{' '.join(str(error).split())}; raise --vocab-size, or lower --character-coverage "
             "(0.9995 is usual for Chinese)"
@@ -162,7 +162,7 @@ def encode(
         too_long[subset] = len(pairs) - len(kept)
         if (given_splits and subset != "train" and too_long[subset]) or not kept:
             index = next(i for i, length in enumerate(lengths) if length > settings.max_pieces)
-            raise AnalysisError(
+            raise UserError(
                 f"{subset}: expected pairs of at most {settings.max_pieces} pieces, found "
                 f"{lengths[index]} in pair {index + 1} ({pairs[index][0][:40]!r}...); shorten it "
                 "or raise --max-pieces"
@@ -204,7 +204,7 @@ def binarise(pieces: Path, destination: Path, languages: tuple[str, str]) -> Non
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         last = (result.stdout.strip().splitlines() or ["no message"])[-1]
-        raise AnalysisError(f"fairseq-preprocess failed: {last}; see that fairseq is installed")
+        raise UserError(f"fairseq-preprocess failed: {last}; see that fairseq is installed")
 
 
 def fingerprint(directory: Path, languages: tuple[str, str]) -> str:
@@ -220,7 +220,7 @@ def check_output(output: Path) -> None:
     """Refuse to replace anything but what an earlier call made."""
     made = (output / "sentencepiece.model").is_file() and (output / "bin").is_dir()
     if output.exists() and not made and not (output.is_dir() and not any(output.iterdir())):
-        raise AnalysisError(
+        raise UserError(
             f"--output {output}: expected a new directory or one that this script made, found "
             "something else; choose another"
         )

@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
+from analysis.runs.files import atomic_directory, hash_file
 from analysis.terminal import progress
-from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import DEFAULT, Prompts, PromptSettings, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
 from sekd_fairseq.llm.vocabulary import UNK, Vocabulary, build_vocabulary, with_end
 from sekd_fairseq.parallel_text import Pair, read_aligned, without_leaks
-from sekd_fairseq.teacher_cache.format import atomic_directory, hash_file, hash_symbols
+from sekd_fairseq.teacher_cache.format import hash_symbols
 
 Tokens = list[list[int]]
 SUBSETS = ("train", "valid", "test")
@@ -119,7 +119,7 @@ def read_subset(prefixes: str, languages: tuple[str, str]) -> list[Pair]:
         source, target = read_aligned(*(Path(f"{prefix}.{language}") for language in languages))
         for number, pair in enumerate(zip(source, target, strict=True), start=1):
             if not all(side.strip() for side in pair):
-                raise AnalysisError(
+                raise UserError(
                     f"{prefix}, line {number}: expected text on both sides, found an empty line; "
                     "take the pair out"
                 )
@@ -130,7 +130,7 @@ def read_subset(prefixes: str, languages: tuple[str, str]) -> list[Pair]:
 def choose_shots(subsets: dict[str, list[Pair]], count: int) -> list[Pair]:
     """Examples for prompts, taken out of the training text."""
     if count > len(subsets["train"]):
-        raise AnalysisError(
+        raise UserError(
             f"--shots: expected at most the training pairs ({len(subsets['train'])}), found {count}"
         )
     shots = random.Random(1).sample(subsets["train"], count)
@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         with atomic_directory(args.output) as building:
             summary, notes = prepare(args, building)
             (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
-    except (AnalysisError, UserError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     for note in notes:
         print(f"{args.output}: {note}")

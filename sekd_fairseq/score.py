@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import sekd_fairseq
-from analysis.runs.files import sealed_json, sealed_parquet
+from analysis.runs.files import atomic_write, hash_file, sealed_json, sealed_parquet
 from analysis.runs.run_record import FORMAT_VERSION
 from analysis.terminal import progress, warn
 from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits, quiet_fairseq
@@ -37,7 +37,6 @@ from sekd_fairseq.losses.divergences import forward_kl
 from sekd_fairseq.losses.events import log_sum_exp
 from sekd_fairseq.splits import load_split, token_batches, too_long, train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
-from sekd_fairseq.teacher_cache.format import atomic_write, hash_file
 
 #: Columns of the token records with their stored types; analysis/runs/token_records.py documents them.
 SCHEMA = pa.schema(

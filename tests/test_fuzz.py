@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from analysis.runs.errors import AnalysisError
 from analysis.runs.files import sealed_json
 from analysis.runs.run_record import read_run
 from analysis.runs.simulated import write_run_directory
@@ -117,7 +116,7 @@ def test_run_records(tmp_path: Path, value: Any) -> None:
     (tmp_path / "run.json").write_text(json.dumps(value))
     try:
         run = read_run(tmp_path, "x")
-    except AnalysisError as error:
+    except UserError as error:
         assert "run.json" in str(error)
     else:
         assert "-" in run.direction and isinstance(run.seed, int)
@@ -155,7 +154,7 @@ def test_odd_parallel_text(tmp_path: Path, lines: list[str], other: list[bytes])
     try:
         left, right = read_aligned(source, target)
         pairs, dropped = read_pairs(source, target)
-    except AnalysisError as error:
+    except UserError as error:
         assert str(source) in str(error) or str(target) in str(error)
     else:
         assert left == lines and len(right) == len(lines) == len(pairs) + dropped
@@ -173,7 +172,7 @@ def test_odd_translations(tmp_path: Path, hypotheses: bytes, references: bytes) 
     (run.path / "hyps" / "test.src.txt").unlink(missing_ok=True)
     try:
         texts = read_texts(run, "test")
-    except AnalysisError as error:
+    except UserError as error:
         assert str(run.path) in str(error)
     else:
         assert texts is not None and len(texts.hypotheses) == len(texts.references)

@@ -1,4 +1,5 @@
-"""Checksums that files carry with them, so that a damaged one is refused before it is believed.
+"""Files that are complete or not there, and that carry a checksum, so that a damaged one is refused
+before it is believed.
 
 =============  ====================================================================================
 JSON           ``checksum``, a key beside the others: SHA-256 of the content without it
@@ -13,12 +14,17 @@ The checksum goes wherever the file is copied. It finds accidents; it is no sign
 import hashlib
 import json
 import mmap
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from analysis.runs.errors import UserError
 
 CHECKSUM = "checksum"
 #: Key of the seal in the metadata of Parquet and Arrow files, and what its value begins with.
@@ -31,6 +37,55 @@ ENDS = 1 << 16
 
 class DamagedFile(ValueError):
     """A file does not match its checksum, or is not of its kind at all; one line with its path."""
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file so that ``path`` never holds a part of it.
+
+    The bytes go to a temporary name in the same directory, are flushed to disk and renamed; on any
+    error the temporary file is removed and ``path`` is as before.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Make a new directory so that ``path`` is whole or not there.
+
+    It is filled under a temporary name beside it and renamed; on any error nothing is left.
+
+    Raises
+    ------
+    UserError
+        There is something at ``path`` already, other than an empty directory.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(
+            f"{path}: expected a new directory, found one with files; delete it or name another"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        made = Path(temporary) / "new"
+        made.mkdir()
+        yield made
+        os.rename(made, path)
 
 
 def hash_content(content: Any) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.runs.errors import AnalysisError, one_line
+from analysis.runs.errors import UserError, one_line
 from analysis.runs.files import DamagedFile, read_json
 
 FORMAT_VERSION = 2
@@ -70,11 +70,11 @@ def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:
 
     Raises
     ------
-    AnalysisError
+    UserError
         ``root`` is not a directory, or holds nothing that looks like a run.
     """
     if not root.is_dir():
-        raise AnalysisError(f"{root}: expected a directory of runs, found none; check the path")
+        raise UserError(f"{root}: expected a directory of runs, found none; check the path")
     runs: list[Run] = []
     left_out: list[LeftOut] = []
     for folder, subfolders, files in os.walk(root):
@@ -83,7 +83,7 @@ def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:
         if "run.json" in files:
             try:
                 runs.append(read_run(path, label))
-            except AnalysisError as error:
+            except UserError as error:
                 left_out.append(LeftOut(label, str(error)))
         elif "train.jsonl" in files or "checkpoints" in subfolders:
             left_out.append(
@@ -93,7 +93,7 @@ def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:
             name for name in subfolders if name not in INNER_FOLDERS and name[0] != "."
         )
     if not runs and not left_out:
-        raise AnalysisError(
+        raise UserError(
             f"{root}: expected run directories (a run.json in each), found none; train and score a "
             "run first, or check the path"
         )
@@ -113,18 +113,16 @@ def read_run(path: Path, label: str) -> Run:
     }.items():
         value = content.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise AnalysisError(
-                f"{file}: expected {key!r} of type {kind.__name__}, found {value!r}"
-            )
+            raise UserError(f"{file}: expected {key!r} of type {kind.__name__}, found {value!r}")
     expected = FORMAT_VERSION if sealed else UNSEALED_VERSION
     if content["format_version"] != expected:
-        raise AnalysisError(
+        raise UserError(
             f"{file}: expected format_version {expected} {'with' if sealed else 'without'} a "
             f"checksum, found {content['format_version']}; score the run again with the same "
             "version of both packages"
         )
     if "-" not in content["direction"]:
-        raise AnalysisError(
+        raise UserError(
             f"{file}: expected a direction like 'en-de', found {content['direction']!r}"
         )
     hyperparameters = content.get("hyperparameters")
@@ -147,7 +145,7 @@ def read_scores(path: Path) -> tuple[dict[str, Any], bool]:
 
     Raises
     ------
-    AnalysisError
+    UserError
         It is damaged, or was edited.
     """
     file = path / "scores.json"
@@ -156,7 +154,7 @@ def read_scores(path: Path) -> tuple[dict[str, Any], bool]:
     content, sealed = _read_json(file, "delete the file and evaluate the run")
     for subset, scores in content.items():
         if not isinstance(scores, dict):
-            raise AnalysisError(
+            raise UserError(
                 f"{file}: expected the scores of a split at {subset!r}, found {scores!r}; evaluate "
                 "the run again"
             )
@@ -167,6 +165,6 @@ def _read_json(file: Path, mend: str) -> tuple[dict[str, Any], bool]:
     try:
         return read_json(file)
     except OSError as error:
-        raise AnalysisError(f"{file}: expected a JSON file, {one_line(error)}") from error
+        raise UserError(f"{file}: expected a JSON file, {one_line(error)}") from error
     except DamagedFile as error:
-        raise AnalysisError(f"{error}; {mend} again") from error
+        raise UserError(f"{error}; {mend} again") from error

@@ -4,7 +4,7 @@ import gzip
 import zlib
 from pathlib import Path
 
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -20,7 +20,7 @@ def read_lines(path: Path) -> list[str]:
 
     Raises
     ------
-    AnalysisError
+    UserError
         The file cannot be read, or a line is not UTF-8.
     """
     packed = path if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
@@ -30,7 +30,7 @@ def read_lines(path: Path) -> list[str]:
         else:
             content = path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise AnalysisError(
+        raise UserError(
             f"{path}: expected a text file, found none that can be read ({error}); check the path"
         ) from error
     lines = content.split(b"\n")
@@ -43,7 +43,7 @@ def _decode(line: bytes, path: Path, number: int) -> str:
     try:
         return line.removesuffix(b"\r").decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
-        raise AnalysisError(
+        raise UserError(
             f"{path}, line {number}: expected UTF-8, found the byte 0x{line[error.start]:02x} at "
             f"column {error.start + 1}; convert the file, for example with: iconv -f LATIN1 -t UTF-8"
         ) from error

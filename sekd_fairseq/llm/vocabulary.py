@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.runs.files import read_json, sealed_json
+from analysis.runs.files import atomic_write, read_json, sealed_json
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import PromptSettings
 from sekd_fairseq.llm.tokenizer import Tokenizer
-from sekd_fairseq.teacher_cache.format import atomic_write, hash_symbols
+from sekd_fairseq.teacher_cache.format import hash_symbols
 
 FILE = "llm.json"
 TOKENIZER = "tokenizer"

@@ -8,16 +8,14 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from analysis.runs.files import DamagedFile, is_sealed
+from analysis.runs.files import DamagedFile, atomic_write, hash_file, is_sealed
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
     Shard,
-    atomic_write,
     decode_logprob,
-    hash_file,
     read_manifest,
     shard_name,
 )

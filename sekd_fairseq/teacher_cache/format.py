@@ -21,20 +21,17 @@ a damaged one can be refused, but not followed out of its bounds.
 """
 
 import hashlib
-import os
 import shlex
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.runs.files import DamagedFile, hash_content, read_json, sealed_json
-from sekd_fairseq.errors import CacheError, UserError
+from sekd_fairseq.errors import CacheError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -139,55 +136,6 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def hash_symbols(symbols: Sequence[str]) -> str:
     """Hash of a dictionary: its symbols in the order of their ids."""
     return hashlib.sha256("\n".join(symbols).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file so that ``path`` never holds a part of it.
-
-    The bytes go to a temporary name in the same directory, are flushed to disk and renamed; on any
-    error the temporary file is removed and ``path`` is as before.
-    """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Make a new directory so that ``path`` is whole or not there.
-
-    It is filled under a temporary name beside it and renamed; on any error nothing is left.
-
-    Raises
-    ------
-    UserError
-        There is something at ``path`` already, other than an empty directory.
-    """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(
-            f"--output: {path} exists; expected a new directory; delete it or name another"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        made = Path(temporary) / "new"
-        made.mkdir()
-        yield made
-        os.rename(made, path)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from analysis.runs.files import hash_file
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
     TOKEN_COLUMNS,
     Manifest,
     Shard,
     decode_logprob,
-    hash_file,
     hash_symbols,
 )
 from sekd_fairseq.teacher_cache.writer import payload_crc

@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.runs.files import sealed_arrow
+from analysis.runs.files import atomic_write, sealed_arrow
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import (
     ENTRY_COLUMNS,
     TOKEN_COLUMNS,
-    atomic_write,
     encode_logprob,
     shard_name,
 )

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analysis.runs.files import hash_file
 from sekd_fairseq.checkpoints import load_models, position_limits
 from sekd_fairseq.devices import to_device
 from sekd_fairseq.logits import token_logits
-from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, hash_file
+from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS
 from sekd_fairseq.teacher_cache.writer import SentenceRows
 from sekd_fairseq.teachers.truncation import Truncation, truncate, uniforms
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from fairseq import tasks
 
+from analysis.runs.files import hash_file
 from sekd_fairseq.checkpoints import language_model_config
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary
 from sekd_fairseq.models.hf_causal_lm import prompt_mask
-from sekd_fairseq.teacher_cache.format import hash_file
 from sekd_fairseq.teacher_cache.writer import SentenceRows
 from sekd_fairseq.teachers.truncation import Truncation, keep_best
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import WriteRun
 
-from analysis.runs.errors import AnalysisError, RecordError
+from analysis.runs.errors import RecordError, UserError
 from analysis.runs.files import hash_lines, read_json, sealed_json
 from analysis.runs.run_record import LINES, discover
 from analysis.runs.simulated import (
@@ -201,12 +201,12 @@ def test_the_usual_variant_keeps_the_name_and_is_the_baseline(
 
 
 def test_empty_root_and_root_without_records(tmp_path: Path, write_run: WriteRun) -> None:
-    with pytest.raises(AnalysisError, match="expected run directories"):
+    with pytest.raises(UserError, match="expected run directories"):
         load_study(tmp_path, "test")
     write_run(tmp_path, "teacher", "teacher")
-    with pytest.raises(AnalysisError, match="expected at least one run with token records"):
+    with pytest.raises(UserError, match="expected at least one run with token records"):
         load_study(tmp_path, "test")
-    with pytest.raises(AnalysisError, match="expected a directory of runs"):
+    with pytest.raises(UserError, match="expected a directory of runs"):
         load_study(tmp_path / "nowhere", "test")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from analysis import terminal
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 from analysis.runs.languages import bleu_tokenizer, installed_tokenizer, language_name, languages_of
 from analysis.runs.texts import read_lines
 
@@ -72,7 +72,7 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert read_lines(tmp_path / "empty") == []
     (tmp_path / "latin").write_bytes(b"a\n\xfc\n")
-    with pytest.raises(AnalysisError, match="latin, line 2: expected UTF-8, found the byte 0xfc"):
+    with pytest.raises(UserError, match="latin, line 2: expected UTF-8, found the byte 0xfc"):
         read_lines(tmp_path / "latin")
 
 
@@ -80,7 +80,7 @@ def test_lists_in_options() -> None:
     assert terminal.split_list(" train , valid", "--subset") == ["train", "valid"]
     assert terminal.split_list("a b:c", "DATA", ":") == ["a b", "c"]
     for value, found in (("a,,b", "empty"), ("", "empty"), ("a, b ,a", "'a' twice")):
-        with pytest.raises(AnalysisError, match=f"--subset: expected .*, found .*{found}"):
+        with pytest.raises(UserError, match=f"--subset: expected .*, found .*{found}"):
             terminal.split_list(value, "--subset")
 
 

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from fairseq.data import Dictionary
 
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 from analysis.runs.texts import read_lines
 from sekd_fairseq.parallel_text import normalise, read_pairs, split, without_leaks
 
@@ -41,7 +41,7 @@ def test_split_leaks_nothing_and_is_repeatable() -> None:
     for side in (0, 1):
         seen = [{pair[side] for pair in part} for part in parts.values()]
         assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
-    with pytest.raises(AnalysisError, match="found 200 different pairs"):
+    with pytest.raises(UserError, match="found 200 different pairs"):
         split(pairs, valid_size=200, test_size=200)
 
 

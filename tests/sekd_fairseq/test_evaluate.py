@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from sacrebleu.metrics import BLEU
 
-from analysis.runs.errors import AnalysisError
+from analysis.runs.errors import UserError
 from analysis.runs.run_record import Run
 from analysis.runs.texts import read_lines
 from analysis.study import read_texts
@@ -139,7 +139,7 @@ def test_scores_hold_the_checksums_of_what_was_scored(tmp_path: Path) -> None:
     assert texts.hypotheses == read_lines(run.path / "hyps" / "test.txt")
     path = run.path / "scores.json"
     path.write_bytes(path.read_bytes().replace(b'"sentences": 4', b'"sentences": 5'))
-    with pytest.raises(AnalysisError, match=r"scores.json: content does not match"):
+    with pytest.raises(UserError, match=r"scores.json: content does not match"):
         read_texts(run, "test")
     with pytest.raises(SystemExit, match=r"delete the file and evaluate the run again"):
         evaluate(tmp_path)

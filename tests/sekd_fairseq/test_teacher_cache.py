@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.runs.files import read_json, sealed_json
+from analysis.runs.files import atomic_write, read_json, sealed_json
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
 from sekd_fairseq.teacher_cache.finish import finish_cache
-from sekd_fairseq.teacher_cache.format import MANIFEST, atomic_write
+from sekd_fairseq.teacher_cache.format import MANIFEST
 
 from .conftest import command, error_line
 
