@@ -29,6 +29,7 @@ setup(
     # What the analysis needs: it judges runs on machines that have no torch.
     install_requires=[
         "numpy>=2",
+        "msgspec>=0.19",  # run.json as a typed record, checked where it is read
         "pyarrow>=17",  # teacher caches and token records
         "pandas>=2.2",  # analysis
         "scipy>=1.11",  # statistics

@@ -10,8 +10,8 @@ from analysis.evolution import History
 from analysis.judge import Judge, Options, pairs
 from analysis.measures import CORRELATION_MARGIN, MEASURES, Evidence, Measure, Sample
 from analysis.quality import Quality
+from analysis.runs.methods import Method
 from analysis.stats import LEVEL, hierarchical, holm
-from analysis.study import base_method
 
 ALPHA = 1 - LEVEL
 MIN_SEEDS = 3
@@ -65,7 +65,7 @@ def claims_table(
         for judge in judges
     }
     methods = {run.method for judge in judges for run in judge.runs}
-    treatments = sorted(method for method in methods if base_method(method).startswith("se_kd"))
+    treatments = sorted(method for method in methods if Method.of(method).is_treatment)
     rows: list[dict[str, Any]] = []
     for treatment in treatments:
         couples = {

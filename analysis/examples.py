@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from analysis.judge import Judge
 from analysis.quality import Quality
+from analysis.runs.methods import Method, label_of
 from analysis.runs.run_record import Run
 from analysis.runs.token_records import read_columns, read_pieces
 from analysis.study import partner
-from analysis.style import method_name
 
 #: Sentences shown of each kind.
 SHOWN = 5
@@ -57,12 +57,12 @@ def example_groups(
         if quality is None:
             continue
         scored = [run for run in judge.runs if run.label in judge.direction.texts]
-        for method in sorted({r.method for r in scored if r.method.startswith("se_kd")}):
+        for method in sorted({r.method for r in scored if Method.of(r.method).is_treatment}):
             run = min((r for r in scored if r.method == method), key=lambda r: r.seed)
             other = partner(run, scored, baseline)
             if other is not None:
                 examples = _examples(judge, quality, run, other)
-                names = method_name(run.method), method_name(other.method)
+                names = label_of(run.method), label_of(other.method)
                 groups.append(Group(judge.direction.name, *names, run.seed, examples))
     return groups
 

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 
 from analysis.flows import aligned, draw_transitions
 from analysis.runs.errors import UserError, one_line_errors
+from analysis.runs.methods import Method, label_of, ordered
 from analysis.sensitivity import BASELINE, value_key
-from analysis.study import base_method
 from analysis.style import (
     COLOURS,
     COLUMN,
@@ -26,8 +26,6 @@ from analysis.style import (
     figure,
     hide,
     looks,
-    method_name,
-    ordered,
     save,
 )
 from analysis.terminal import progress
@@ -49,7 +47,7 @@ def draw_difficulty(table: pd.DataFrame, path: Path) -> None:
                     *(centre, mean["share"] * 100),
                     color=look.colour,
                     linestyle=look.line,
-                    label=method_name(method),
+                    label=label_of(method),
                 )
             gamma = part["gamma"].mean()
             axis.axvline(gamma, color="0.35", linewidth=0.8, linestyle=(0, (2, 2)))
@@ -104,7 +102,7 @@ def draw_transfer(table: pd.DataFrame, path: Path) -> None:
                     edgecolor="white" if index == 0 else "black",
                     linewidth=0.3,
                     error_kw={"elinewidth": 0.6, "capsize": 1.2},
-                    label=method_name(method),
+                    label=label_of(method),
                 )
             names = part.assign(code=codes).drop_duplicates("code").sort_values("code")
             labels = [_short(name) for name in names["bucket"]]
@@ -170,7 +168,7 @@ def draw_quality(table: pd.DataFrame, path: Path) -> None:
                     )
                 ticks.append(float(places.mean()))
                 place = float(places[-1]) + 1.0
-            axis.set_yticks(ticks, [method_name(method) for method in methods])
+            axis.set_yticks(ticks, [label_of(method) for method in methods])
             axis.invert_yaxis()
             axis.margins(x=0.12)
             axis.grid(axis="x", linewidth=0.3, color="0.85")
@@ -209,11 +207,11 @@ def draw_methods(table: pd.DataFrame, path: Path) -> None:
                     fontsize=6,
                 )
             axis.axvline(0, color="0.6", linewidth=0.6)
-            axis.set_yticks(range(len(methods)), [method_name(method) for method in methods])
+            axis.set_yticks(range(len(methods)), [label_of(method) for method in methods])
             axis.invert_yaxis()
             axis.grid(axis="x", linewidth=0.3, color="0.85")
             axis.margins(y=0.12)
-            axis.set_xlabel(f"BLEU over {method_name(over)}")
+            axis.set_xlabel(f"BLEU over {label_of(over)}")
 
 
 #: Hyper-parameters as the equations write them.
@@ -242,7 +240,7 @@ def draw_sensitivity(table: pd.DataFrame, path: Path) -> None:
                     color=look.colour,
                     linestyle=look.line,
                     marker=look.marker,
-                    label=method_name(method),
+                    label=label_of(method),
                 )
                 axis.plot(place, runs["BLEU"], ".", color=look.colour, markersize=2, alpha=0.6)
             baseline = table.loc[table["parameter"] == BASELINE, "BLEU"].dropna()
@@ -279,7 +277,7 @@ def draw_training(table: pd.DataFrame, path: Path) -> None:
                         color=look.colour,
                         marker=look.marker,
                         linestyle=line,
-                        label=f"{method_name(method)}, {bucket}",
+                        label=f"{label_of(method)}, {bucket}",
                     )
             axis.set_yscale("log")
             axis.set_xlabel("updates")
@@ -305,7 +303,7 @@ def draw_sentences(table: pd.DataFrame, path: Path) -> None:
                     linestyle=look.line,
                     elinewidth=0.7,
                     capsize=1.5,
-                    label=method_name(method),
+                    label=label_of(method),
                 )
             axis.axhline(0, color="0.6", linewidth=0.5)
             axis.axvline(0, color="0.6", linewidth=0.5)
@@ -316,7 +314,7 @@ def draw_sentences(table: pd.DataFrame, path: Path) -> None:
 
 def _abreast(table: pd.DataFrame) -> int:
     """How many panels with methods as labels stand in a row: names of variants need the whole width."""
-    return 1 if max(len(method_name(method)) for method in table["method"]) > 20 else 2
+    return 1 if max(len(label_of(method)) for method in table["method"]) > 20 else 2
 
 
 @contextmanager
@@ -362,7 +360,7 @@ def without_variants(table: pd.DataFrame) -> pd.DataFrame:
     the others are in the table, and in the figures of sensitivity and methods."""
     if len(looks(table["method"])) <= len(COLOURS):
         return table
-    usual = table[table["method"].map(base_method) == table["method"]]
+    usual = table[[Method.of(method).is_usual for method in table["method"]]]
     return table if usual.empty else usual
 
 

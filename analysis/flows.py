@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from analysis.style import COLUMN, PAGE, figure, hide, method_name, ordered, save
+from analysis.runs.methods import label_of, ordered
+from analysis.style import COLUMN, PAGE, figure, hide, save
 
 
 def draw_transitions(table: pd.DataFrame, path: Path) -> None:
@@ -46,7 +47,7 @@ def draw_transitions(table: pd.DataFrame, path: Path) -> None:
             axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
             axis.set_ylabel("tokens, %")
             axis.set_xlabel("updates")
-            axis.set_title(method_name(method))
+            axis.set_title(label_of(method))
         hide(axes[len(methods) :])
         marks = [
             Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.3)

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from analysis.aggregate import Partition, RunSums, make_partition, sum_records
 from analysis.buckets import Family, Threshold, difficulty_families, shared_families
 from analysis.runs.errors import RecordError, UserError
+from analysis.runs.methods import Method
 from analysis.runs.run_record import LeftOut, Run
 from analysis.runs.token_records import TokenSet, read_columns
 from analysis.stats import Floats, Resamples, ratio
-from analysis.study import Direction, Study, base_method, couples, partner
+from analysis.study import Direction, Study, couples, partner
 from analysis.terminal import progress
 
 
@@ -207,7 +208,9 @@ def _read_all(judge: Judge, study: Study, bar: Any) -> None:
     # Reference runs first: damage in one of them is then found in its own name.
     reference = judge.options.reference
     names = {"finetune"} if reference == "initial" else {reference}
-    for run in sorted(judge.runs, key=lambda run: not {run.label, base_method(run.method)} & names):
+    for run in sorted(
+        judge.runs, key=lambda run: not {run.label, Method.of(run.method).id} & names
+    ):
         try:
             judge.sums(run, judge.partition(run))
         except RecordError as error:

@@ -15,8 +15,9 @@ from sacrebleu.significance import PairedTest
 from analysis.judge import Options
 from analysis.runs.languages import Tokenizer, bleu_tokenizer, installed_tokenizer, languages_of
 from analysis.runs.run_record import Run, read_scores
+from analysis.runs.texts import Texts
 from analysis.stats import Floats, Resamples, hierarchical, holm
-from analysis.study import Direction, Texts, couples, partner
+from analysis.study import Direction, couples, partner
 from analysis.terminal import progress, warn
 
 BASELINES = ("finetune", "word_kd")

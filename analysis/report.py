@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import claims, page
 from analysis.figures import FIGURES, draw_all
 from analysis.markup import interval, latex_table, markdown_table, number, p_value, percent
-from analysis.style import method_key, method_name
+from analysis.runs.methods import label_of, ordered
 
 if TYPE_CHECKING:
     from analysis.transfer import Results
@@ -85,7 +85,7 @@ def summary(results: "Results") -> str:
     lines = []
     for row in _sorted(results.tables["results"]).to_dict("records"):
         lines.append(
-            f"{row['direction']:8} {method_name(str(row['method'])):28} seed {row['seed']:<6} "
+            f"{row['direction']:8} {label_of(row['method']):28} seed {row['seed']:<6} "
             f"BLEU {row['BLEU']:6.2f}  chrF {row['chrF']:6.2f}"
         )
     for row in _deciding(results).drop_duplicates(["treatment", "claim"]).to_dict("records"):
@@ -127,10 +127,10 @@ def _claims(results: "Results") -> list[str]:
     if table.empty:
         return ["No run of a SE-KD method to judge."]
     parts = []
-    for treatment in sorted(table["treatment"].unique(), key=method_key):
+    for treatment in ordered(table["treatment"]):
         own = table[(table["treatment"] == treatment) & (table["scope"] == "all")]
         baseline = results.options.baseline
-        parts.append(f"**{method_name(treatment)}** against {method_name(baseline)}:")
+        parts.append(f"**{label_of(treatment)}** against {label_of(baseline)}:")
         parts.append(markdown_table(pd.DataFrame(_claim_rows(own))))
     parts.append(
         "Effects above 0 are in the claim's favour; measures in brackets accompany a claim and do not "
@@ -168,7 +168,7 @@ def _quality_rows(results: "Results") -> list[dict[str, Any]]:
     return [
         {
             "direction": row["direction"],
-            "method": method_name(str(row["method"])),
+            "method": label_of(row["method"]),
             "seed": row["seed"],
             "BLEU": interval(row["BLEU"], row["BLEU_low"], row["BLEU_high"], 2),
             "chrF": interval(row["chrF"], row["chrF_low"], row["chrF_high"], 2),
@@ -201,14 +201,11 @@ def _quality(results: "Results") -> list[str]:
         rows = [
             {
                 "direction": row["direction"],
-                "method": method_name(str(row["method"])),
+                "method": label_of(row["method"]),
                 "metric": row["metric"],
                 "seeds": row["seeds"],
                 "mean ± sd": _mean(row),
-                **{
-                    f"over {method_name(base)}": _over(row, base)
-                    for base in ("finetune", "word_kd")
-                },
+                **{f"over {label_of(base)}": _over(row, base) for base in ("finetune", "word_kd")},
             }
             for row in _sorted(methods).to_dict("records")
         ]
@@ -246,7 +243,7 @@ def _transfer(results: "Results") -> list[str]:
         rows = [
             {
                 "direction": row["direction"],
-                "method": method_name(str(row["method"])),
+                "method": label_of(row["method"]),
                 "seeds": row["seeds"],
                 "bucket": row["bucket"],
                 "tokens": row["tokens"],
@@ -267,9 +264,8 @@ def _transfer(results: "Results") -> list[str]:
         rows = [
             {
                 "direction": row["direction"],
-                "method": method_name(str(row["method"])),
-                "over": method_name(str(row["baseline"]))
-                + (" †" if row["selected_by_pair"] else ""),
+                "method": label_of(row["method"]),
+                "over": label_of(row["baseline"]) + (" †" if row["selected_by_pair"] else ""),
                 "seeds": row["seeds"],
                 "bucket": row["bucket"],
                 "tokens": row["tokens"],
@@ -352,9 +348,7 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
     """By direction, then method in reading order; the rows of a run keep theirs."""
     if table.empty:
         return table
-    keys = {
-        method: index for index, method in enumerate(sorted(set(table["method"]), key=method_key))
-    }
+    keys = {method: index for index, method in enumerate(ordered(table["method"]))}
     place = table["method"].map(keys)
     by = [name for name in ("direction", "_place", "seed") if name in (*table.columns, "_place")]
     return table.assign(_place=place).sort_values(by, kind="stable")

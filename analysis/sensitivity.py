@@ -9,8 +9,9 @@ import pandas as pd
 
 from analysis.judge import Judge
 from analysis.quality import Quality
+from analysis.runs.methods import Method
 from analysis.runs.run_record import Run
-from analysis.study import base_method, flatten
+from analysis.study import flatten
 
 #: What the rows of the baseline have as their parameter.
 BASELINE = "(baseline)"
@@ -34,7 +35,7 @@ def sensitivity_table(
         runs = judge.direction.runs if judge else quality.runs() if quality else []
         groups: dict[str, list[Run]] = defaultdict(list)
         for run in runs:
-            groups[base_method(run.method)].append(run)
+            groups[Method.of(run.method).id].append(run)
         for method, group in groups.items():
             for run, parameter, value in one_at_a_time(group):
                 row = _row(run, method, judge, quality)
@@ -45,7 +46,7 @@ def sensitivity_table(
             runs = judge.direction.runs if judge else quality.runs() if quality else []
             # Its usual variant, where it has several: that keeps the name.
             usual = [run for run in runs if run.method == baseline]
-            for run in usual or [run for run in runs if base_method(run.method) == baseline]:
+            for run in usual or [run for run in runs if Method.of(run.method).id == baseline]:
                 row = _row(run, baseline, judge, quality)
                 rows.append(row | {"parameter": BASELINE, "value": ""})
     return pd.DataFrame(rows, columns=[*COLUMNS, "BLEU", "kl", "kl_hard"])

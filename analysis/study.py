@@ -1,6 +1,5 @@
 """Which runs can be compared with which: directions, test sets, variants, baselines."""
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,27 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from analysis.runs.errors import UserError
-from analysis.runs.files import hash_lines
-from analysis.runs.run_record import LINES, LeftOut, Run, discover, read_scores
-from analysis.runs.texts import read_lines
+from analysis.runs.methods import Method
+from analysis.runs.run_record import LeftOut, Run, discover
+from analysis.runs.texts import Texts, read_texts
 from analysis.runs.token_records import TokenSet, read_token_set
 from analysis.terminal import progress, warn
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Translations with their references and sources, line by line, each of equal length; ``sealed``
-    is whether ``scores.json`` holds their checksums."""
-
-    hypotheses: list[str]
-    references: list[str]
-    sources: list[str] | None
-    sealed: bool = False
-
-    @property
-    def digest(self) -> str:
-        """Identifies the references."""
-        return hashlib.sha256("\n".join(self.references).encode()).hexdigest()
 
 
 @dataclass
@@ -114,7 +97,7 @@ def _load_direction(
     for run in runs:
         bar.update()
         try:
-            texts = read_texts(run, subset)
+            texts = read_texts(run.path, subset)
             if texts:
                 direction.texts[run.label] = texts
             step = run.last_step(subset)
@@ -188,40 +171,6 @@ def _most_common(digests: Mapping[str, str], runs: Mapping[str, Run]) -> str | N
     return digests[best]
 
 
-def read_texts(run: Run, subset: str) -> Texts | None:
-    """Translations, references and (where there are any) sources of a run; None without translations.
-
-    Raises
-    ------
-    UserError
-        References are missing, the files have different numbers of lines, or they are not those that
-        were scored: ``scores.json`` holds a checksum of each.
-    """
-    folder = run.path / "hyps"
-    path = folder / f"{subset}.txt"
-    if not path.exists():
-        return None
-    scores, sealed = read_scores(run.path)
-    checksums = scores.get(subset, {}).get(LINES, {}) if sealed else {}
-    lines: dict[str, list[str]] = {}
-    for suffix in ("", ".ref", ".src"):
-        file = folder / f"{subset}{suffix}.txt"
-        if suffix == ".src" and not file.exists():
-            continue
-        lines[suffix] = read_lines(file)
-        if len(lines[suffix]) != len(lines[""]):
-            raise UserError(
-                f"{file}: expected {len(lines[''])} lines as in {path.name}, found "
-                f"{len(lines[suffix])}; evaluate the run again"
-            )
-        if checksums and hash_lines(lines[suffix]) != checksums.get(file.name):
-            raise UserError(
-                f"{file}: the lines do not match their checksum in scores.json, so they were edited "
-                "or damaged; evaluate the run again"
-            )
-    return Texts(lines[""], lines[".ref"], lines.get(".src"), bool(checksums))
-
-
 def name_variants(runs: Sequence[Run]) -> list[Run]:
     """Tell apart runs of one method, direction and seed by the hyper-parameters that differ.
 
@@ -283,11 +232,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def base_method(method: str) -> str:
-    """The method without what :func:`name_variants` added."""
-    return method.split(" ", 1)[0]
-
-
 def partner(run: Run, candidates: Sequence[Run], method: str) -> Run | None:
     """The run of ``method`` that ``run`` is compared with.
 
@@ -298,7 +242,7 @@ def partner(run: Run, candidates: Sequence[Run], method: str) -> Run | None:
         other
         for other in candidates
         if other.direction == run.direction
-        and (other.method == method or base_method(other.method) == method)
+        and (other.method == method or Method.of(other.method).id == method)
     ]
     exact = [other for other in same if other.method == method]
     same = exact or [other for other in same if other.method == min(item.method for item in same)]

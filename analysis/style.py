@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.runs.methods import ordered
+
 COLUMN = 3.03  # inches, one column of the ACL style
 PAGE = 6.3  # both columns
 FORMATS = ("pdf", "png", "svg")
@@ -20,40 +22,6 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "++", "**")
-
-#: The order of methods in legends and tables; others follow by name.
-ORDER = (
-    "teacher",
-    "finetune",
-    "seq_kd",
-    "word_kd",
-    "reverse_kl",
-    "skew",
-    "adaptive_kl",
-    "jsd",
-    "tvd",
-    "selective_kd",
-    "atkd",
-    "se_kd",
-)
-NAMES = {
-    "teacher": "teacher",
-    "finetune": "fine-tuning",
-    "word_kd": "word-level KD",
-    "se_kd_blend": "SE-KD (blend)",
-    "se_kd_evolved": "SE-KD (evolved)",
-    "se_kd_student": "SE-KD (student)",
-    "se_kd_target": "SE-KD (target)",
-    "seq_kd": "sequence-level KD",
-    "selective_kd": "selective KD",
-    "reverse_kl": "reverse KL",
-    "skew_forward_kl": "skew KL",
-    "skew_reverse_kl": "skew reverse KL",
-    "adaptive_kl": "adaptive KL",
-    "jsd": "Jensen-Shannon",
-    "tvd": "total variation",
-    "atkd": "adaptive teaching",
-}
 
 SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -77,25 +45,6 @@ SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "analysis",  # the same file for the same table
     "figure.constrained_layout.use": True,
 }
-
-
-def method_key(method: str) -> tuple[int, str]:
-    """Sorts methods as in :data:`ORDER`."""
-    for index, name in enumerate(ORDER):
-        if method.startswith(name):
-            return index, method
-    return len(ORDER), method
-
-
-def method_name(method: str) -> str:
-    """A method as readers call it, with what tells its variants apart."""
-    base, _, variant = method.partition(" ")
-    return f"{NAMES.get(base, base)} {variant}".strip()
-
-
-def ordered(methods: Iterable[str]) -> list[str]:
-    """Distinct methods in the order of legends."""
-    return sorted(set(methods), key=method_key)
 
 
 @dataclass(frozen=True)

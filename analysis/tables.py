@@ -14,10 +14,11 @@ from analysis.buckets import EASY, HARD
 from analysis.judge import Judge, pairs
 from analysis.measures import sentence_gains
 from analysis.quality import BASELINES, Quality
+from analysis.runs.methods import Method
 from analysis.runs.run_record import Run
 from analysis.runs.token_records import read_columns
 from analysis.stats import Floats, interval, ratio, sorted_ranks
-from analysis.study import base_method, partner
+from analysis.study import partner
 
 HISTOGRAM_BINS = 45
 #: A teacher that gives the reference no more than this over the baseline has no lead to close.
@@ -143,7 +144,7 @@ def gain_table(judges: Sequence[Judge]) -> pd.DataFrame:
         for run in judge.runs:
             for baseline in BASELINES:
                 other = partner(run, judge.runs, baseline)
-                if other is not None and base_method(run.method) != baseline:
+                if other is not None and Method.of(run.method).id != baseline:
                     rows.extend(_gains(judge, run, other, baseline))
     return pd.DataFrame(rows, columns=None if rows else GAIN_COLUMNS)
 
@@ -264,7 +265,9 @@ def sentence_table(
         if quality is None:
             continue
         labels = {run.label for run in quality.runs()}
-        for method in sorted({run.method for run in judge.runs if run.method.startswith("se_kd")}):
+        for method in sorted(
+            {run.method for run in judge.runs if Method.of(run.method).is_treatment}
+        ):
             gains = [
                 np.stack(sentence_gains(judge, quality, run, other)[:2])
                 for run, other in pairs(judge, method, baseline)

@@ -24,7 +24,7 @@ from benchmarking import RESULTS, Target, write_results
 
 from analysis import transfer
 from analysis.judge import Options
-from analysis.runs.simulated import PIECES, write_records, write_run_directory, write_run_record
+from analysis.runs.simulated import PIECES, write_columns, write_run_directory, write_run_record
 from analysis.terminal import progress
 
 TOKENS, LENGTH = 2_500_000, 25
@@ -61,7 +61,7 @@ def large_records(path: Path, noise: float, seed: int) -> None:
         "p_of_q_top1": p_gold * 0.5,
         "overlap_top5": own.integers(0, 6, TOKENS),
     }
-    write_records(path, columns, cache="c", rows=1 << 20)
+    write_columns(path, columns, cache="c", rows=1 << 20)
 
 
 def scale(folder: Path) -> dict[str, Any]:

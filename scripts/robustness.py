@@ -28,12 +28,11 @@ import torch
 from benchmarking import Target, write_results
 
 from analysis.runs.errors import UserError
-from analysis.runs.files import hash_lines, sealed_json
-from analysis.runs.run_record import LINES, read_run, read_scores
+from analysis.runs.files import sealed_json
+from analysis.runs.run_record import LINES, read_run, read_scores, write_scores
 from analysis.runs.simulated import write_run_directory
-from analysis.runs.texts import read_lines
+from analysis.runs.texts import read_texts, write_texts
 from analysis.runs.token_records import COLUMNS, read_columns, read_pieces, read_token_set
-from analysis.study import read_texts
 from sekd_fairseq.build_cache import SETTINGS, read_settings
 from sekd_fairseq.llm.prompts import PromptSettings
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary
@@ -102,17 +101,18 @@ def read_cache(folder: Path) -> list[Any]:
 def make_run(root: Path) -> Path:
     """A run with token records, translations, and their scores."""
     run = write_run_directory(root, "run", "word_kd", sentences=8)
-    checksums = {path.name: hash_lines(read_lines(path)) for path in (run / "hyps").iterdir()}
-    scores = {"sentences": 8, "bleu": {"score": 31.4159, "signature": "tok:13a"}, LINES: checksums}
-    (run / "scores.json").write_bytes(sealed_json({"test": scores}))
+    texts = read_texts(run, "test")
+    assert texts is not None
+    scores = {"sentences": 8, "bleu": {"score": 31.4159, "signature": "tok:13a"}}
+    write_scores(run, "test", scores | {LINES: write_texts(run, "test", texts)})
     return run
 
 
 def read_records(path: Path) -> list[Any]:
     """Everything that the analysis reads of token records."""
     tokens = read_token_set(path)
-    numbers = [name for name, kind in COLUMNS.items() if kind != "text"]
-    texts = [name for name, kind in COLUMNS.items() if kind == "text"]
+    numbers = [name for name, column in COLUMNS.items() if column.kind != "text"]
+    texts = [name for name, column in COLUMNS.items() if column.kind == "text"]
     found: list[Any] = [tokens.digest, tokens.teacher, tokens.sealed]
     found += [values.tobytes() for values in read_columns(path, numbers).values()]
     for name in texts:
@@ -130,9 +130,8 @@ def make_kinds(folder: Path) -> list[Kind]:
     prompt = PromptSettings("en", "de")
     Vocabulary(list(range(20)), "tokenizer", prompt, hash_symbols(SYMBOLS)).save(data)
     records = run / "tokens" / "test" / "100.parquet"
-    whole_run = read_run(run, "run")
     texts = [
-        Kind(f"translations, {name}", run / "hyps" / name, lambda: read_texts(whole_run, "test"))
+        Kind(f"translations, {name}", run / "hyps" / name, lambda: read_texts(run, "test"))
         for name in ("test.txt", "test.ref.txt", "test.src.txt")
     ]
     return [
@@ -141,7 +140,7 @@ def make_kinds(folder: Path) -> list[Kind]:
         Kind("unfinished cache, build.json", cache / SETTINGS, lambda: read_settings(cache)),
         Kind("token records", records, lambda: read_records(records)),
         Kind("run.json", run / "run.json", lambda: read_run(run, "run")),
-        Kind("scores.json", run / "scores.json", lambda: (read_scores(run), read_texts(whole_run, "test"))),
+        Kind("scores.json", run / "scores.json", lambda: (read_scores(run), read_texts(run, "test"))),
         *texts,
         Kind("llm.json", data / FILE, lambda: Vocabulary.load(data, SYMBOLS)),
     ]  # fmt: skip

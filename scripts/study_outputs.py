@@ -123,10 +123,10 @@ def restore_records(place: Path, shared: pa.Table) -> None:
         columns["kl"] = pa.compute.add(columns["kl_target"], columns["kl_nontarget"])
     else:
         empty = {"float": np.nan, "int": -1, "text": ""}
-        for name, kind in COLUMNS.items():
+        for name, column in COLUMNS.items():
             if name not in columns and name not in shared.column_names:
-                dtype = {"float": np.float32, "int": np.int32, "text": object}[kind]
-                columns[name] = pa.array(np.full(len(kept), empty[kind], dtype))
+                dtype = {"float": np.float32, "int": np.int32, "text": object}[column.kind]
+                columns[name] = pa.array(np.full(len(kept), empty[column.kind], dtype))
     columns |= {name: shared.column(name) for name in shared.column_names}
     table = pa.table({name: columns[name] for name in COLUMNS})
     write_compressed(table.replace_schema_metadata(kept.schema.metadata), place)

@@ -19,10 +19,9 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from analysis.runs.files import atomic_write, hash_lines, sealed_json
 from analysis.runs.languages import bleu_tokenizer
-from analysis.runs.run_record import LINES, read_scores
-from analysis.runs.texts import read_lines
+from analysis.runs.run_record import LINES, write_scores
+from analysis.runs.texts import Texts, read_lines, write_texts
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 
@@ -56,16 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hypotheses = read_generated(args.generated, "D-", len(references))
         check_texts(args.generated, args.source, args.reference)
         scores = score(hypotheses, references, args.target_lang)
-        folder = args.run / "hyps"
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, lines in (("", hypotheses), (".ref", references), (".src", sources)):
-            path = folder / f"{args.subset}{suffix}.txt"
-            with atomic_write(path) as stream:
-                stream.write("".join(f"{line}\n" for line in lines).encode())
-            scores.setdefault(LINES, {})[path.name] = hash_lines(read_lines(path))
-        everything = read_scores(args.run)[0] | {args.subset: scores}
-        with atomic_write(args.run / "scores.json") as stream:
-            stream.write(sealed_json(everything))
+        checksums = write_texts(args.run, args.subset, Texts(hypotheses, references, sources))
+        write_scores(args.run, args.subset, scores | {LINES: checksums})
         print(
             f"{args.run.name} {args.subset}: {len(hypotheses)} sentences, "
             f"BLEU {scores['bleu']['score']:.2f}, chrF {scores['chrf']['score']:.2f}"

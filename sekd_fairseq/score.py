@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from torch import Tensor
 
 import sekd_fairseq
-from analysis.runs.files import atomic_write, hash_file, sealed_json, sealed_parquet
-from analysis.runs.run_record import FORMAT_VERSION
+from analysis.runs.files import hash_file
+from analysis.runs.run_record import RunRecord, write_run
+from analysis.runs.token_records import write_records
 from analysis.terminal import progress, warn
 from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits, quiet_fairseq
 from sekd_fairseq.criterions.self_evolution_kd import partners
@@ -37,24 +38,6 @@ from sekd_fairseq.losses.divergences import forward_kl
 from sekd_fairseq.losses.events import log_sum_exp
 from sekd_fairseq.splits import load_split, token_batches, too_long, train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
-
-#: Columns of the token records with their stored types; analysis/runs/token_records.py documents them.
-SCHEMA = pa.schema(
-    [
-        *((name, pa.int32()) for name in ("sentence", "position", "token")),
-        ("piece", pa.dictionary(pa.int32(), pa.string())),
-        ("frequency", pa.int64()),
-        *((name, pa.float32()) for name in ("p_gold", "q_gold", "kl", "kl_target")),
-        *((name, pa.float32()) for name in ("kl_nontarget", "p_entropy", "q_entropy")),
-        *((name, pa.int32()) for name in ("p_top1", "q_top1")),
-        *(
-            (f"{name}_piece", pa.dictionary(pa.int32(), pa.string()))
-            for name in ("p_top1", "q_top1")
-        ),
-        *((name, pa.float32()) for name in ("p_max", "q_max", "p_of_q_top1")),
-        ("overlap_top5", pa.int8()),
-    ]
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,10 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = default_device(args.cpu)
         record, scored = score_checkpoint(args.path, args, device)
         for step, path in earlier_checkpoints(args.path).items() if args.earlier else ():
-            if step != record["updates"]:
+            if step != record.updates:
                 score_checkpoint(path, args, device, scored)
-        with atomic_write(args.run / "run.json") as stream:
-            stream.write(sealed_json(record))
+        write_run(args.run, record)
 
 
 def earlier_checkpoints(path: Path) -> dict[int, Path]:
@@ -153,7 +135,7 @@ class ScoredSplit:
 
 def score_checkpoint(
     path: Path, args: argparse.Namespace, device: torch.device, scored: ScoredSplit | None = None
-) -> tuple[dict[str, Any], ScoredSplit | None]:
+) -> tuple[RunRecord, ScoredSplit | None]:
     """Write the token records of one checkpoint; returns the content of ``run.json`` and, for the
     run's other checkpoints, what it was scored on (None without ``--teacher-cache``)."""
     models, config, task = load_models([str(path)], args.data, device, args.hf_model)
@@ -163,22 +145,21 @@ def score_checkpoint(
     record = run_record(config, models[0], args, step, task)
     # Of what it was trained with; the loaded configuration forgets the caches and their like.
     if (checkpoint.get("cfg") or {}).get("task", {}).get("stored_difficulty"):
-        record["hyperparameters"]["criterion"]["difficulty"] = "stored"
+        record.hyperparameters["criterion"]["difficulty"] = "stored"
     if args.teacher_cache:
         scored = scored or ScoredSplit.open(task, args)
-        record["teacher_cache"] = cache_record(scored.cache)
+        record = replace(record, teacher_cache=cache_record(scored.cache))
         too_long(scored.dataset, position_limits(models), args.subset)
         columns = score_split(models[0], scored.dataset, device, args.max_tokens, args.subset)
         columns["frequency"] = scored.frequencies[columns["token"]]
-        metadata = {
-            "sekd.format_version": str(FORMAT_VERSION),
-            "sekd.subset": args.subset,
-            "sekd.step": str(step),
-            "sekd.cache_fingerprint": scored.cache.manifest.fingerprint,
-            "sekd.checkpoint": hash_file(path),
-        }
         output = args.run / "tokens" / args.subset / f"{step}.parquet"
-        write_records(output, columns, scored.symbols, metadata)
+        write_records(
+            output,
+            columns,
+            scored.symbols,
+            teacher=scored.cache.manifest.fingerprint,
+            checkpoint=hash_file(path),
+        )
         tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
         print(f"{output}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
     return record, scored
@@ -293,30 +274,6 @@ def train_frequencies(task: Any) -> NDArray[np.int64]:
     return counts if counts.any() else np.asarray(dictionary.count, dtype=np.int64)
 
 
-def write_records(
-    path: Path, columns: dict[str, NDArray[Any]], symbols: list[str], metadata: dict[str, str]
-) -> None:
-    """Write token records to Parquet, complete or not at all."""
-    names = pa.array(symbols, pa.string())
-    arrays = []
-    for item in SCHEMA:
-        if pa.types.is_dictionary(item.type):
-            ids = columns[item.name.removesuffix("_piece") if item.name != "piece" else "token"]
-            # Only the pieces that occur, so that the file does not carry the whole vocabulary.
-            used, index = np.unique(ids, return_inverse=True)
-            arrays.append(
-                pa.DictionaryArray.from_arrays(
-                    pa.array(index, pa.int32()), names.take(pa.array(used))
-                )
-            )
-        else:
-            arrays.append(pa.array(columns[item.name]).cast(item.type))
-    table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as stream:
-        stream.write(sealed_parquet(table, compression="zstd"))
-
-
 def cache_record(cache: TeacherCache) -> dict[str, Any]:
     """What ``run.json`` says of the teacher cache."""
     manifest = cache.manifest
@@ -331,21 +288,20 @@ def cache_record(cache: TeacherCache) -> dict[str, Any]:
 
 def run_record(
     config: Any, model: Any, args: argparse.Namespace, step: int, task: Any
-) -> dict[str, Any]:
+) -> RunRecord:
     """The content of ``run.json``, without a teacher cache."""
     optimisation = OmegaConf.to_container(config.optimization, resolve=False)
     criterion = OmegaConf.to_container(config.criterion, resolve=False)
     if config.criterion._name == "self_evolution_kd":
         criterion |= partners(config.criterion)
-    return {
-        "format_version": FORMAT_VERSION,
-        "name": args.run.name,
-        "method": args.method or method_name(config.criterion, bool(args.teacher_cache)),
-        "seed": int(config.common.seed),
-        "direction": f"{task.cfg.source_lang}-{task.cfg.target_lang}",
-        "updates": step,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "hyperparameters": {
+    return RunRecord(
+        name=args.run.name,
+        method=args.method or method_id(config.criterion, bool(args.teacher_cache)),
+        seed=int(config.common.seed),
+        direction=f"{task.cfg.source_lang}-{task.cfg.target_lang}",
+        updates=step,
+        parameters=sum(p.numel() for p in model.parameters()),
+        hyperparameters={
             "criterion": criterion,
             "arch": config.model._name,
             "lr": optimisation["lr"],
@@ -354,18 +310,17 @@ def run_record(
             "max_tokens": config.dataset.max_tokens,
             **({"warm_start": True} if config.checkpoint.finetune_from_model else {}),
         },
-        "data": {"fingerprint": hash_symbols(task.target_dictionary.symbols)[:16]},
-        "teacher_cache": None,
-        "versions": {
+        data={"fingerprint": hash_symbols(task.target_dictionary.symbols)[:16]},
+        versions={
             "sekd_fairseq": sekd_fairseq.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
-    }
+    )
 
 
-def method_name(criterion: Any, compared: bool) -> str:
-    """The method that a criterion's options amount to; what is not ``compared`` with a teacher may be
+def method_id(criterion: Any, compared: bool) -> str:
+    """The id of the method that a criterion's options amount to; what is not ``compared`` with a teacher may be
     the teacher itself."""
     if criterion._name == "self_evolution_kd" and (
         # Without a ratio, blend still distils from the prior and not from the teacher.

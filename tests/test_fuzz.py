@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from analysis.runs.files import sealed_json
 from analysis.runs.run_record import read_run
 from analysis.runs.simulated import write_run_directory
-from analysis.study import read_texts
+from analysis.runs.texts import read_texts
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.llm.prompts import Template
 from sekd_fairseq.llm.vocabulary import symbol_of, token_of
@@ -166,13 +166,13 @@ def test_odd_parallel_text(tmp_path: Path, lines: list[str], other: list[bytes])
 def test_odd_translations(tmp_path: Path, hypotheses: bytes, references: bytes) -> None:
     if not (tmp_path / "run").exists():
         write_run_directory(tmp_path, "run", "word_kd", sentences=3)
-    run = read_run(tmp_path / "run", "run")
-    (run.path / "hyps" / "test.txt").write_bytes(hypotheses)
-    (run.path / "hyps" / "test.ref.txt").write_bytes(references)
-    (run.path / "hyps" / "test.src.txt").unlink(missing_ok=True)
+    run = tmp_path / "run"
+    (run / "hyps" / "test.txt").write_bytes(hypotheses)
+    (run / "hyps" / "test.ref.txt").write_bytes(references)
+    (run / "hyps" / "test.src.txt").unlink(missing_ok=True)
     try:
         texts = read_texts(run, "test")
     except UserError as error:
-        assert str(run.path) in str(error)
+        assert str(run) in str(error)
     else:
         assert texts is not None and len(texts.hypotheses) == len(texts.references)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from analysis.runs.errors import UserError, one_line
-from analysis.runs.files import DamagedFile, read_json
+from analysis.runs.files import DamagedFile, atomic_write, read_json, sealed_json
 
 FORMAT_VERSION = 2
 #: Of files of an earlier version, which have no checksum.
@@ -21,6 +23,35 @@ UNSEALED_VERSION = 1
 LINES = "sha256_of_lines"
 #: Folders of a run directory in which no other run directory is looked for.
 INNER_FOLDERS = {"checkpoints", "tokens", "hyps"}
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of ``run.json``.
+
+    Attributes
+    ----------
+    name : of the directory that the run was scored into
+    method : its id (:class:`analysis.runs.methods.Method`)
+    direction : ``SOURCE-TARGET``
+    updates : of the optimiser, at the checkpoint that stands for the run
+    parameters : that the model has
+    hyperparameters : nested; what differs between runs of a method tells them apart
+    data : the dictionary's fingerprint
+    teacher_cache : what it was compared with; None for a teacher
+    versions : of the programs
+    """
+
+    format_version: int = FORMAT_VERSION
+    name: str = ""
+    method: str
+    seed: int
+    direction: str
+    updates: int
+    parameters: int | None = None
+    hyperparameters: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    teacher_cache: dict[str, Any] | None = None
+    versions: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -77,9 +108,26 @@ def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:
         raise UserError(f"{root}: expected a directory of runs, found none; check the path")
     runs: list[Run] = []
     left_out: list[LeftOut] = []
-    for folder, subfolders, files in os.walk(root):
+    labels: dict[str, str] = {}  # by the directory that links lead to
+
+    def unreadable(error: OSError) -> None:
+        label = os.path.relpath(error.filename, root)
+        left_out.append(LeftOut(label, f"the directory cannot be read ({error.strerror})"))
+
+    for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
         path = Path(folder)
         label = path.relative_to(root).as_posix() if path != root else root.resolve().name
+        first = labels.setdefault(os.path.realpath(path), label)
+        if first != label:
+            left_out.append(LeftOut(label, f"a link to the same directory as {first}"))
+            subfolders.clear()
+            continue
+        for name in files:
+            if not (path / name).exists():
+                there = (path / name).relative_to(root).as_posix()
+                left_out.append(
+                    LeftOut(there, f"a link to {os.readlink(path / name)}, which is not there")
+                )
         if "run.json" in files:
             try:
                 runs.append(read_run(path, label))
@@ -90,7 +138,8 @@ def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:
                 LeftOut(label, "unfinished: no run.json yet (it is written when the run is scored)")
             )
         subfolders[:] = sorted(
-            name for name in subfolders if name not in INNER_FOLDERS and name[0] != "."
+            (name for name in subfolders if name not in INNER_FOLDERS and name[0] != "."),
+            key=lambda name: (os.path.islink(path / name), name),
         )
     if not runs and not left_out:
         raise UserError(
@@ -104,39 +153,37 @@ def read_run(path: Path, label: str) -> Run:
     """Read and check ``run.json`` in the directory ``path``."""
     file = path / "run.json"
     content, sealed = _read_json(file, "score the run")
-    for key, kind in {
-        "format_version": int,
-        "method": str,
-        "seed": int,
-        "direction": str,
-        "updates": int,
-    }.items():
-        value = content.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{file}: expected {key!r} of type {kind.__name__}, found {value!r}")
+    try:
+        record = msgspec.convert(content, RunRecord)
+    except msgspec.ValidationError as error:
+        problem = str(error).replace("Expected", "expected", 1).replace(", got", ", found")
+        raise UserError(f"{file}: {problem}; score the run again") from error
     expected = FORMAT_VERSION if sealed else UNSEALED_VERSION
-    if content["format_version"] != expected:
+    if record.format_version != expected:
         raise UserError(
             f"{file}: expected format_version {expected} {'with' if sealed else 'without'} a "
-            f"checksum, found {content['format_version']}; score the run again with the same "
+            f"checksum, found {record.format_version}; score the run again with the same "
             "version of both packages"
         )
-    if "-" not in content["direction"]:
-        raise UserError(
-            f"{file}: expected a direction like 'en-de', found {content['direction']!r}"
-        )
-    hyperparameters = content.get("hyperparameters")
+    if "-" not in record.direction:
+        raise UserError(f"{file}: expected a direction like 'en-de', found {record.direction!r}")
     return Run(
         path=path,
         label=label,
-        method=content["method"],
-        seed=content["seed"],
-        direction=content["direction"],
-        updates=content["updates"],
-        hyperparameters=hyperparameters if isinstance(hyperparameters, dict) else {},
-        parameters=content["parameters"] if isinstance(content.get("parameters"), int) else None,
+        method=record.method,
+        seed=record.seed,
+        direction=record.direction,
+        updates=record.updates,
+        hyperparameters=record.hyperparameters,
+        parameters=record.parameters,
         sealed=sealed,
     )
+
+
+def write_run(path: Path, record: RunRecord) -> None:
+    """Write ``run.json`` into the directory ``path``, complete or not at all."""
+    with atomic_write(path / "run.json") as stream:
+        stream.write(sealed_json(msgspec.to_builtins(record)))
 
 
 def read_scores(path: Path) -> tuple[dict[str, Any], bool]:
@@ -159,6 +206,12 @@ def read_scores(path: Path) -> tuple[dict[str, Any], bool]:
                 "the run again"
             )
     return content, sealed
+
+
+def write_scores(path: Path, subset: str, scores: Mapping[str, Any]) -> None:
+    """Put the scores of a split into ``scores.json`` of the run directory ``path``."""
+    with atomic_write(path / "scores.json") as stream:
+        stream.write(sealed_json(read_scores(path)[0] | {subset: dict(scores)}))
 
 
 def _read_json(file: Path, mend: str) -> tuple[dict[str, Any], bool]:

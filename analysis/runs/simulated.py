@@ -2,16 +2,17 @@
 every column, so that the records keep their identities."""
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.runs.files import sealed_json, sealed_parquet
-from analysis.runs.run_record import FORMAT_VERSION
+from analysis.runs.run_record import RunRecord, write_run
+from analysis.runs.texts import Texts, write_texts
+from analysis.runs.token_records import write_records
 
 VOCABULARY = 12
 PIECES = [
@@ -104,49 +105,14 @@ def record_columns(corpus: Corpus, log_q: NDArray[Any]) -> dict[str, NDArray[Any
     }
 
 
-SCHEMA = pa.schema(
-    [
-        *((name, pa.int32()) for name in ("sentence", "position", "token")),
-        ("piece", pa.dictionary(pa.int32(), pa.string())),
-        ("frequency", pa.int64()),
-        *((name, pa.float32()) for name in ("p_gold", "q_gold", "kl", "kl_target", "kl_nontarget")),
-        *((name, pa.float32()) for name in ("p_entropy", "q_entropy")),
-        *((name, pa.int32()) for name in ("p_top1", "q_top1")),
-        *(
-            (name, pa.dictionary(pa.int32(), pa.string()))
-            for name in ("p_top1_piece", "q_top1_piece")
-        ),
-        *((name, pa.float32()) for name in ("p_max", "q_max", "p_of_q_top1")),
-        ("overlap_top5", pa.int8()),
-    ]
-)
-
-
-def write_records(
-    path: Path, columns: dict[str, NDArray[Any]], cache: str = "cache-1", rows: int = 97
+def write_columns(
+    path: Path, columns: Mapping[str, NDArray[Any]], cache: str = "cache-1", rows: int = 97
 ) -> None:
-    """Write token records as ``sekd_fairseq.score`` does, ``rows`` a row group."""
-    names = pa.array(PIECES)
-    arrays = []
-    for item in SCHEMA:
-        if item.name in columns:
-            arrays.append(pa.array(columns[item.name]).cast(item.type, safe=False))
-        else:
-            ids = columns["token" if item.name == "piece" else item.name.removesuffix("_piece")]
-            arrays.append(pa.DictionaryArray.from_arrays(pa.array(ids, pa.int32()), names))
-    footer = {
-        "sekd.format_version": str(FORMAT_VERSION),
-        "sekd.subset": path.parent.name,
-        "sekd.step": path.stem,
-        "sekd.cache_fingerprint": cache,
-        "sekd.checkpoint": "0" * 64,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(footer))
-    path.write_bytes(sealed_parquet(table, row_group_size=rows))
+    """Write simulated token records, ``rows`` a row group."""
+    write_records(path, columns, PIECES, teacher=cache, checkpoint="0" * 64, rows=rows)
 
 
-def make_texts(sentences: int, seed: int, run_seed: int, wrong: float) -> dict[str, list[str]]:
+def make_texts(sentences: int, seed: int, run_seed: int, wrong: float) -> Texts:
     """References, sources, and translations with a share of wrong words."""
     words = [
         "the",
@@ -177,7 +143,7 @@ def make_texts(sentences: int, seed: int, run_seed: int, wrong: float) -> dict[s
             own.choice(words) if own.random() < wrong * luck else word for word in line[:-1].split()
         ]
         hypotheses.append(" ".join(kept) + ".")
-    return {"": hypotheses, ".ref": references, ".src": [line.upper() for line in references]}
+    return Texts(hypotheses, references, [line.upper() for line in references])
 
 
 def write_run_record(
@@ -185,21 +151,18 @@ def write_run_record(
 ) -> None:
     """Make a run directory with its ``run.json``; ``content`` adds to it or replaces."""
     path.mkdir(parents=True)
-    record = {
-        "format_version": FORMAT_VERSION,
+    record: dict[str, Any] = {
         "name": path.name,
         "method": method,
         "seed": seed,
         "direction": direction,
         "updates": updates,
-        "hyperparameters": {},
         "data": {"fingerprint": "data-1"},
         "teacher_cache": None if method == "teacher" else {"fingerprint": cache, "teacher": "t"},
-        "versions": {},
         "parameters": 1000,
         **content,
     }
-    (path / "run.json").write_bytes(sealed_json(record))
+    write_run(path, RunRecord(**record))
 
 
 def write_run_directory(
@@ -229,12 +192,9 @@ def write_run_directory(
         corpus = make_corpus(sentences, corpus_seed)
         for step, size in steps.items():
             columns = record_columns(corpus, student(corpus, size, own, run_seed, habit, method))
-            write_records(path / "tokens" / subset / f"{step}.parquet", columns, cache)
+            write_columns(path / "tokens" / subset / f"{step}.parquet", columns, cache)
     if wrong is not None:
-        (path / "hyps").mkdir()
-        for suffix, lines in make_texts(sentences, corpus_seed, run_seed, wrong).items():
-            text = "".join(f"{line}\n" for line in lines)
-            (path / "hyps" / f"{subset}{suffix}.txt").write_text(text, encoding="utf-8")
+        write_texts(path, subset, make_texts(sentences, corpus_seed, run_seed, wrong))
     return path
 
 
@@ -250,7 +210,7 @@ def write_study(
     student's error is ``better`` where word-level KD's is 0.8, at the end and on the way there."""
     for number, direction in enumerate(directions):
         for seed in range(1, seeds + 1):
-            common = {
+            common: dict[str, Any] = {
                 "seed": seed,
                 "direction": direction,
                 "sentences": sentences,

@@ -1,10 +1,14 @@
-"""Reading text, one sentence a line, for everything in this project that reads any."""
+"""Text of one sentence per line, for everything in this project that reads any, and a run's translations."""
 
 import gzip
+import hashlib
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.runs.errors import UserError
+from analysis.runs.files import atomic_write, hash_lines
+from analysis.runs.run_record import LINES, read_scores
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -47,3 +51,75 @@ def _decode(line: bytes, path: Path, number: int) -> str:
             f"{path}, line {number}: expected UTF-8, found the byte 0x{line[error.start]:02x} at "
             f"column {error.start + 1}; convert the file, for example with: iconv -f LATIN1 -t UTF-8"
         ) from error
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Translations with their references and sources, line by line, each of equal length; ``sealed``
+    is whether ``scores.json`` holds their checksums."""
+
+    hypotheses: list[str]
+    references: list[str]
+    sources: list[str] | None
+    sealed: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Identifies the references."""
+        return hashlib.sha256("\n".join(self.references).encode()).hexdigest()
+
+
+def read_texts(run: Path, subset: str) -> Texts | None:
+    """Translations, references and (where there are any) sources in a run
+    directory; None without translations.
+
+    Raises
+    ------
+    UserError
+        References are missing, the files have different numbers of lines, or they are not those that
+        were scored: ``scores.json`` holds a checksum of each.
+    """
+    folder = run / "hyps"
+    path = folder / f"{subset}.txt"
+    if not path.exists():
+        return None
+    scores, sealed = read_scores(run)
+    checksums = scores.get(subset, {}).get(LINES, {}) if sealed else {}
+    lines: dict[str, list[str]] = {}
+    for suffix in ("", ".ref", ".src"):
+        file = folder / f"{subset}{suffix}.txt"
+        if suffix == ".src" and not file.exists():
+            continue
+        lines[suffix] = read_lines(file)
+        if len(lines[suffix]) != len(lines[""]):
+            raise UserError(
+                f"{file}: expected {len(lines[''])} lines as in {path.name}, found "
+                f"{len(lines[suffix])}; evaluate the run again"
+            )
+        if checksums and hash_lines(lines[suffix]) != checksums.get(file.name):
+            raise UserError(
+                f"{file}: the lines do not match their checksum in scores.json, so they were edited "
+                "or damaged; evaluate the run again"
+            )
+    return Texts(lines[""], lines[".ref"], lines.get(".src"), bool(checksums))
+
+
+def write_texts(run: Path, subset: str, texts: Texts) -> dict[str, str]:
+    """Write translations, references and sources into a run directory.
+
+    Returns the checksums for ``scores.json``, by file name.
+    """
+    folder = run / "hyps"
+    folder.mkdir(parents=True, exist_ok=True)
+    checksums = {}
+    for suffix, lines in (
+        ("", texts.hypotheses),
+        (".ref", texts.references),
+        (".src", texts.sources),
+    ):
+        if lines is not None:
+            path = folder / f"{subset}{suffix}.txt"
+            with atomic_write(path) as stream:
+                stream.write("".join(f"{line}\n" for line in lines).encode())
+            checksums[path.name] = hash_lines(read_lines(path))
+    return checksums

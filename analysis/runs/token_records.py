@@ -4,11 +4,11 @@ Everything is checked where it is read; what is wrong is said in one line that n
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,32 +16,60 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analysis.runs.errors import RecordError, one_line
-from analysis.runs.files import DamagedFile, is_sealed
+from analysis.runs.files import DamagedFile, atomic_write, is_sealed, sealed_parquet
 from analysis.runs.run_record import FORMAT_VERSION, UNSEALED_VERSION
 
-#: Columns of the token records and their kind. ``int``, ``float`` and ``text`` (dictionary-encoded).
-COLUMNS: dict[str, str] = {
-    "sentence": "int",  # 0-based line number in the subset
-    "position": "int",  # 0-based position in the target
-    "token": "int",  # reference token id
-    "piece": "text",  # its piece
-    "frequency": "int",  # occurrences in the training targets
-    "p_gold": "float",  # teacher's probability of the reference token
-    "q_gold": "float",  # student's
-    "kl": "float",  # KL(p || q), nats
-    "kl_target": "float",  # KL of (reference, everything else), nats
-    "kl_nontarget": "float",  # (1 - p_gold) KL of the distributions over everything else, nats
-    "p_entropy": "float",  # nats
-    "q_entropy": "float",
-    "p_top1": "int",
-    "q_top1": "int",
-    "p_top1_piece": "text",
-    "q_top1_piece": "text",
-    "p_max": "float",  # probability of the teacher's own first choice
-    "q_max": "float",
-    "p_of_q_top1": "float",  # teacher's probability of the student's first choice
-    "overlap_top5": "int",  # how many of the teacher's 5 best are among the student's 5 best
+
+class Column(NamedTuple):
+    """A column of the token records: how it is stored, and what it says of a reference token."""
+
+    type: pa.DataType
+    meaning: str
+
+    @property
+    def kind(self) -> str:
+        """``int``, ``float`` or ``text``; a file may hold another width of its kind."""
+        if pa.types.is_dictionary(self.type):
+            return "text"
+        return "int" if pa.types.is_integer(self.type) else "float"
+
+    def holds(self, found: pa.DataType) -> bool:
+        """Whether a stored type is of this kind."""
+        if self.kind == "text":
+            found = found.value_type if pa.types.is_dictionary(found) else found
+            return bool(pa.types.is_string(found) or pa.types.is_large_string(found))
+        return bool((pa.types.is_integer if self.kind == "int" else pa.types.is_floating)(found))
+
+
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+#: p is the teacher, q the student; both at the temperature of the teacher's cache.
+COLUMNS: dict[str, Column] = {
+    "sentence": Column(pa.int32(), "0-based line number in the subset"),
+    "position": Column(pa.int32(), "0-based position in the target"),
+    "token": Column(pa.int32(), "id of the reference token"),
+    "piece": Column(_TEXT, "its piece"),
+    "frequency": Column(pa.int64(), "how often it occurs in the training targets"),
+    "p_gold": Column(pa.float32(), "teacher's probability of the reference token"),
+    "q_gold": Column(pa.float32(), "student's"),
+    "kl": Column(pa.float32(), "KL(p || q), nats"),
+    "kl_target": Column(pa.float32(), "KL of (reference, everything else), nats"),
+    "kl_nontarget": Column(
+        pa.float32(), "(1 - p_gold) KL of the distributions over everything else, nats"
+    ),
+    "p_entropy": Column(pa.float32(), "teacher's entropy, nats"),
+    "q_entropy": Column(pa.float32(), "student's"),
+    "p_top1": Column(pa.int32(), "teacher's first choice"),
+    "q_top1": Column(pa.int32(), "student's"),
+    "p_top1_piece": Column(_TEXT, "piece of the teacher's first choice"),
+    "q_top1_piece": Column(_TEXT, "of the student's"),
+    "p_max": Column(pa.float32(), "probability that the teacher gives its own first choice"),
+    "q_max": Column(pa.float32(), "that the student gives its own"),
+    "p_of_q_top1": Column(pa.float32(), "teacher's probability of the student's first choice"),
+    "overlap_top5": Column(
+        pa.int8(), "how many of the teacher's 5 best are among the student's 5 best"
+    ),
 }
+SCHEMA = pa.schema([(name, column.type) for name, column in COLUMNS.items()])
 PROBABILITIES = ("p_gold", "q_gold", "p_max", "q_max", "p_of_q_top1")
 #: Tolerance of the identity kl = kl_target + kl_nontarget (float32 sums over some tens of events).
 IDENTITY_ATOL = 1e-4
@@ -73,6 +101,50 @@ class TokenSet:
     sealed: bool = False
 
 
+def write_records(
+    path: Path,
+    columns: Mapping[str, NDArray[Any]],
+    symbols: Sequence[str],
+    *,
+    teacher: str,
+    checkpoint: str,
+    rows: int | None = None,
+) -> None:
+    """Write token records to ``tokens/<subset>/<step>.parquet``, complete or not at all.
+
+    Parameters
+    ----------
+    columns : of numbers, each (N,), sorted by sentence and position; the pieces are those of
+        ``token``, ``p_top1`` and ``q_top1``
+    symbols : the dictionary, in the order of its ids
+    teacher : fingerprint of the teacher's cache
+    checkpoint : hash of the student's file
+    rows : of a row group (default: pyarrow's)
+    """
+    names = pa.array(symbols, pa.string())
+    arrays = []
+    for name, column in COLUMNS.items():
+        if column.kind == "text":
+            ids = columns["token" if name == "piece" else name.removesuffix("_piece")]
+            # Only the pieces that occur, so that the file does not carry the whole vocabulary.
+            used, index = np.unique(ids, return_inverse=True)
+            found = names.take(pa.array(used))
+            arrays.append(pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), found))
+        else:
+            arrays.append(pa.array(columns[name]).cast(column.type))
+    footer = {
+        "sekd.format_version": str(FORMAT_VERSION),
+        "sekd.subset": path.parent.name,
+        "sekd.step": path.stem,
+        "sekd.cache_fingerprint": teacher,
+        "sekd.checkpoint": checkpoint,
+    }
+    table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(footer))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as stream:
+        stream.write(sealed_parquet(table, compression="zstd", row_group_size=rows))
+
+
 def open_records(path: Path) -> tuple[pq.ParquetFile, bool]:
     """Open a token record file; check its checksum, its footer and its columns.
 
@@ -96,12 +168,12 @@ def open_records(path: Path) -> tuple[pq.ParquetFile, bool]:
                 f"{path}: expected {key} {value!r} in the footer, found {footer.get(key)!r}; "
                 "score the checkpoint again"
             )
-    for name, kind in COLUMNS.items():
+    for name, column in COLUMNS.items():
         index = file.schema_arrow.get_field_index(name)
         found = file.schema_arrow.field(index).type if index >= 0 else None
-        if found is None or not _is_kind(found, kind):
+        if found is None or not column.holds(found):
             raise RecordError(
-                f"{path}: expected column {name!r} ({kind}), found {found or 'none'}; "
+                f"{path}: expected column {name!r} ({column.kind}), found {found or 'none'}; "
                 "score the checkpoint again"
             )
     if file.metadata.num_rows == 0:
@@ -120,13 +192,6 @@ def _readable(path: Path) -> Iterator[None]:
         raise RecordError(
             f"{path}: expected a complete Parquet file, {one_line(error)}; score the checkpoint again"
         ) from error
-
-
-def _is_kind(found: pa.DataType, kind: str) -> bool:
-    if kind == "text":
-        found = found.value_type if pa.types.is_dictionary(found) else found
-        return bool(pa.types.is_string(found) or pa.types.is_large_string(found))
-    return bool((pa.types.is_integer if kind == "int" else pa.types.is_floating)(found))
 
 
 def read_token_set(path: Path) -> TokenSet:
@@ -215,7 +280,7 @@ def _check_values(path: Path, columns: Columns, names: Sequence[str]) -> None:
     wrong: list[tuple[str, NDArray[np.bool_]]] = []
     for name in names:
         values = columns[name]
-        if COLUMNS[name] == "float":
+        if COLUMNS[name].kind == "float":
             wrong.append((f"a finite {name}", ~np.isfinite(values)))
         if name in PROBABILITIES:
             wrong.append((f"{name} in [0, 1]", (values < 0) | (values > 1 + 1e-5)))

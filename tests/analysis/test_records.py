@@ -15,7 +15,7 @@ from analysis.runs.simulated import (
     make_corpus,
     record_columns,
     student,
-    write_records,
+    write_columns,
     write_run_directory,
 )
 from analysis.runs.texts import read_lines
@@ -31,7 +31,7 @@ def columns() -> dict[str, np.ndarray]:
 def test_columns_come_back_as_written_over_block_borders(tmp_path: Path) -> None:
     path = tmp_path / "tokens/test/5.parquet"
     written = columns()
-    write_records(path, written)
+    write_columns(path, written)
     parts = list(iterate_columns(path, ["kl", "q_top1"], rows=50))
     assert len(parts) > 2
     read = np.concatenate([part["kl"] for part in parts])
@@ -46,7 +46,7 @@ def test_token_set_names_sentences_with_gaps(tmp_path: Path) -> None:
     written = columns()
     kept = written["sentence"] != 3
     path = tmp_path / "tokens/test/5.parquet"
-    write_records(path, {name: values[kept] for name, values in written.items()})
+    write_columns(path, {name: values[kept] for name, values in written.items()})
     tokens = read_token_set(path)
     assert tokens.sentences.tolist() == [0, 1, 2, *range(4, 20)]
     np.testing.assert_array_equal(tokens.sentences[tokens.sentence], written["sentence"][kept])
@@ -58,12 +58,12 @@ def test_identity_of_the_parts_is_checked_and_the_sentence_named(tmp_path: Path)
     written = columns()
     row = int(np.argmax((written["sentence"] == 7) & (written["position"] == 2)))
     written["kl_nontarget"][row] += 0.01
-    write_records(path, written)
+    write_columns(path, written)
     names = ["kl", "kl_target", "kl_nontarget"]
     with pytest.raises(RecordError, match=r"sentence 7, position 2: expected kl = kl_target"):
         read_columns(path, names)
     written["kl_nontarget"][row] -= 0.01 - 1e-6  # float32 rounding passes
-    write_records(path, written)
+    write_columns(path, written)
     assert len(read_columns(path, names)["kl"]) == len(written["kl"])
 
 
@@ -82,7 +82,7 @@ def test_impossible_values_are_refused(
     path = tmp_path / "tokens/test/5.parquet"
     written = columns()
     written[name][30] = value
-    write_records(path, written)
+    write_columns(path, written)
     with pytest.raises(RecordError, match=f"sentence {written['sentence'][30]}, .*{message}"):
         read_columns(path, [name])
 
@@ -92,14 +92,14 @@ def test_unsorted_rows_are_refused(tmp_path: Path) -> None:
     written = columns()
     order = np.arange(len(written["kl"]))
     order[[4, 5]] = [5, 4]
-    write_records(path, {name: values[order] for name, values in written.items()})
+    write_columns(path, {name: values[order] for name, values in written.items()})
     with pytest.raises(RecordError, match="sorted by sentence and position"):
         read_token_set(path)
 
 
 def test_footer_must_fit_the_path(tmp_path: Path) -> None:
     path = tmp_path / "tokens/test/5.parquet"
-    write_records(path, columns())
+    write_columns(path, columns())
     moved = path.with_name("6.parquet")
     path.rename(moved)
     with pytest.raises(RecordError, match=r"expected sekd.step '6' in the footer, found '5'"):
@@ -108,7 +108,7 @@ def test_footer_must_fit_the_path(tmp_path: Path) -> None:
 
 def test_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokens/test/5.parquet"
-    write_records(path, columns())
+    write_columns(path, columns())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RecordError, match="does not match its checksum"):
         read_token_set(path)
@@ -118,8 +118,8 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format_version": 9}, "expected format_version 2 with a checksum, found 9"),
-        ({"seed": "1"}, "expected 'seed' of type int, found '1'"),
-        ({"method": None}, "expected 'method' of type str, found None"),
+        ({"seed": "1"}, "expected `int`, found `str` - at `$.seed`"),
+        ({"method": None}, "expected `str`, found `null` - at `$.method`"),
         ({"direction": "ende"}, "expected a direction like 'en-de'"),
     ],
 )
@@ -131,6 +131,21 @@ def test_bad_run_json_is_named_and_left_out(
     _, left_out = discover(demo)
     assert [item.label for item in left_out] == ["word_kd"]
     assert message in left_out[0].reason and str(path) in left_out[0].reason
+
+
+def test_links_are_followed_or_named(demo: Path, tmp_path: Path, write_run: WriteRun) -> None:
+    elsewhere = write_run(tmp_path / "elsewhere", "word_kd", "word_kd", seed=2)
+    (demo / "linked").symlink_to(elsewhere)
+    (demo / "twice").symlink_to(demo / "word_kd")
+    (demo / "round").symlink_to(demo)
+    (demo / "gone").symlink_to(tmp_path / "gone")
+    runs, left_out = discover(demo)
+    assert [run.label for run in runs] == ["finetune", "linked", "se_kd", "teacher", "word_kd"]
+    reasons = {item.label: item.reason for item in left_out}
+    assert reasons.pop("twice") == "a link to the same directory as word_kd"
+    assert "a link to the same directory as" in reasons.pop("round")
+    assert "which is not there" in reasons.pop("gone")
+    assert not reasons
 
 
 def test_unfinished_and_broken_runs_are_left_out_and_the_rest_stays(
@@ -231,7 +246,7 @@ def damaged(whole: bytes, rng: np.random.Generator) -> bytes:
 def test_damaged_records_are_refused_or_read_as_they_were(tmp_path: Path) -> None:
     """Without a checksum of the whole file, one in seven was read with other numbers."""
     path = tmp_path / "tokens/test/5.parquet"
-    write_records(path, columns())
+    write_columns(path, columns())
     whole, known = path.read_bytes(), read_columns(path, ["kl", "q_gold"])
     rng = np.random.default_rng(31)
     refused = 0

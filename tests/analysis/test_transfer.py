@@ -19,7 +19,7 @@ from analysis.buckets import (
     shared_families,
 )
 from analysis.judge import Judge, Options, load_judges
-from analysis.runs.simulated import write_records
+from analysis.runs.simulated import write_columns
 from analysis.runs.token_records import read_columns, read_token_set
 from analysis.study import load_study
 
@@ -49,7 +49,7 @@ def small_records() -> dict[str, np.ndarray]:
 
 def test_sums_by_bucket_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "tokens/test/1.parquet"
-    write_records(path, small_records())
+    write_columns(path, small_records())
     tokens = read_token_set(path)
     kl = read_columns(path, ["kl"])["kl"]
     families = [*difficulty_families(kl, 0.25), *shared_families(path, tokens)]
@@ -148,7 +148,7 @@ def test_word_starts_by_kind_of_vocabulary(
     written["sentence"] = np.array([0, 0, 0, 1, 1])
     written["position"] = np.array([0, 1, 2, 0, 1])
     path = tmp_path / "tokens/test/1.parquet"
-    write_records(path, written)
+    write_columns(path, written)
     assert by_piece(pieces, np.arange(5), read_token_set(path)).codes.tolist() == codes
 
 

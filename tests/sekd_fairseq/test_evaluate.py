@@ -7,9 +7,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from analysis.runs.errors import UserError
-from analysis.runs.run_record import Run
-from analysis.runs.texts import read_lines
-from analysis.study import read_texts
+from analysis.runs.texts import read_lines, read_texts
 from sekd_fairseq.evaluate import main
 
 SOURCES = ["A red house .", "Two dogs run", "Who's there?", "the end &amp; all"]
@@ -133,11 +131,11 @@ def test_an_instruction_is_all_that_is_printed_of_a_prompt(tmp_path: Path) -> No
 def test_scores_hold_the_checksums_of_what_was_scored(tmp_path: Path) -> None:
     odd = ["\ufeffEin Haus", "Zwei\rHunde ", "\x85", "das Ende\r"]
     evaluate(tmp_path, generated=(SOURCES, TARGETS, odd))
-    run = Run(tmp_path / "run", "run", "teacher", 1, "en-de", 1, {}, None)
+    run = tmp_path / "run"
     texts = read_texts(run, "test")
     assert texts is not None and texts.sealed
-    assert texts.hypotheses == read_lines(run.path / "hyps" / "test.txt")
-    path = run.path / "scores.json"
+    assert texts.hypotheses == read_lines(run / "hyps" / "test.txt")
+    path = run / "scores.json"
     path.write_bytes(path.read_bytes().replace(b'"sentences": 4', b'"sentences": 5'))
     with pytest.raises(UserError, match=r"scores.json: content does not match"):
         read_texts(run, "test")
