@@ -103,8 +103,9 @@ def resume_as_left() -> None:
 
     It does so whatever the settings are now: others are refused (:mod:`sekd_fairseq.settings`).
     It looks at ``--max-update`` only after an update, so that each new start of a finished training
-    would make one more: that ends at once. And with ``--reset-dataloader``, for other data, it goes on
-    with the optimiser but not with what the criterion has learnt over updates.
+    would make one more: that ends at once. ``--patience`` counts from nothing after each start: the count
+    is restored, and a training that ran out of patience has ended. And with ``--reset-dataloader``, for
+    other data, it goes on with the optimiser but not with what the criterion has learnt over updates.
     """
     load = checkpoint_utils.load_checkpoint
     if getattr(load, "as_left", False):
@@ -128,6 +129,12 @@ def resume_as_left() -> None:
             logger.info("done training before: %d updates of --max-update %d", updates, last)
             raise SystemExit(0)
         extra_state, _ = loaded
+        if extra_state and not (cfg.reset_optimizer or cfg.reset_meters):
+            restore_patience(extra_state.get("early_stopping", {}))
+            without_gain = patience_state().get("num_runs", 0)
+            if 0 < cfg.patience <= without_gain:
+                logger.info("done training before: no gain in %d validations", without_gain)
+                raise SystemExit(0)
         if extra_state and cfg.reset_dataloader and not cfg.reset_optimizer:
             state = extra_state.get(type(trainer.task).__name__)
             if state and hasattr(trainer.task, "set_checkpoint_dict"):
@@ -136,6 +143,26 @@ def resume_as_left() -> None:
 
     load_as_left.as_left = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint = load_as_left
+
+
+def _early_stopping() -> Any:
+    """fairseq's function that ``--patience`` is counted in, as attributes; it belongs to the command."""
+    for name in ("__main__", "fairseq_cli.train"):
+        if found := getattr(sys.modules.get(name), "should_stop_early", None):
+            return found
+    return None
+
+
+def patience_state() -> dict[str, Any]:
+    """The best validation so far (``best``) and how many since were no better (``num_runs``)."""
+    counter = _early_stopping()
+    return dict(vars(counter)) if counter else {}
+
+
+def restore_patience(state: dict[str, Any]) -> None:
+    """Let ``--patience`` count on from :func:`patience_state`."""
+    if counter := _early_stopping():
+        vars(counter).update(state)
 
 
 def check_precision(trainer: Any) -> None:

@@ -24,7 +24,7 @@ from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.llm.bpe import HFTokenizerBPE, LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
-from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork
+from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
 from sekd_fairseq.splits import read_whole, readable
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teachers.online import DenseTeacher, OnlineTeacher
@@ -335,9 +335,11 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     # resumes the one (after it has built the criterion), and every other command the other (before).
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
-        """The criterion's state over updates, for a training that resumes."""
-        state = self.state_dict().get("criterion")
-        return {type(self).__name__: state} if state else {}
+        """What a training that resumes goes on with: the criterion's state over updates, and the count
+        of ``--patience``."""
+        kept = {type(self).__name__: self.state_dict().get("criterion")}
+        kept["early_stopping"] = patience_state()
+        return {name: state for name, state in kept.items() if state}
 
     def set_checkpoint_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_checkpoint_dict`."""
