@@ -39,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--source", required=True, type=Path, metavar="FILE", help="source text")
     out.add_argument("--reference", required=True, type=Path, metavar="FILE", help="references")
     out.add_argument("--target-lang", required=True, help="chooses sacreBLEU's tokenizer")
+    out.add_argument(
+        "--lenpen",
+        type=float,
+        metavar="X",
+        help="the length penalty that GENERATED was made with, for the record",
+    )
     return out
 
 
@@ -55,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hypotheses = read_generated(args.generated, "D-", len(references))
         check_texts(args.generated, args.source, args.reference)
         scores = score(hypotheses, references, args.target_lang)
+        if args.lenpen is not None:
+            scores["lenpen"] = args.lenpen
         checksums = write_texts(args.run, args.subset, Texts(hypotheses, references, sources))
         write_scores(args.run, args.subset, scores | {LINES: checksums})
         print(
@@ -153,7 +161,8 @@ def alike(text: str, printed: str) -> bool:
 
 
 def score(hypotheses: list[str], references: list[str], target_lang: str) -> dict[str, Any]:
-    """sacreBLEU's BLEU and chrF with their signatures."""
+    """sacreBLEU's BLEU and chrF with their signatures, and the length of the translations over that
+    of the references, in sacreBLEU's tokens."""
     result: dict[str, Any] = {"sentences": len(hypotheses)}
     tokenizer = bleu_tokenizer(target_lang)
     if tokenizer.remark:
@@ -161,6 +170,8 @@ def score(hypotheses: list[str], references: list[str], target_lang: str) -> dic
     for name, metric in (("bleu", BLEU(tokenize=tokenizer.name)), ("chrf", CHRF())):
         value = metric.corpus_score(hypotheses, [references])
         result[name] = {"score": value.score, "signature": str(metric.get_signature())}
+        if name == "bleu":
+            result["length_ratio"] = value.sys_len / value.ref_len
     return result
 
 

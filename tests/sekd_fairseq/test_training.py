@@ -12,6 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sacrebleu.metrics import BLEU
+
+from sekd_fairseq.evaluate import read_generated
 
 from .conftest import ROOT, binarise, command, error_line, parameters, train, train_arguments
 
@@ -436,6 +439,69 @@ def test_resumed_training_ends_as_one_that_was_never_stopped(
     assert parameters(tmp_path / "resumed" / "checkpoint_last.pt").equal(whole)
 
 
+def test_patience_counts_on_after_a_resume(data: Path, tmp_path: Path) -> None:
+    """fairseq forgets the count: killed and resumed, a run would train for longer than one that was not."""
+    # The loss falls and the largest is asked for: no validation is better than the first.
+    base = (
+        "--criterion", "cross_entropy", "--max-update", "50", "--save-interval-updates", "2",
+        "--patience", "4", "--maximize-best-checkpoint-metric",
+    )  # fmt: skip
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    log = train(data, whole, *base)
+    assert "hasn't improved for last 4 runs" in log
+    last = torch.load(whole / "checkpoint_last.pt", weights_only=True)
+    count = last["extra_state"]["early_stopping"]
+    assert count["num_runs"] == 4 and count["best"] == last["extra_state"]["best"]
+    shutil.copytree(whole, resumed)
+    updates = last["optimizer_history"][-1]["num_updates"]
+    (halfway,) = resumed.glob(f"checkpoint_*_{updates - 4}.pt")
+    shutil.copy(halfway, resumed / "checkpoint_last.pt")
+    log = train(data, resumed, *base)
+    assert "hasn't improved for last 4 runs" in log
+    assert parameters(resumed / "checkpoint_last.pt").equal(
+        parameters(whole / "checkpoint_last.pt")
+    )
+    # Out of patience it has ended: started once more, it trains no further.
+    log = train(data, resumed, *base)
+    assert "done training before: no gain in 4 validations" in log and "num_updates" not in log
+
+
+def test_the_length_penalty_is_chosen_as_fairseq_would_translate(
+    data: Path, student: tuple[Path, str], text: Path, tmp_path: Path
+) -> None:
+    words = (
+        "fairseq_cli.generate", data, *PLUGIN, "--path", student[0] / "checkpoint_best.pt",
+        "--gen-subset", "valid", "--cpu", "--beam", "4",
+    )  # fmt: skip
+    values, references = (0.0, 1.1, 3.0), (text / "valid.de").read_text().splitlines()
+    expected = {}
+    for value in values:
+        (tmp_path / "one.out").write_text(command(*words, "--lenpen", value))
+        lines = read_generated(tmp_path / "one.out", "D-", len(references))
+        bleu = BLEU().corpus_score(lines, [references])
+        expected[value] = (bleu.score, bleu.sys_len / bleu.ref_len)
+    assert len(set(expected.values())) > 1
+    generated = tmp_path / "valid.out"
+    tune = (
+        "sekd_fairseq.tune_lenpen", generated, "--run", tmp_path / "run", "--reference", text / "valid.de",
+        "--target-lang", "de", "--values", *values,
+    )  # fmt: skip
+    for wrong, told in (("--lenpen=1 --nbest=4", "translate with --lenpen 0"),
+                        ("--lenpen=0", "with --nbest as large as --beam")):  # fmt: skip
+        generated.write_text(command(*words, *wrong.split()))
+        assert told in error_line(command(*tune, check=False))
+    generated.write_text(command(*words, "--lenpen", "0", "--nbest", "4"))
+    printed = command(*tune)
+    chosen = json.loads((tmp_path / "run" / "length_penalty.json").read_text())
+    found = {row["lenpen"]: (row["bleu"], row["length_ratio"]) for row in chosen["grid"]}
+    assert found == expected
+    best = max(values, key=lambda value: expected[value][0])
+    assert chosen["best"] == best and f"length penalty {best:g}, BLEU" in printed
+    (generated.with_name("cut.out")).write_text(generated.read_text().partition("D-7")[0])
+    line = error_line(command(*tune[:1], generated.with_name("cut.out"), *tune[2:], check=False))
+    assert "expected translations of 21 sentences" in line
+
+
 def test_prior_knowledge_can_come_in_slowly(data: Path, cache: Path, tmp_path: Path) -> None:
     base = (
         "--teacher-cache", cache, "--criterion", "self_evolution_kd", "--gamma-type", "absolute",
@@ -464,11 +530,12 @@ def test_generate_interactive_and_validate(
     (tmp_path / "test.out").write_text(out)
     scores = command(
         "sekd_fairseq.evaluate", tmp_path / "test.out", "--run", tmp_path / "run", "--source",
-        text / "test.en", "--reference", text / "test.de", "--target-lang", "de",
+        text / "test.en", "--reference", text / "test.de", "--target-lang", "de", "--lenpen", "1",
     )  # fmt: skip
     assert "13 sentences" in scores
     written = json.loads((tmp_path / "run" / "scores.json").read_text())["test"]
     assert written["bleu"]["signature"].startswith("nrefs:1") and written["sentences"] == 13
+    assert written["lenpen"] == 1.0 and written["length_ratio"] > 0
     lines = (tmp_path / "run" / "hyps" / "test.ref.txt").read_text()
     assert lines == (text / "test.de").read_text()
     out = command(
