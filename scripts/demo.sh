@@ -24,6 +24,7 @@ fail() { echo "error: $1" >&2; exit 1; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 src= tgt= source_lang= target_lang= name= config=demo
+configs=(scripts/configs/demo.yaml)
 while [ $# -gt 0 ]; do
     case $1 in
         --src | --tgt | --source-lang | --target-lang | --name)
@@ -37,7 +38,7 @@ while [ $# -gt 0 ]; do
             esac
             shift 2
             ;;
-        --smoke) config=smoke; shift ;;
+        --smoke) config=smoke; configs+=(scripts/configs/smoke.yaml); shift ;;
         --help | -h) usage; exit 0 ;;
         *) fail "unknown option $1; see --help" ;;
     esac
@@ -72,7 +73,7 @@ own = {"corpus": {"src": src, "tgt": tgt}, "directions": [direction]} if src els
 print(json.dumps({"name": name} | own))
 PYTHON
 snakemake=(.venv/bin/python -m snakemake --snakefile scripts/Snakefile --cores 2
-    --configfile "scripts/configs/$config.yaml" "$own" --quiet all)
+    --configfile "${configs[@]}" "$own" --quiet all)
 # Only this script, which holds the lock above, runs this name: a lock of snakemake's own that is
 # still there was left by a kill.
 "${snakemake[@]}" --unlock >/dev/null 2>&1 || true

@@ -1,6 +1,7 @@
-"""The scripts are run, or imported, from their folder."""
+"""The scripts are run, or imported, from their folders."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "pipeline")]

@@ -16,18 +16,28 @@ from train import check_settings
 from tests.sekd_fairseq.conftest import command
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "scripts" / "configs"
+SMOKE = CONFIGS / "smoke.yaml"
 
 
-def plan(config: str, cwd: Path, *overrides: str, options: Sequence[str | Path] = ("-c2",)) -> str:
+def plan(
+    config: str,
+    cwd: Path,
+    *overrides: str,
+    options: Sequence[str | Path] = ("-c2",),
+    check: bool = True,
+) -> str:
     write_texts(cwd, config)
-    words = ["--configfile", ROOT / "scripts" / "configs" / config, *options]
+    words = ["--configfile", CONFIGS / config, *options]
     words += ["--config", *overrides] if overrides else []
-    return command("snakemake", "--dry-run", "-s", ROOT / "scripts" / "Snakefile", *words, cwd=cwd)
+    return command(
+        "snakemake", "--dry-run", "-s", ROOT / "scripts" / "Snakefile", *words, cwd=cwd, check=check
+    )
 
 
 def write_texts(cwd: Path, config: str) -> None:
     """Empty files where a configuration says that its text is."""
-    settings = yaml.safe_load((ROOT / "scripts" / "configs" / config).read_text())
+    settings = yaml.safe_load((CONFIGS / config).read_text())
     corpus = settings["corpus"]
     for subset in ("train", "valid", "test") if corpus.get("train") else ():
         for direction in settings["directions"]:
@@ -51,10 +61,10 @@ def test_plan_for_own_text_more_directions_and_seeds(tmp_path: Path) -> None:
     (tmp_path / "a b.en").write_text("x\n")
     (tmp_path / "a b.de").write_text("y\n")
     out = plan(
-        "smoke.yaml", tmp_path, "name=mine", f"corpus={{src: '{tmp_path}/a b.en', tgt: '{tmp_path}/a b.de'}}"
+        "demo.yaml", tmp_path, "name=mine", f"corpus={{src: '{tmp_path}/a b.en', tgt: '{tmp_path}/a b.de'}}"
     )  # fmt: skip
     assert "corpus" not in out.split() and "prepare" in out
-    out = plan("smoke.yaml", tmp_path, "directions=['en-de','de-en']", "seeds=[1,2,3]")
+    out = plan("demo.yaml", tmp_path, "directions=['en-de','de-en']", "seeds=[1,2,3]")
     jobs = jobs_of(out)
     assert jobs["student"] == "18" and jobs["teacher"] == "2"
 
@@ -75,9 +85,8 @@ def test_plans_of_the_large_studies(tmp_path: Path) -> None:
 
 def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     """They take the main study's data, teacher, cache and, for a warm start, students."""
-    configs = ROOT / "scripts" / "configs"
     out = plan(
-        "multi30k.yaml", tmp_path, options=(configs / "multi30k-hyperparameters.yaml", "-c2", "-p")
+        "multi30k.yaml", tmp_path, options=(CONFIGS / "multi30k-hyperparameters.yaml", "-c2", "-p")
     )
     jobs = jobs_of(out)
     assert jobs["teacher"] == jobs["cache"] == jobs["distill"] == jobs["prepare"] == "1"
@@ -96,22 +105,22 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         (main / f"finetune.{seed}").mkdir(parents=True)
         (main / f"finetune.{seed}" / "train.done").touch()
-    out = plan("multi30k.yaml", tmp_path, options=(configs / "multi30k-warm.yaml", "-c2", "-p"))
+    out = plan("multi30k.yaml", tmp_path, options=(CONFIGS / "multi30k-warm.yaml", "-c2", "-p"))
     assert jobs_of(out)["student"] == "12" and "--max-update 600" in out
     start = "--finetune-from-model runs/multi30k/de-en/finetune.2/checkpoints/checkpoint_best.pt"
     assert out.count(start) == 4
     out = plan(
-        "multi30k.yaml", tmp_path, options=(configs / "multi30k-shortlist.yaml", "-c2", "-p")
+        "multi30k.yaml", tmp_path, options=(CONFIGS / "multi30k-shortlist.yaml", "-c2", "-p")
     )
     assert jobs_of(out)["student"] == "30" and "score.valid.done" in out
     assert "--output runs/multi30k-shortlist/report-valid" in out
-    second = (configs / "multi30k-shortlist.yaml", configs / "on-test.yaml")
+    second = (CONFIGS / "multi30k-shortlist.yaml", CONFIGS / "on-test.yaml")
     out = plan("multi30k.yaml", tmp_path, options=(*second, "-c2", "-p"))
     assert "score.test.done" in out and "--output runs/multi30k-shortlist/report\n" in out
 
 
 def test_plan_of_chinese_to_english(tmp_path: Path) -> None:
-    own = (ROOT / "scripts" / "configs" / "tatoeba.yaml", "-c2", "-p")
+    own = (CONFIGS / "tatoeba.yaml", "-c2", "-p")
     for subset in ("train", "valid", "test"):
         (tmp_path / f"{subset}.zh.gz").touch()  # compressed or not
         (tmp_path / f"{subset}.en").touch()
@@ -124,9 +133,49 @@ def test_plan_of_chinese_to_english(tmp_path: Path) -> None:
 def test_a_configuration_takes_out_an_option_of_another(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("training: {clip-norm: null, share-all-embeddings: false}\n")
-    out = plan("smoke.yaml", tmp_path, options=(own, "-c1", "-p"))
+    out = plan("demo.yaml", tmp_path, options=(own, "-c1", "-p"))
     assert "train.py" in out and "--optimizer adam" in out
     assert "--clip-norm" not in out and "--share-all-embeddings" not in out
+
+
+def test_the_smoke_run_is_the_demo_made_small(tmp_path: Path) -> None:
+    out = plan("demo.yaml", tmp_path, options=(SMOKE, "-c2", "-p"))
+    assert jobs_of(out)["total"] == "21" and "--limit 3000" in out and "--vocab-size 1000" in out
+    assert out.count("--total 150 ") == 4 and "--encoder-embed-dim 128" in out
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ("methdos: {}", "'methdos' was unexpected"),
+        ("corpus: {limits: 5}", "'limits' was unexpected"),
+        ("student: {max_update: 5}", "'max_update' does not match"),
+        ("methods: {new: {lambda-max: 0}}", "'criterion' is a required property"),
+        ("seeds: 3", "3 is not of type 'array'"),
+        ("directions: [en_de]", "'en_de' does not match"),
+        ("corpus: {src: a.en}", "'tgt' is a dependency of 'src'"),
+        ("generation: {tune-lenpen: wide}", "'wide' is not of type"),
+    ],
+)
+def test_a_wrong_configuration_is_named(tmp_path: Path, own: str, told: str) -> None:
+    (tmp_path / "own.yaml").write_text(f"{own}\n")
+    out = plan("demo.yaml", tmp_path, options=(tmp_path / "own.yaml", "-c1"), check=False)
+    assert told in out and "Traceback" not in out, out
+
+
+def test_plan_with_a_length_penalty_for_each_run(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("generation: {tune-lenpen: [0.5, 1.5], beam: 3}\n")
+    options = (tmp_path / "own.yaml", "-c1", "-p")
+    out = plan("demo.yaml", tmp_path, options=options)
+    assert jobs_of(out)["length_penalty"] == jobs_of(out)["translate"] == "4"
+    assert out.count("--gen-subset valid --remove-bpe sentencepiece --beam 3") == 0
+    assert out.count("--nbest 3 --lenpen 0") == 4 and out.count("--values 0.5 1.5") == 4
+    assert out.count("--lenpen <TBD>") == 0 and "--tune-lenpen" not in out
+    run = tmp_path / "runs" / "demo" / "en-de" / "teacher"
+    run.mkdir(parents=True)
+    (run / "length_penalty.json").write_text('{"best": 1.5}')
+    out = plan("demo.yaml", tmp_path, options=options)
+    assert out.count(" --lenpen 1.5") == 2  # translated, and recorded
 
 
 def test_plan_for_gpus_and_a_cluster(tmp_path: Path) -> None:
@@ -142,7 +191,7 @@ def test_plan_for_gpus_and_a_cluster(tmp_path: Path) -> None:
 
 def test_a_failed_step_is_asked_for_again(tmp_path: Path) -> None:
     """Its output is gone, and what was made of an earlier one stays: that must not pass for done."""
-    out = plan("smoke.yaml", tmp_path)
+    out = plan("demo.yaml", tmp_path)
     made = [
         word.rstrip(",")
         for line in out.splitlines()
@@ -155,10 +204,10 @@ def test_a_failed_step_is_asked_for_again(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
         os.utime(path, (1e9 + order, 1e9 + order))
-    assert "Nothing to be done" in plan("smoke.yaml", tmp_path)
+    assert "Nothing to be done" in plan("demo.yaml", tmp_path)
     for path in {rank(path): path for path in marks}.values():  # one of each step
         path.rename(path.with_name("aside"))
-        assert "reason: Missing output files" in plan("smoke.yaml", tmp_path), path
+        assert "reason: Missing output files" in plan("demo.yaml", tmp_path), path
         path.with_name("aside").rename(path)
 
 
@@ -209,6 +258,8 @@ def test_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert record is not None
     text = describe(record, total=210, first=(10, 0.0), now=50.0)
     assert text == "update 110 of 210, epoch 3, loss 4.200, 0:50 left"
+    text = describe(record, total=1210, first=(10, 0.0), now=50.0, at_most=True)
+    assert text == "update 110 of at most 1,210, epoch 3, loss 4.200, at most 9:10 left"
     assert parse_line("no record {") is None and parse_line('{"num_updates": ') is None
     log = tmp_path / "train.log"
     follow(io.StringIO(line + "ValueError: bad\n"), "x", 210, log)

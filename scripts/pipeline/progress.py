@@ -1,6 +1,6 @@
 """A readable line every few seconds out of the log of a training, the whole log to a file.
 
-    fairseq-train ... --log-format json 2>&1 | python scripts/progress.py se_kd --total 1200 --log FILE
+    fairseq-train ... --log-format json 2>&1 | python scripts/pipeline/progress.py se_kd --total 1200 --log FILE
 
 prints ``se_kd: update 410 of 1,200, epoch 3, loss 4.21, 2:10 left``.  Plain lines and no bar,
 because several trainings print to the same terminal.  If the log ends in an error, its last lines
@@ -39,7 +39,9 @@ def duration(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def describe(record: dict[str, Any], total: int, first: tuple[int, float], now: float) -> str:
+def describe(
+    record: dict[str, Any], total: int, first: tuple[int, float], now: float, at_most: bool = False
+) -> str:
     """One line on a training.
 
     Parameters
@@ -53,18 +55,21 @@ def describe(record: dict[str, Any], total: int, first: tuple[int, float], now: 
         does not start at zero.
     now
         Time, in seconds.
+    at_most
+        Whether the training may end before, when the validation loss no longer falls.
     """
     done = int(record["num_updates"])
-    text = f"update {done:,} of {total:,}, epoch {record.get('epoch', '?')}"
+    limit = "at most " if at_most else ""
+    text = f"update {done:,} of {limit}{total:,}, epoch {record.get('epoch', '?')}"
     if "loss" in record:
         text += f", loss {float(record['loss']):.3f}"
     if done > first[0]:
         rate = (now - first[1]) / (done - first[0])
-        text += f", {duration(rate * max(0, total - done))} left"
+        text += f", {limit}{duration(rate * max(0, total - done))} left"
     return text
 
 
-def follow(lines: Iterable[str], label: str, total: int, log: Path) -> None:
+def follow(lines: Iterable[str], label: str, total: int, log: Path, at_most: bool = False) -> None:
     """Copy ``lines`` to ``log`` and print what happens."""
     started = last_print = time.monotonic()
     first: tuple[int, float] | None = None
@@ -82,7 +87,7 @@ def follow(lines: Iterable[str], label: str, total: int, log: Path) -> None:
                 continue
             first = first or (int(record["num_updates"]), now)
             if now - last_print >= INTERVAL:
-                print(f"  {label}: {describe(record, total, first, now)}", flush=True)
+                print(f"  {label}: {describe(record, total, first, now, at_most)}", flush=True)
                 last_print = now
     if finished:
         print(f"  {label}: trained in {duration(time.monotonic() - started)}", flush=True)
@@ -96,10 +101,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Show the progress of a fairseq training.")
     parser.add_argument("label", help="name of the training")
     parser.add_argument("--total", type=int, required=True, help="its number of updates")
+    parser.add_argument(
+        "--at-most", action="store_true", help="the training has --patience and may end before"
+    )
     parser.add_argument("--log", type=Path, required=True, help="file that gets every line")
     args = parser.parse_args(arguments)
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    follow(sys.stdin, args.label, args.total, args.log)
+    follow(sys.stdin, args.label, args.total, args.log, args.at_most)
 
 
 if __name__ == "__main__":

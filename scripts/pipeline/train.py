@@ -1,6 +1,6 @@
 """fairseq-train, which does not go on with a run under other settings than it was begun with.
 
-    python scripts/train.py RUN INPUT... -- ARGUMENTS OF FAIRSEQ-TRAIN
+    python scripts/pipeline/train.py RUN INPUT... -- ARGUMENTS OF FAIRSEQ-TRAIN
 
 fairseq goes on from ``RUN/checkpoints/checkpoint_last.pt`` whatever the options and the data are now. A
 run that has ended would then pass for one of the new settings, and one that was killed would be a

@@ -1,0 +1,283 @@
+"""What the rules of ``scripts/Snakefile`` read, make and run, worked out from a configuration.
+
+A study beside the main one shares its data, teacher and caches: its configuration gives another folder of
+``runs``, and maybe another ``subset`` to judge on (hyper-parameters are chosen on the validation set).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+#: Criterions that read a teacher cache.
+DISTILLING = ("self_evolution_kd", "cached_kd")
+#: Keys of a method that are the pipeline's own; the others are options of fairseq-train.
+OWN_KEYS = ("targets", "warm-start", "stored-difficulty")
+#: The grid of length penalties, a key of ``generation`` that is no option of fairseq-generate.
+TUNED = "tune-lenpen"
+#: Small models on a CPU: a second thread adds next to nothing, so jobs run side by side instead.
+#: glibc gives large blocks back to the system after each use, and getting them again costs a third of
+#: the time; these settings keep them.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The wildcards of a student's training, where no rule is at hand."""
+
+    direction: str
+    method: str
+    seed: int
+
+
+def options(mapping: Mapping[str, Any]) -> list[str]:
+    """A part of the configuration as command-line options; true is an option without a value, false and
+    null take out an option that another configuration gave."""
+    words = []
+    for key, value in mapping.items():
+        if value is None or value is False:
+            continue
+        words += [f"--{key}"] + ([] if value is True else [str(value)])
+    return words
+
+
+def text_file(path: str) -> str:
+    """A file of text, or the compressed one where only that is there."""
+    return f"{path}.gz" if os.path.exists(f"{path}.gz") and not os.path.exists(path) else path
+
+
+class Plan:
+    """Folders, files and arguments of a study.
+
+    ``wildcards`` are snakemake's (``direction``, and ``run``, or ``method`` and ``seed``). Paths are
+    relative to the folder that snakemake works in.
+
+    Parameters
+    ----------
+    config
+        The configuration, as ``config.schema.yaml`` describes it.
+    plugin
+        The folder of sekd_fairseq.
+    gpu
+        Whether the jobs have a GPU, unless the configuration says so itself.
+    """
+
+    def __init__(self, config: dict[str, Any], plugin: str, gpu: bool) -> None:
+        self.config = config
+        self.data = f"data/{config['name']}"
+        self.main_runs = f"runs/{config['name']}"
+        self.runs = f"runs/{config.get('runs', config['name'])}"
+        self.subset: str = config.get("subset", "test")
+        # The same runs can be judged on two splits, one after the other.
+        split = "" if self.subset == "test" else f"-{self.subset}"
+        self.report = f"{self.runs}/report{split}"
+        #: null takes a method out
+        self.methods = {name: given for name, given in config["methods"].items() if given}
+        #: Data of language models, with the prompt as source side.
+        self.language_model = bool(config["data"].get("tokenizer"))
+        # On a cluster the machine that plans the jobs often has no GPU and the others have: gpu: true.
+        self.cpu = [] if config.get("gpu", gpu) else ["--cpu"]
+        self.task = ["--user-dir", plugin, "--task", "self_evolution_kd", *self.cpu]
+        self.generation = dict(config.get("generation", {}))
+        #: Length penalties to choose from on the validation set, for each run; or None.
+        self.length_penalties: list[float] | None = self.generation.pop(TUNED, None)
+
+    @cached_property
+    def run_folders(self) -> list[str]:
+        """Every run that is translated and scored; the teacher is one of the main study."""
+        names = [f"{method}.{seed}" for method in self.methods for seed in self.config["seeds"]]
+        if self.runs == self.main_runs:
+            names.append("teacher")
+        return [f"{self.runs}/{d}/{name}" for d in self.config["directions"] for name in names]
+
+    @cached_property
+    def everything(self) -> list[str]:
+        """What the study makes: every step and not the report alone. Of a step that failed the output is
+        gone, and snakemake makes an intermediate file again only where something asks for it."""
+        directions = self.config["directions"]
+        students = [
+            Job(direction, method, seed)
+            for direction in directions
+            for method in self.methods
+            for seed in self.config["seeds"]
+        ]
+        return [
+            f"{self.report}/report.md",
+            *self.texts,
+            *self.scored,
+            *[f"{run}/{self.subset}.out" for run in self.run_folders],
+            *[f"{run}/train.done" for run in self.run_folders],
+            *[f"{self.main_runs}/{direction}/teacher/train.done" for direction in directions],
+            *[f"{self.data}/{direction}/cache.done" for direction in directions],
+            *dict.fromkeys(
+                path for s in students for path in [*self.corpus_inputs(s), *self.method_inputs(s)]
+            ),
+        ]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The translations of every run."""
+        return [f"{run}/hyps/{self.subset}.txt" for run in self.run_folders]
+
+    @cached_property
+    def scored(self) -> list[str]:
+        """The marks of every run that was compared with its teacher."""
+        return [f"{run}/score.{self.subset}.done" for run in self.run_folders]
+
+    # Corpus and data.
+
+    def text_of(self, subset: str, direction: str) -> str:
+        """Prefixes of a given split's files: one for all, or one for each direction; joined with ','."""
+        corpus = self.config["corpus"]
+        given = corpus[subset]
+        names = given[direction] if isinstance(given, dict) else given
+        return ",".join(os.path.join(corpus.get("folder", ""), name) for name in names.split(","))
+
+    def corpus_arguments(self, wildcards: Any) -> list[str]:
+        """Where the command that prepares the data finds the text."""
+        corpus = self.config["corpus"]
+        if corpus.get("train"):
+            splits = ("train", "valid", "test")
+            return [
+                word for s in splits for word in (f"--{s}", self.text_of(s, wildcards.direction))
+            ]
+        raw = f"{self.data}/raw/{wildcards.direction}"
+        source, target = wildcards.direction.split("-")
+        arguments = ["--src", corpus.get("src") or f"{raw}.{source}"]
+        return [*arguments, "--tgt", corpus.get("tgt") or f"{raw}.{target}"]
+
+    def corpus_inputs(self, wildcards: Any) -> list[str]:
+        """The files of text, or the mark of the corpus that is fetched."""
+        corpus = self.config["corpus"]
+        if corpus.get("train"):
+            prefixes = [
+                prefix
+                for split in ("train", "valid", "test")
+                for prefix in self.text_of(split, wildcards.direction).split(",")
+            ]
+            languages = wildcards.direction.split("-")
+            return [text_file(f"{prefix}.{lang}") for prefix in prefixes for lang in languages]
+        if corpus.get("src"):
+            return [corpus["src"], corpus["tgt"]]
+        return [f"{self.data}/raw/{wildcards.direction}.json"]
+
+    def data_of(self, wildcards: Any) -> str:
+        """The data directory that a run reads; a language-model teacher may have prompts of its own."""
+        folder = f"{self.data}/{wildcards.direction}"
+        data = self.config["data"]
+        own = any(name.startswith("teacher-") and value for name, value in data.items())
+        if own and getattr(wildcards, "run", "teacher") == "teacher":
+            return f"{folder}/teacher"
+        return f"{folder}/bin"
+
+    # Teachers and students.
+
+    def train_arguments(self, kind: str) -> list[str]:
+        """Arguments of fairseq-train that a teacher, or every student, shares."""
+        arguments = ["--log-format", "json", "--log-interval", "10", "--no-epoch-checkpoints"]
+        arguments += ["--best-checkpoint-metric", "nll_loss", *self.task]
+        return arguments + options(self.config["training"] | self.config[kind])
+
+    def updates(self, wildcards: Any, kind: str) -> list[str]:
+        """Arguments of progress.py: how long a training is, at most where it has patience."""
+        own = self.methods[wildcards.method] if kind == "student" else {}
+        given = self.config["training"] | self.config[kind] | own
+        return ["--total", str(given["max-update"])] + (
+            ["--at-most"] if given.get("patience") else []
+        )
+
+    def distilled(self, method: str) -> bool:
+        """Whether a method trains on the teacher's translations (sequence-level KD)."""
+        return self.methods.get(method, {}).get("targets") == "distilled"
+
+    def student_data(self, wildcards: Any) -> str:
+        """The data directory that a student trains on."""
+        kind = "distilled" if self.distilled(wildcards.method) else "bin"
+        return f"{self.data}/{wildcards.direction}/{kind}"
+
+    def warm_start(self, wildcards: Any) -> str | None:
+        """The run of the main study whose parameters a student starts from, with the same seed."""
+        method = self.methods[wildcards.method].get("warm-start")
+        return (
+            f"{self.main_runs}/{wildcards.direction}/{method}.{wildcards.seed}" if method else None
+        )
+
+    def stored_difficulty(self, wildcards: Any) -> str | None:
+        """How hard another student of this study, of the same seed, finds the training set."""
+        method = self.methods[wildcards.method].get("stored-difficulty")
+        run = f"{self.runs}/{wildcards.direction}/{method}.{wildcards.seed}"
+        return f"{run}/difficulty.parquet" if method else None
+
+    def method_arguments(self, wildcards: Any) -> list[str]:
+        """Arguments of fairseq-train that are a student's own."""
+        own = self.methods[wildcards.method]
+        arguments = options({key: value for key, value in own.items() if key not in OWN_KEYS})
+        if start := self.warm_start(wildcards):
+            arguments += ["--finetune-from-model", f"{start}/checkpoints/checkpoint_best.pt"]
+        if stored := self.stored_difficulty(wildcards):
+            arguments += ["--stored-difficulty", stored]
+        if own["criterion"] in DISTILLING:
+            arguments += ["--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
+        return arguments
+
+    def method_inputs(self, wildcards: Any) -> list[str]:
+        """What a student is made from."""
+        data = f"{self.data}/{wildcards.direction}"
+        needed = [f"{data}/data.json"]
+        if self.distilled(wildcards.method):
+            needed.append(f"{data}/distilled.done")
+        if self.methods[wildcards.method]["criterion"] in DISTILLING:
+            needed.append(f"{data}/cache.done")
+        if start := self.warm_start(wildcards):
+            needed.append(f"{start}/train.done")
+        if stored := self.stored_difficulty(wildcards):
+            needed.append(stored)
+        return needed
+
+    # Translations and scores.
+
+    def generate_arguments(self, subset: str, detokenize: bool = True) -> list[str]:
+        """Arguments of fairseq-generate."""
+        chosen = {"beam": 4, "max-tokens": 6000, "log-format": "none", "gen-subset": subset}
+        data = self.config["data"]
+        if detokenize and self.language_model:
+            chosen |= {"bpe": "hf_tokenizer", "hf-tokenizer": data["tokenizer"]}
+            if data.get("gguf-file"):
+                chosen["hf-tokenizer-gguf-file"] = data["gguf-file"]
+        elif detokenize:
+            chosen["remove-bpe"] = "sentencepiece"
+        return [*self.task, *options(chosen | self.generation)]
+
+    def beam_arguments(self) -> list[str]:
+        """Arguments of fairseq-generate that keep what the length penalty chooses from."""
+        beam = self.generation.get("beam", 4)
+        return [*self.generate_arguments("valid"), "--nbest", str(beam), "--lenpen", "0"]
+
+    def penalty_inputs(self, wildcards: Any) -> list[str]:
+        """The length penalty that a run's translations take, where it is tuned."""
+        if self.length_penalties is None:
+            return []
+        return [f"{self.runs}/{wildcards.direction}/{wildcards.run}/length_penalty.json"]
+
+    def penalty_arguments(self, wildcards: Any) -> list[str]:
+        """The length penalty of a run's translations, as an option; once its file is there."""
+        if self.length_penalties is None:
+            return ["--lenpen", str(self.generation.get("lenpen", 1.0))]
+        (path,) = self.penalty_inputs(wildcards)
+        return ["--lenpen", str(json.loads(Path(path).read_text(encoding="utf-8"))["best"])]
+
+    def score_arguments(self, wildcards: Any) -> list[str]:
+        """What a run is compared with; a teacher has a record but is not compared with itself."""
+        if wildcards.run == "teacher":
+            return ["--method", "teacher", *self.cpu]
+        arguments = ["--earlier", "--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
+        method = wildcards.run.rsplit(".", 1)[0]
+        return [*arguments, *(["--method", "seq_kd"] if self.distilled(method) else []), *self.cpu]

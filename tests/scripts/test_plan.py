@@ -1,0 +1,88 @@
+"""What the pipeline's rules read, make and run."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from plan import Plan, options
+from snakemake.utils import update_config
+
+CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
+
+
+def of(name: str, **own: Any) -> Plan:
+    config = yaml.safe_load((CONFIGS / name).read_text())
+    update_config(config, own)
+    return Plan(config, plugin="sekd_fairseq", gpu=False)
+
+
+def job(**wildcards: Any) -> Any:
+    return SimpleNamespace(direction="en-de", **wildcards)
+
+
+def test_options_are_those_of_the_command_line() -> None:
+    given = {"lr": 0.1, "bf16": True, "fp16": False, "clip-norm": None, "adam-betas": "(0.9,0.98)"}
+    assert options(given) == ["--lr", "0.1", "--bf16", "--adam-betas", "(0.9,0.98)"]
+
+
+def test_a_student_is_made_from_what_its_method_needs() -> None:
+    new = {
+        "seq_kd": {"criterion": "cross_entropy", "targets": "distilled", "warm-start": "finetune"},
+        "stored": {"criterion": "cached_kd", "stored-difficulty": "finetune"},
+        "word_kd": None,
+    }
+    plan = of("demo.yaml", methods=new, runs="second")
+    assert (
+        "word_kd" not in plan.methods
+        and plan.student_data(job(method="se_kd")) == "data/demo/en-de/bin"
+    )
+    seq_kd, stored = job(method="seq_kd", seed=2), job(method="stored", seed=2)
+    assert plan.student_data(seq_kd) == "data/demo/en-de/distilled"
+    assert plan.method_inputs(seq_kd) == [
+        "data/demo/en-de/data.json", "data/demo/en-de/distilled.done",
+        "runs/demo/en-de/finetune.2/train.done",
+    ]  # fmt: skip
+    assert plan.method_arguments(seq_kd) == [
+        "--criterion", "cross_entropy",
+        "--finetune-from-model", "runs/demo/en-de/finetune.2/checkpoints/checkpoint_best.pt",
+    ]  # fmt: skip
+    assert plan.method_inputs(stored)[1:] == [
+        "data/demo/en-de/cache.done", "runs/second/en-de/finetune.2/difficulty.parquet",
+    ]  # fmt: skip
+    assert plan.score_arguments(job(run="seq_kd.2"))[-3:] == ["--method", "seq_kd", "--cpu"]
+    # A study beside the main one has no teacher of its own.
+    assert not any(run.endswith("teacher") for run in plan.run_folders)
+    assert "runs/demo/en-de/teacher/train.done" in plan.everything
+
+
+def test_a_training_with_patience_is_at_most_so_long() -> None:
+    student = job(method="se_kd", seed=1)
+    assert of("demo.yaml").updates(student, "student") == ["--total", "1600"]
+    plan = of("demo.yaml", student={"patience": 5, "max-update": 30000})
+    assert plan.updates(student, "student") == ["--total", "30000", "--at-most"]
+    assert plan.updates(job(run="teacher"), "teacher") == ["--total", "1100"]
+    assert "--patience" in plan.train_arguments("student")
+    own = of("demo.yaml", methods={"se_kd": {"max-update": 7}})
+    assert own.updates(student, "student") == ["--total", "7"]
+
+
+def test_the_length_penalty_is_one_for_all_or_a_runs_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = job(run="se_kd.1")
+    plan = of("demo.yaml")
+    assert plan.penalty_inputs(run) == [] and plan.penalty_arguments(run) == ["--lenpen", "1.0"]
+    plan = of("demo.yaml", generation={"lenpen": 0.6})
+    assert plan.penalty_arguments(run) == ["--lenpen", "0.6"]
+    plan = of("demo.yaml", generation={"tune-lenpen": [0.5, 1.5]})
+    assert plan.penalty_inputs(run) == ["runs/demo/en-de/se_kd.1/length_penalty.json"]
+    with pytest.raises(FileNotFoundError):  # which snakemake takes for "not yet"
+        plan.penalty_arguments(run)
+    Path("runs/demo/en-de/se_kd.1").mkdir(parents=True)
+    Path("runs/demo/en-de/se_kd.1/length_penalty.json").write_text('{"best": 0.5}')
+    assert plan.penalty_arguments(run) == ["--lenpen", "0.5"]
+    assert plan.beam_arguments()[-4:] == ["--nbest", "4", "--lenpen", "0"]
+    assert "--tune-lenpen" not in plan.generate_arguments("test")
