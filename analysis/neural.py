@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis.quality import Quality
 from analysis.runs.errors import UserError
+from analysis.stats import Floats
 from analysis.terminal import progress
 
 
@@ -33,6 +34,15 @@ def load_comet(model: Path) -> Any:
     return load_from_checkpoint(str(path))
 
 
+def sentence_scores(
+    model: Any, sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str]
+) -> Floats:
+    """COMET of each sentence, in hundredths, (S,)."""
+    lines = zip(sources, hypotheses, references, strict=True)
+    data = [{"src": src, "mt": mt, "ref": ref} for src, mt, ref in lines]
+    return 100 * np.asarray(model.predict(data, progress_bar=False).scores, np.float64)
+
+
 def add_comet(
     results: pd.DataFrame, qualities: Sequence[Quality], model: Any, resamples: int, seed: int
 ) -> pd.DataFrame:
@@ -44,9 +54,7 @@ def add_comet(
             texts = quality.texts(run)
             if texts.sources is None:
                 continue
-            lines = zip(texts.sources, texts.hypotheses, texts.references, strict=True)
-            data = [{"src": src, "mt": mt, "ref": ref} for src, mt, ref in lines]
-            scores = 100 * np.asarray(model.predict(data, progress_bar=False).scores, np.float64)
+            scores = sentence_scores(model, texts.sources, texts.hypotheses, texts.references)
             rng = np.random.default_rng([seed, len(scores)])
             drawn = rng.integers(0, len(scores), (resamples, len(scores)))
             low, high = np.percentile(scores[drawn].mean(axis=1), [2.5, 97.5])

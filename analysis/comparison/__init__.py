@@ -1,0 +1,1 @@
+"""Systems compared by their translations alone: what :mod:`analysis.compare` is made of."""

@@ -1,0 +1,181 @@
+"""A comparison written down: Markdown, HTML, and of each table CSV and LaTeX."""
+
+import base64
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.comparison.chapters import (
+    SENTENCE_METRIC,
+    Chapter,
+    Example,
+    Results,
+    Table,
+    chapters,
+    findings,
+)
+from analysis.comparison.words import sentence_table
+from analysis.markup import markdown_table
+from analysis.page import render
+from analysis.runs.errors import UserError
+
+TITLE = "Systems compared"
+#: A file of every report; a directory without it is never replaced.
+MARK = "report.md"
+
+
+def check_output(output: Path) -> None:
+    """Refuse a place that a report cannot be written to, before anything is computed.
+
+    Raises
+    ------
+    UserError
+        Something else is there, or the system does not let a directory be made.
+    """
+    if (
+        output.exists()
+        and not (output / MARK).exists()
+        and (not output.is_dir() or any(output.iterdir()))
+    ):
+        raise UserError(
+            f"{output}: expected a report or nothing there, found other files; choose another --output"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent):
+        pass
+
+
+def write_report(results: Results, output: Path) -> None:
+    """Write the report beside ``output`` and put it in its place when it is complete."""
+    check_output(output)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
+        made = Path(name) / "new"
+        _write_folder(results, made)
+        if output.exists():
+            output.rename(Path(name) / "old")
+        made.rename(output)
+
+
+def _write_folder(results: Results, folder: Path) -> None:
+    """Write ``report.md``, ``report.html``, ``tables/`` and ``figures/`` into a new folder."""
+    found = chapters(results)
+    for name in ("tables", "figures"):
+        (folder / name).mkdir(parents=True)
+    for chapter in found:
+        for table in chapter.tables:
+            _write(table.data, folder / "tables" / f"{table.name}.csv")
+            latex = folder / "tables" / f"{table.name}.tex"
+            latex.write_text(latex_table(table), encoding="utf-8")
+        if chapter.figure:
+            chapter.figure.draw(folder / "figures" / chapter.figure.name)
+    _write(
+        sentence_table(results.corpus, results.measures, results.texts),
+        folder / "tables" / "sentences.csv",
+    )
+    summary = findings(results)
+    (folder / "report.md").write_text(markdown(found, summary), encoding="utf-8")
+    page = render(
+        "comparison.html",
+        title=TITLE,
+        summary=summary,
+        chapters=found,
+        baseline=results.corpus.baseline,
+        latex=latex_table,
+        figure=lambda name: _drawing(folder / "figures" / f"{name}.svg"),
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def markdown(found: Sequence[Chapter], summary: str) -> str:
+    """The report as Markdown."""
+    parts = [f"# {TITLE}", summary]
+    for chapter in found:
+        parts.append(f"## {chapter.heading}")
+        if chapter.text:
+            parts.append(chapter.text)
+        for table in chapter.tables:
+            parts.append(f"*{table.caption}* (`tables/{table.name}.csv`, `.tex`)")
+            parts.append(markdown_table(_in_bold(table, "**")))
+        if chapter.figure:
+            name, caption = chapter.figure.name, chapter.figure.caption
+            parts.append(f"![{caption}](figures/{name}.svg)\n\n*{caption}*")
+        for title, examples in (chapter.examples or {}).items():
+            parts.append(f"### {title}")
+            parts += [_example(example) for example in examples]
+    return "\n\n".join(parts) + "\n"
+
+
+def _example(example: Example) -> str:
+    lines = [
+        f"{SENTENCE_METRIC} {example.before:.1f} → {example.after:.1f}, sentence {example.number}"
+    ]
+    if example.source is not None:
+        lines.append(f"source: {example.source}")
+    lines += [
+        f"reference: {example.reference}",
+        f"baseline: {example.baseline}",
+        f"system: {example.system}",
+    ]
+    # As code, so that nothing in a text is taken for Markdown.
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _in_bold(table: Table, around: str) -> pd.DataFrame:
+    """The cells of a table with the best ones between two marks."""
+    if table.best is None:
+        return table.shown
+    marked = around + table.shown.astype(str) + around
+    return table.shown.mask(pd.DataFrame(table.best, columns=table.shown.columns), marked)
+
+
+def latex_table(table: Table) -> str:
+    """A table for a paper: booktabs, the best in bold, text escaped, its caption above."""
+    cells = table.shown.map(_latex)
+    if table.best is not None:
+        bold = "\\textbf{" + cells + "}"
+        cells = cells.mask(pd.DataFrame(table.best, columns=cells.columns), bold)
+    lines = [
+        "\\begin{table}[t]",
+        "\\centering",
+        f"\\caption{{{_latex(table.caption)}}}",
+        f"\\label{{tab:{table.name}}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(cells.columns) - 1)}}}",
+        "\\toprule",
+        *(" & ".join(row) + r" \\" for row in [[_latex(str(name)) for name in cells.columns]]),
+        "\\midrule",
+        *(" & ".join(row) + r" \\" for row in cells.to_numpy().tolist()),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "†": r"$^\dagger$",
+        "↓": r"$\downarrow$",
+        "≤": r"$\leq$",
+        "<": "$<$",
+        ">": "$>$",
+    }
+)
+
+
+def _latex(text: str) -> str:
+    return text.translate(_LATEX)
+
+
+def _drawing(path: Path) -> str:
+    """A drawing as an address that holds it."""
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    table.to_csv(path, index=False, float_format="%.9g")
