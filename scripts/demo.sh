@@ -84,5 +84,5 @@ start=$SECONDS
     fail "a step failed (see above, and $log); mend it and run the same command again, it goes on where it stopped"
 }
 echo
-.venv/bin/python scripts/show_results.py "runs/$name/report"
+.venv/bin/python scripts/pipeline/show_results.py "runs/$name/report"
 echo "Done in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s."

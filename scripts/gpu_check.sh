@@ -68,7 +68,7 @@ part() {
 
 cd "$root" || exit 1
 bench() {
-    part "$1" "$2" "$python" "scripts/$1.py" $smallest --minutes LIMIT --output "$folder"
+    part "$1" "$2" "$python" "scripts/benchmarks/$1.py" $smallest --minutes LIMIT --output "$folder"
 }
 if [ "$device" = cpu ]; then
     echo "tests: left out, no GPU (bash scripts/test.sh runs them)"
@@ -88,5 +88,5 @@ else
     echo "bench_llm: left out, $python has no transformers"
 fi
 
-"$python" scripts/show_targets.py "$folder"/bench_*.json
+"$python" scripts/benchmarks/show_targets.py "$folder"/bench_*.json
 exit $failed

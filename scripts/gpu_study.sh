@@ -4,4 +4,4 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" "$root/scripts/gpu_study.py" "$@"
+exec "${PYTHON:-python3}" "$root/scripts/pipeline/gpu_study.py" "$@"

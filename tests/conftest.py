@@ -14,7 +14,7 @@ import torch
 with contextlib.suppress(ImportError):  # a machine that is there for its GPU may lack it
     from hypothesis import settings
 
-    # The same examples in every run: the gate is no matter of luck. scripts/robustness.py searches on.
+    # The same examples in every run: the gate is no matter of luck. scripts/benchmarks/robustness.py searches on.
     settings.register_profile("gate", derandomize=True, deadline=None)
     settings.load_profile("gate")
 

@@ -22,7 +22,7 @@ from sekd_fairseq.llm.vocabulary import symbol_of, token_of
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teacher_cache.format import MANIFEST
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "benchmarks"))
 from robustness import Kind, make_cache, make_kinds, search
 
 from sekd_fairseq.parallel_text import read_aligned, read_pairs
@@ -49,7 +49,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_damaged_files(tmp_path: Path) -> None:
-    """A sample; scripts/robustness.py damages many more."""
+    """A sample; scripts/benchmarks/robustness.py damages many more."""
     for kind in make_kinds(tmp_path):
         counts = search(kind, 150, seed=15)
         found = {result for _, result in counts}

@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "pipeline")]
+sys.path[:0] = [str(SCRIPTS / folder) for folder in ("pipeline", "benchmarks", "data")]

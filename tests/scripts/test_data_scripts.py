@@ -6,12 +6,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+DATA = Path(__file__).parents[2] / "scripts" / "data"
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+        [sys.executable, str(DATA / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,

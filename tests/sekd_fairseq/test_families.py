@@ -1,6 +1,6 @@
 """Families of causal language models, tiny and random, against transformers' model alone.
 
-The table of all families is ``scripts/llm_families.py``; it runs here with ``--slow``.
+The table of all families is ``scripts/benchmarks/llm_families.py``; it runs here with ``--slow``.
 """
 
 import json
@@ -16,11 +16,11 @@ from fairseq.data import Dictionary
 from .conftest import ROOT
 
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
 try:
     import llm_families
 finally:
-    sys.path.remove(str(ROOT / "scripts"))
+    sys.path.remove(str(ROOT / "scripts" / "benchmarks"))
 
 #: Learned and rotary positions, alibi, windows, caps, experts, a state in place of a cache.
 SOME = (

@@ -7,7 +7,7 @@ leaves about 9,700 English-German pairs of nine words, half of them full sentenc
 The text is under the Apache-2.0 licence of Home Assistant. It is read here as data: nothing of
 the package is installed or run.
 
-    python scripts/homeassistant_corpus.py --source-lang en --target-lang de --output corpus/text
+    python scripts/data/homeassistant_corpus.py --source-lang en --target-lang de --output corpus/text
 
 writes ``corpus/text.en`` and ``corpus/text.de``, one string a line, aligned by line.
 """

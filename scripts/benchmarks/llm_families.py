@@ -1,6 +1,6 @@
 """Every causal language model of transformers, tiny and random: right in this plugin, or refused.
 
-    python scripts/llm_families.py
+    python scripts/benchmarks/llm_families.py
 
 The classes are those of transformers' own mapping. Each gets a small configuration by one rule for all,
 is saved, and is loaded as ``--hf-model`` with its vocabulary in another order. Then padded batches are

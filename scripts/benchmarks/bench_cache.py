@@ -1,6 +1,6 @@
 """Size, error and speed of the teacher cache.
 
-    python scripts/bench_cache.py DATA --teacher teacher.pt [--smoothed-teacher smoothed.pt]
+    python scripts/benchmarks/bench_cache.py DATA --teacher teacher.pt [--smoothed-teacher smoothed.pt]
 
 DATA and the teachers are those of a real task (scripts/configs/multi30k.yaml makes them). Measured:
 bytes a token against the KL divergence from the dense teacher to what the cache restores, for

@@ -1,6 +1,6 @@
 """What becomes of damaged files: results/robustness.csv and .json.
 
-    python scripts/robustness.py [--files 100000]
+    python scripts/benchmarks/robustness.py [--files 100000]
 
 Of every kind of file that the project writes and reads again, damages copies in every way that disks and
 careless tools do, reads each as the commands do, in a child process, and counts what came of it:

@@ -1,7 +1,7 @@
 """Speed and memory of the analysis on ten million token records, and its error rates where the
 truth is known.
 
-    python scripts/bench_analysis.py
+    python scripts/benchmarks/bench_analysis.py
 
 Simulated runs: each method errs in its own way, and each run a little differently. With methods that
 are equally far from the teacher on average, claim 1 (on hard tokens the student is closer to the

@@ -1,6 +1,6 @@
 """Tokens a second of language models: fairseq-train with this plugin beside bare training loops.
 
-    python scripts/bench_llm.py --minutes 3
+    python scripts/benchmarks/bench_llm.py --minutes 3
 
 The same model, batches and optimiser everywhere, in turn, in one process; bfloat16 on a GPU:
 

@@ -1,6 +1,6 @@
 """Print the targets that benchmarks wrote, one a line, and how many were met.
 
-python scripts/show_targets.py results/bench_*.json
+python scripts/benchmarks/show_targets.py results/bench_*.json
 """
 
 import json

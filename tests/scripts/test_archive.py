@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import archive
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import study_outputs
 
 from analysis import report, transfer
 from analysis.runs.files import sealed_parquet
@@ -41,8 +41,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["study_outputs.py", *words])
-    study_outputs.main()
+    monkeypatch.setattr(sys, "argv", ["archive.py", *words])
+    archive.main()
 
 
 def test_saved_and_restored_the_report_is_the_same(
@@ -105,7 +105,7 @@ def test_a_study_restored_beside_another_leaves_it_done(
 
 def test_no_text_is_kept_but_where_words_begin() -> None:
     pieces = ["▁Haus", "es", "ĠHouse", "Haus@@", "", "▁", "@@"]
-    assert study_outputs.markers(pieces) == ["▁", "", "Ġ", "@@", "", "▁", "@@"]
+    assert archive.markers(pieces) == ["▁", "", "Ġ", "@@", "", "▁", "@@"]
 
 
 def test_runs_of_another_teacher_are_not_mixed_in(
@@ -168,7 +168,7 @@ def test_time_of_a_training_that_was_stopped_is_that_of_all_attempts(tmp_path: P
     lines = [f'| {{"num_updates": "{n}", "wall": "{wall}"}}' for n, wall in enumerate(walls)]
     log = tmp_path / "train.jsonl"
     log.write_text("\n".join(["begin", *lines[:3], "{half", *lines[3:]]))
-    assert study_outputs.seconds_of_training(log) == 55 + 20 + 3
+    assert archive.seconds_of_training(log) == 55 + 20 + 3
 
 
 def test_steps_are_timed(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,14 @@
 """Updates a second and peak memory of whole `fairseq-train` runs: fairseq's cross entropy, distillation
 from a cache, and distillation from a teacher that runs beside the student.
 
-    python scripts/bench_training.py DATA
+    python scripts/benchmarks/bench_training.py DATA
 
 DATA is any fairseq data directory. Its first training sentences are trained on with dictionaries
 filled up to 8,192 and 32,768 symbols; the models are not trained before, because how good they are
 makes no difference to time. The runs of a setting go in turn, some rounds of them. Writes
 results/bench_training.csv, .json and .png.
 
-    python scripts/bench_training.py --minutes 4
+    python scripts/benchmarks/bench_training.py --minutes 4
 
 With a GPU: a transformer-base (65 million parameters) on made-up sentences under a
 dictionary of 32,768 symbols, 16,384 tokens a batch, 4 loader workers, bfloat16, distilled from a
@@ -40,7 +40,7 @@ from analysis.terminal import progress
 from sekd_fairseq.llm.vocabulary import Vocabulary
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARIES = (8192, 32768)
 SENTENCES, TOKENS, WARM_UP = 2000, 1000, 5
 STUDENT = (256, 2)  # width, layers a side

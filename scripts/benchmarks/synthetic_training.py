@@ -24,7 +24,7 @@ from sekd_fairseq import build_cache
 from sekd_fairseq.llm.vocabulary import Vocabulary
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 #: fairseq reports progress here, whatever it calls the record.
 PROGRESS = "fairseq.logging.progress_bar"
 PLUGIN = ["--user-dir", str(ROOT / "sekd_fairseq"), "--task", "self_evolution_kd"]

@@ -1,6 +1,6 @@
 """How much of `sekd_fairseq` and `analysis` the tests run: results/coverage.csv and .json.
 
-    python scripts/measure_coverage.py
+    python scripts/benchmarks/measure_coverage.py
 
 Arguments go to pytest. Fails when a test does.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from benchmarking import RESULTS, Target, write_results
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COVERAGE = (sys.executable, "-m", "coverage")
 
 

@@ -1,7 +1,7 @@
 """Keep what a study gave, without its checkpoints and without other people's text.
 
-    python scripts/study_outputs.py save scripts/configs/NAME.yaml results/STUDY
-    python scripts/study_outputs.py restore scripts/configs/NAME.yaml results/STUDY
+    python scripts/pipeline/archive.py save scripts/configs/NAME.yaml results/STUDY
+    python scripts/pipeline/archive.py restore scripts/configs/NAME.yaml results/STUDY
 
 Several configurations are merged as snakemake merges them. ``save`` copies, of every finished run, its
 record, scores, translations and token records to ``results/STUDY/runs`` (rounded, without the pieces of
@@ -33,12 +33,14 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 import yaml
-from benchmarking import Target, write_targets
 from snakemake.utils import update_config
 
 from analysis.runs.files import DamagedFile, is_sealed, read_json, sealed_parquet
 from analysis.runs.languages import languages_of
 from analysis.runs.token_records import COLUMNS
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from benchmarking import Target, write_targets
 
 #: Columns of token records that are the teacher's or the test set's, so the same in all runs of a
 #: direction: kept once, in SHARED_FILE.

@@ -1,6 +1,6 @@
 """Print the result table of a report to the terminal, and where the report is.
 
-python scripts/show_results.py runs/demo/report
+python scripts/pipeline/show_results.py runs/demo/report
 """
 
 import sys
@@ -12,7 +12,7 @@ import pandas as pd
 def main() -> None:
     """Print the table of the report directory that the command line names."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python scripts/show_results.py REPORT_DIRECTORY")
+        sys.exit("usage: python scripts/pipeline/show_results.py REPORT_DIRECTORY")
     report = Path(sys.argv[1])
     path = report / "tables" / "results.csv"
     if not path.is_file():

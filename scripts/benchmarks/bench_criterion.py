@@ -1,6 +1,6 @@
 """Time and memory of the criterions beside fairseq's own and beside dense distillation.
 
-    python scripts/bench_criterion.py
+    python scripts/benchmarks/bench_criterion.py
 
 Two parts. ``criterion``: forward and backward of the criterion alone, logits given. ``model``:
 output projection, criterion and both their backward passes, which is where the chunked path lives.
