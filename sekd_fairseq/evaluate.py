@@ -1,16 +1,18 @@
-"""Collect the translations of fairseq-generate into a run directory and score them.
+"""Collect translations into a run directory and score them.
 
     fairseq-generate DATA --user-dir sekd_fairseq --task self_evolution_kd --path student.pt \\
         --gen-subset test --beam 4 --remove-bpe sentencepiece > test.out
     python -m sekd_fairseq.evaluate test.out --run runs/NAME --source test.en --reference test.de \\
         --target-lang de
 
-writes ``hyps/<subset>.txt`` (with ``.ref.txt`` and ``.src.txt`` beside it) and ``scores.json``.
+writes ``hyps/<subset>.txt`` (with ``.ref.txt`` and ``.src.txt`` beside it) and ``scores.json``. Instead of
+fairseq-generate's output it takes a plain text file, one translation a line, of any system.
 """
 
 import argparse
 import html
 import itertools
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -25,15 +27,23 @@ from analysis.runs.texts import Texts, read_lines, write_texts
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 
+#: How fairseq-generate's lines about a sentence begin.
+_LABEL = re.compile(r"[STHDP]-\d+\t")
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(
         prog="python -m sekd_fairseq.evaluate",
-        description="Collect fairseq-generate's translations into a run directory and score them "
-        "with sacreBLEU. Every reference must have its translation.",
+        description="Collect translations into a run directory and score them with sacreBLEU. Every "
+        "reference must have its translation.",
     )
-    out.add_argument("generated", type=Path, metavar="GENERATED", help="fairseq-generate's output")
+    out.add_argument(
+        "generated",
+        type=Path,
+        metavar="GENERATED",
+        help="fairseq-generate's output, or one translation a line",
+    )
     out.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
     out.add_argument("--subset", default="test", help="name of the split (default: %(default)s)")
     out.add_argument("--source", required=True, type=Path, metavar="FILE", help="source text")
@@ -58,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{args.source} has {len(sources)} lines, {args.reference} {len(references)}; "
                 "expected as many"
             )
-        hypotheses = read_generated(args.generated, "D-", len(references))
+        hypotheses = read_translations(args.generated, len(references))
         check_texts(args.generated, args.source, args.reference)
         scores = score(hypotheses, references, args.target_lang)
         if args.lenpen is not None:
@@ -69,6 +79,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.run.name} {args.subset}: {len(hypotheses)} sentences, "
             f"BLEU {scores['bleu']['score']:.2f}, chrF {scores['chrf']['score']:.2f}"
         )
+
+
+def read_translations(path: Path, expected: int) -> list[str]:
+    """Translations in the order of the references: the ``D-`` lines of fairseq-generate's output, or
+    every line of a file that has none of its labels.
+
+    Raises
+    ------
+    UserError
+        There is not one translation for each reference.
+    """
+    lines = read_lines(path)
+    if any(_LABEL.match(line) for line in lines):
+        return read_generated(path, "D-", expected)
+    if len(lines) != expected:
+        raise UserError(
+            f"{path}: expected {expected} translations, one a reference line, found {len(lines)} lines "
+            "without fairseq-generate's labels; give its output, or one translation a line"
+        )
+    return lines
 
 
 def read_generated(path: Path, prefix: str, expected: int) -> list[str]:

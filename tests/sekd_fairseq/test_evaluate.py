@@ -143,3 +143,22 @@ def test_scores_hold_the_checksums_of_what_was_scored(tmp_path: Path) -> None:
         evaluate(tmp_path)
     path.unlink()
     evaluate(tmp_path)
+
+
+def test_plain_lines_are_translations_too(tmp_path: Path) -> None:
+    for name, lines in (("out", HYPOTHESES), ("src", SOURCES), ("ref", TARGETS)):
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    files = {name: str(tmp_path / name) for name in ("out", "src", "ref", "run")}
+    options = ["--source", files["src"], "--reference", files["ref"], "--run", files["run"]]
+    main([files["out"], *options, "--target-lang", "de"])
+    texts = read_texts(tmp_path / "run", "test")
+    assert texts is not None and texts.hypotheses == HYPOTHESES and texts.references == TARGETS
+    found = json.loads((tmp_path / "run" / "scores.json").read_text())["test"]["bleu"]["score"]
+    assert found == BLEU().corpus_score(HYPOTHESES, [TARGETS]).score
+    with pytest.raises(SystemExit, match=r"expected 4 translations.* found 3 lines"):
+        (tmp_path / "out").write_text("one\ntwo\nthree\n", encoding="utf-8")
+        main([files["out"], *options, "--target-lang", "de"])
+    # Output of fairseq-generate that was cut short is no plain text.
+    with pytest.raises(SystemExit, match=r"found 0 .sentence 0 has none"):
+        (tmp_path / "out").write_text("INFO\nS-0\ta\nT-0\tb\nINFO\n", encoding="utf-8")
+        main([files["out"], *options, "--target-lang", "de"])
