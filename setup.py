@@ -71,6 +71,21 @@ setup(
             "selenium>=4.20",  # the report in a real browser, where there is chromium
         ],
     },
+    entry_points={
+        "console_scripts": [
+            "sekd-prepare-data = sekd_fairseq.prepare_data:main",
+            "sekd-prepare-llm-data = sekd_fairseq.prepare_llm_data:main",
+            "sekd-import-hf = sekd_fairseq.import_hf:main",
+            "sekd-export-hf = sekd_fairseq.export_hf:main",
+            "sekd-build-cache = sekd_fairseq.build_cache:main",
+            "sekd-inspect-cache = sekd_fairseq.inspect_cache:main",
+            "sekd-distilled-data = sekd_fairseq.distilled_data:main",
+            "sekd-score = sekd_fairseq.score:main",
+            "sekd-evaluate = sekd_fairseq.evaluate:main",
+            "sekd-options = sekd_fairseq.options:main",
+            "analysis-transfer = analysis.transfer:main",
+        ]
+    },
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

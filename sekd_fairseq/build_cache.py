@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 import sekd_fairseq
 from analysis.runs.files import DamagedFile, atomic_write, read_json, sealed_json
 from analysis.terminal import progress, split_list
-from sekd_fairseq.checkpoints import add_hf_model, quiet_fairseq
+from sekd_fairseq.checkpoints import add_hf_model
 from sekd_fairseq.datasets import target_hashes
 from sekd_fairseq.devices import default_device, half_precision
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inspect_cache import describe
+from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import check_splits, load_split, token_batches, too_long
 from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
 from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
@@ -154,46 +155,44 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the cache of each split."""
     args = parser().parse_args(argv)
     quiet_fairseq()
-    with one_line_errors():
-        for name in ("max_tokens", "shard_sentences", "num_shards"):
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
-        if not 0 <= args.shard_id < args.num_shards:
-            raise UserError(
-                f"--shard-id: expected 0 to {args.num_shards - 1}, found {args.shard_id}"
-            )
-        if not args.temperature > 0:
-            raise UserError(f"--temperature: expected above 0, found {args.temperature}")
-        if len(utils.split_paths(args.data)) > 1:
-            raise UserError(
-                f"expected one data directory, found {args.data}; build a cache of each, and give "
-                "training all, --teacher-cache CACHE1:CACHE2, in the order of the data"
-            )
-        splits = split_list(args.subset, "--subset")
-        check_splits(args.data, splits)
-        if args.sample and args.top_k is not None:
-            raise UserError("--sample and --top-k: expected one of them, found both")
-        if args.top_p is None and args.top_p_floor is not None:
-            raise UserError("--top-p-floor expects --top-p beside it, found none")
-        args.top_k = 32 if args.top_k is None else args.top_k
-        args.top_p_floor = 2 if args.top_p_floor is None else args.top_p_floor
-        truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, MAX_SUPPORT)
-        dtype = half_precision(args.fp16, args.bf16)
-        engine: Engine
-        if args.engine == "vllm":
-            engine = vllm_engine(args, dtype)
-        else:
-            paths = utils.split_paths(args.path)
-            engine = TorchEngine(paths, args.data, default_device(args.cpu), dtype, args.hf_model)
-        for split in splits:
-            cache = build_split(engine, args, split)
-            if cache is not None:
-                print(describe(cache.directory, cache.manifest), flush=True)
+    for name in ("max_tokens", "shard_sentences", "num_shards"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+    if not 0 <= args.shard_id < args.num_shards:
+        raise UserError(f"--shard-id: expected 0 to {args.num_shards - 1}, found {args.shard_id}")
+    if not args.temperature > 0:
+        raise UserError(f"--temperature: expected above 0, found {args.temperature}")
+    if len(utils.split_paths(args.data)) > 1:
+        raise UserError(
+            f"expected one data directory, found {args.data}; build a cache of each, and give "
+            "training all, --teacher-cache CACHE1:CACHE2, in the order of the data"
+        )
+    splits = split_list(args.subset, "--subset")
+    check_splits(args.data, splits)
+    if args.sample and args.top_k is not None:
+        raise UserError("--sample and --top-k: expected one of them, found both")
+    if args.top_p is None and args.top_p_floor is not None:
+        raise UserError("--top-p-floor expects --top-p beside it, found none")
+    args.top_k = 32 if args.top_k is None else args.top_k
+    args.top_p_floor = 2 if args.top_p_floor is None else args.top_p_floor
+    truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, MAX_SUPPORT)
+    dtype = half_precision(args.fp16, args.bf16)
+    engine: Engine
+    if args.engine == "vllm":
+        engine = vllm_engine(args, dtype)
+    else:
+        paths = utils.split_paths(args.path)
+        engine = TorchEngine(paths, args.data, default_device(args.cpu), dtype, args.hf_model)
+    for split in splits:
+        cache = build_split(engine, args, split)
+        if cache is not None:
+            print(describe(cache.directory, cache.manifest), flush=True)
 
 
 def vllm_engine(args: argparse.Namespace, dtype: torch.dtype) -> Engine:

@@ -1,7 +1,6 @@
 """Loading trained models: fairseq checkpoints with the task and the dictionaries that they belong to."""
 
 import argparse
-import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from sekd_fairseq.errors import UserError
 def load_models(
     paths: Sequence[str], data: str, device: torch.device, hf_model: str | None = None
 ) -> tuple[list[Any], Any, Any]:
-    """Load checkpoints of one task, in eval mode on ``device``.
+    """Load checkpoints of one task, in eval mode on ``device``; the plugin is registered
+    (:mod:`sekd_fairseq.plugin`).
 
     Parameters
     ----------
@@ -40,9 +40,6 @@ def load_models(
     UserError
         A file that is missing or no fairseq checkpoint, or a model for other dictionaries.
     """
-    # Registers the task and lets torch load checkpoints; here, because the task uses this module.
-    import sekd_fairseq.tasks  # noqa: F401
-
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
@@ -85,8 +82,6 @@ def add_hf_model(parser: argparse.ArgumentParser) -> None:
 
 def language_model_config(data: str, *options_of_model: str) -> Any:
     """fairseq's configuration of a training of ``--arch hf_causal_lm`` on ``data``."""
-    import sekd_fairseq.tasks  # noqa: F401 (as above)
-
     words = [data, "--task", "self_evolution_kd", "--arch", "hf_causal_lm", *options_of_model]
     args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
     with warnings.catch_warnings():
@@ -102,12 +97,3 @@ def position_limits(models: Sequence[Any]) -> list[tuple[float, ...]]:
         pair = found if isinstance(found, tuple) else (found, found)
         limits.append((*pair, getattr(model, "joint_positions", math.inf)))
     return limits
-
-
-def quiet_fairseq() -> None:
-    """Silence fairseq's reports on every dictionary and dataset that it loads.
-
-    For a command's ``main``, which prints what matters itself.
-    """
-    for name in ("fairseq", "hydra"):
-        logging.getLogger(name).setLevel(logging.WARNING)

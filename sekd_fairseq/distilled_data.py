@@ -44,42 +44,42 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the directory, complete or not at all."""
     args = parser().parse_args(argv)
-    with one_line_errors():
-        check_splits(str(args.data), [args.subset])
-        source, target = languages(args.data, args.subset)
-        stored = stored_as(args.data, args.subset, source, target, target)
-        assert stored is not None  # languages() has seen it
-        name, kind = Path(stored[0]).name, stored[1]
-        dictionary = Dictionary.load(str(args.data / f"dict.{target}.txt"))
-        if kind == "huffman":
-            raise UserError(
-                f"{args.data}: expected data of --dataset-impl mmap, lazy, cached or raw, found huffman, "
-                "which is not written here; binarise the text again without it"
-            )
-        original = indexed_dataset.make_dataset(stored[0], kind, dictionary=dictionary)
-        lines = read_generated(args.generated, "H-", len(original))
-        targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
-        with atomic_directory(args.output) as folder:
-            for path in args.data.iterdir():
-                if path.is_dir():  # a language model's tokenizer
-                    shutil.copytree(path, folder / path.name)
-                elif name not in (path.name, path.stem):
-                    shutil.copy(path, folder)
-            if kind == "raw":  # as the source beside it is
-                text = "".join(f"{' '.join(line.split())}\n" for line in lines)
-                (folder / name).write_bytes(text.encode())
-            else:
-                write_indexed(folder / name, kind, targets, len(dictionary))
-        if stored_as(args.data, f"{args.subset}1", source, target, target):
-            warn(
-                f"{args.output}: holds {args.subset}1 as it is, which fairseq-train adds to "
-                f"{args.subset}; distil it with --subset {args.subset}1, or delete its files"
-            )
-        tokens = sum(map(len, targets))
-        print(f"{args.output}: {len(targets)} targets of {args.subset}, {tokens} tokens")
+    check_splits(str(args.data), [args.subset])
+    source, target = languages(args.data, args.subset)
+    stored = stored_as(args.data, args.subset, source, target, target)
+    assert stored is not None  # languages() has seen it
+    name, kind = Path(stored[0]).name, stored[1]
+    dictionary = Dictionary.load(str(args.data / f"dict.{target}.txt"))
+    if kind == "huffman":
+        raise UserError(
+            f"{args.data}: expected data of --dataset-impl mmap, lazy, cached or raw, found huffman, "
+            "which is not written here; binarise the text again without it"
+        )
+    original = indexed_dataset.make_dataset(stored[0], kind, dictionary=dictionary)
+    lines = read_generated(args.generated, "H-", len(original))
+    targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
+    with atomic_directory(args.output) as folder:
+        for path in args.data.iterdir():
+            if path.is_dir():  # a language model's tokenizer
+                shutil.copytree(path, folder / path.name)
+            elif name not in (path.name, path.stem):
+                shutil.copy(path, folder)
+        if kind == "raw":  # as the source beside it is
+            text = "".join(f"{' '.join(line.split())}\n" for line in lines)
+            (folder / name).write_bytes(text.encode())
+        else:
+            write_indexed(folder / name, kind, targets, len(dictionary))
+    if stored_as(args.data, f"{args.subset}1", source, target, target):
+        warn(
+            f"{args.output}: holds {args.subset}1 as it is, which fairseq-train adds to "
+            f"{args.subset}; distil it with --subset {args.subset}1, or delete its files"
+        )
+    tokens = sum(map(len, targets))
+    print(f"{args.output}: {len(targets)} targets of {args.subset}, {tokens} tokens")
 
 
 def write_indexed(path: Path, kind: str, sentences: list[torch.Tensor], vocab_size: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from sekd_fairseq.checkpoints import load_models, quiet_fairseq
+from sekd_fairseq.checkpoints import load_models
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.llm.loading import pretrained
 from sekd_fairseq.llm.tokenizer import (
@@ -30,6 +30,7 @@ from sekd_fairseq.llm.tokenizer import (
 )
 from sekd_fairseq.llm.vocabulary import TOKENIZER, Vocabulary, restore_rows
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
+from sekd_fairseq.plugin import quiet_fairseq
 
 #: Text on which tokenizers differ that differ at all.
 PROBE = "Straße,  zwei\tTage\nNaïve 你好 🙂"
@@ -94,6 +95,7 @@ def export_tokenizer(tokenizer: Tokenizer, config: type, output: Path) -> None:
             )
 
 
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(
@@ -111,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-gguf-file", metavar="FILE", help="a GGUF file in --base")
     args = parser.parse_args(argv)
     quiet_fairseq()
-    with one_line_errors():
-        export(args.checkpoint, args.data, args.output, args.base, args.base_gguf_file)
+    export(args.checkpoint, args.data, args.output, args.base, args.base_gguf_file)
 
 
 if __name__ == "__main__":

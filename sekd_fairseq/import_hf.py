@@ -16,8 +16,9 @@ from fairseq import tasks
 from omegaconf import OmegaConf
 
 from analysis.runs.files import atomic_write
-from sekd_fairseq.checkpoints import language_model_config, quiet_fairseq
+from sekd_fairseq.checkpoints import language_model_config
 from sekd_fairseq.errors import one_line_errors
+from sekd_fairseq.plugin import quiet_fairseq
 
 
 def import_model(folder: str, gguf: str | None, data: str, output: Path) -> int:
@@ -39,6 +40,7 @@ def import_model(folder: str, gguf: str | None, data: str, output: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the checkpoint."""
     parser = argparse.ArgumentParser(
@@ -50,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="CHECKPOINT")
     args = parser.parse_args(argv)
     quiet_fairseq()
-    with one_line_errors():
-        parameters = import_model(args.model, args.gguf_file, args.data, args.output)
+    parameters = import_model(args.model, args.gguf_file, args.data, args.output)
     print(f"{args.output}: {parameters:,} parameters")
 
 

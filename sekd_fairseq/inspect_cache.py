@@ -67,46 +67,46 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Print each split's description; verify, compare or export if asked."""
     args = parser().parse_args(argv)
-    with one_line_errors():
-        if args.against and not (args.verify and args.data):
-            raise UserError("--against expects --verify and --data DATA beside it")
-        if args.data and not args.against:
-            raise UserError("--data expects --against TEACHER beside it, found none")
-        if args.against:
-            # Only here: without a teacher this module needs neither torch nor fairseq.
-            from sekd_fairseq.checkpoints import quiet_fairseq
+    if args.against and not (args.verify and args.data):
+        raise UserError("--against expects --verify and --data DATA beside it")
+    if args.data and not args.against:
+        raise UserError("--data expects --against TEACHER beside it, found none")
+    if args.against:
+        # Only here: without a teacher this module needs neither torch nor fairseq.
+        from sekd_fairseq.plugin import quiet_fairseq
 
-            quiet_fairseq()
-        directories = split_directories(args.cache)
-        if args.to_parquet and len(directories) > 1:
-            raise UserError(
-                f"--to-parquet: expected the folder of one split, found {len(directories)} in "
-                f"{args.cache}; name one, such as {directories[0]}"
+        quiet_fairseq()
+    directories = split_directories(args.cache)
+    if args.to_parquet and len(directories) > 1:
+        raise UserError(
+            f"--to-parquet: expected the folder of one split, found {len(directories)} in "
+            f"{args.cache}; name one, such as {directories[0]}"
+        )
+    for directory in directories:
+        cache = (upgrade_cache if args.upgrade else TeacherCache.open)(directory)
+        print(describe(directory, cache.manifest), flush=True)
+        if args.verify:
+            shards = range(len(cache.manifest.shards))
+            cache.verify(progress(shards, desc=f"verify {directory.name}", unit="shard"))
+            print("  verified      every checksum matches, every value is finite")
+        if args.against:
+            whose = "the dense teacher"
+            if stranger := another_teacher(cache.manifest, args.against):
+                print(f"  another       {stranger}", flush=True)
+                whose = "that other model"
+            error = restoration_error(cache, args.against, args.data, args.sentences)
+            print(
+                f"  restored      KL from {whose}, {len(error):,} tokens: mean "
+                f"{error.mean():.2e} nats, p99 {np.quantile(error, 0.99):.2e}, maximum "
+                f"{error.max():.2e}"
             )
-        for directory in directories:
-            cache = (upgrade_cache if args.upgrade else TeacherCache.open)(directory)
-            print(describe(directory, cache.manifest), flush=True)
-            if args.verify:
-                shards = range(len(cache.manifest.shards))
-                cache.verify(progress(shards, desc=f"verify {directory.name}", unit="shard"))
-                print("  verified      every checksum matches, every value is finite")
-            if args.against:
-                whose = "the dense teacher"
-                if stranger := another_teacher(cache.manifest, args.against):
-                    print(f"  another       {stranger}", flush=True)
-                    whose = "that other model"
-                error = restoration_error(cache, args.against, args.data, args.sentences)
-                print(
-                    f"  restored      KL from {whose}, {len(error):,} tokens: mean "
-                    f"{error.mean():.2e} nats, p99 {np.quantile(error, 0.99):.2e}, maximum "
-                    f"{error.max():.2e}"
-                )
-            if args.to_parquet:
-                write_parquet(cache, args.to_parquet)
-                print(f"{args.to_parquet}: {cache.manifest.tokens:,} rows")
+        if args.to_parquet:
+            write_parquet(cache, args.to_parquet)
+            print(f"{args.to_parquet}: {cache.manifest.tokens:,} rows")
 
 
 def another_teacher(manifest: Manifest, paths: str) -> str | None:

@@ -332,6 +332,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@one_line_errors()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; see ``--help``."""
     args = parse(arguments)
@@ -342,10 +343,9 @@ def main(arguments: list[str] | None = None) -> None:
         args.character_coverage,
         args.max_pieces,
     )
-    with one_line_errors():
-        check_output(args.output)
-        subsets, dropped = load_subsets(args)
-        summary = prepare(subsets, dropped, args.output, settings, given_splits=not args.src)
+    check_output(args.output)
+    subsets, dropped = load_subsets(args)
+    summary = prepare(subsets, dropped, args.output, settings, given_splits=not args.src)
     counts = ", ".join(f"{n} {subset}" for subset, n in summary["sentences"].items())
     print(f"{args.output}: {counts} pairs, {summary['vocabulary']} symbols")
     print(f"left out: {json.dumps(summary['dropped'])}")

@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
-from analysis.runs.errors import UserError
+from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.files import atomic_directory, hash_file
 from analysis.terminal import progress
 from sekd_fairseq.llm.prompts import DEFAULT, Prompts, PromptSettings, read_template
@@ -322,15 +321,13 @@ def fingerprint(building: Path) -> str:
     return digest.hexdigest()
 
 
+@one_line_errors()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the output appears when it is complete."""
     args = parse(arguments)
-    try:
-        with atomic_directory(args.output) as building:
-            summary, notes = prepare(args, building)
-            (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    with atomic_directory(args.output) as building:
+        summary, notes = prepare(args, building)
+        (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
     for note in notes:
         print(f"{args.output}: {note}")
     print(f"{args.output}: {json.dumps({k: v for k, v in summary.items() if k != 'shots'})}")

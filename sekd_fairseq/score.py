@@ -26,7 +26,7 @@ from analysis.runs.files import hash_file
 from analysis.runs.run_record import RunRecord, write_run
 from analysis.runs.token_records import write_records
 from analysis.terminal import progress, warn
-from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits, quiet_fairseq
+from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits
 from sekd_fairseq.criterions.self_evolution_kd import partners
 from sekd_fairseq.datasets import TeacherDataset, teacher_rows
 from sekd_fairseq.devices import default_device, half_precision, to_device
@@ -36,6 +36,7 @@ from sekd_fairseq.losses import TeacherRows, build_events, support_log_probs
 from sekd_fairseq.losses.decoupled import decoupled_kl
 from sekd_fairseq.losses.divergences import forward_kl
 from sekd_fairseq.losses.events import log_sum_exp
+from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import load_split, token_batches, too_long, train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 

@@ -30,10 +30,11 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 
 from analysis.terminal import progress
 from sekd_fairseq import build_cache
-from sekd_fairseq.checkpoints import load_models, quiet_fairseq
+from sekd_fairseq.checkpoints import load_models
 from sekd_fairseq.datasets import TeacherDataset
 from sekd_fairseq.devices import to_device
 from sekd_fairseq.inspect_cache import restoration_error
+from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import load_split, token_batches
 from sekd_fairseq.teacher_cache import SentenceRows, TeacherCache, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache

@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import sekd_fairseq.tasks  # noqa: F401 (registers the architecture)
+from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.families import telling_weights
 from sekd_fairseq.llm.vocabulary import Vocabulary
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, HFCausalLMConfig
@@ -286,8 +287,8 @@ def judge(model_type: str) -> Result:
             return Result(model_type, name, "not configurable", words(error))
         try:
             kl, gradient, model = compare(model_type, folder)
-        except SystemExit as error:  # one line, as a command ends
-            return Result(model_type, name, "refused", str(error.code))
+        except UserError as error:
+            return Result(model_type, name, "refused", f"error: {error}")
         except Exception as error:  # no line: a traceback for a user
             return Result(model_type, name, "wrong", words(error))
     right = kl <= LARGEST_KL and gradient <= LARGEST_GRADIENT

@@ -17,7 +17,7 @@ from sekd_fairseq.criterions.distillation import (
     DistillationCriterion,
     Distilled,
 )
-from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.errors import UserError
 from sekd_fairseq.losses import DIVERGENCES, Events, SelfEvolution
 from sekd_fairseq.losses.decoupled import adaptive_teaching
 from sekd_fairseq.losses.divergences import divergence, relative_entropy
@@ -71,14 +71,13 @@ class CachedKDCriterion(DistillationCriterion):
     """
 
     def __init__(self, cfg: CachedKDConfig, task: Any) -> None:
-        with one_line_errors():
-            super().__init__(cfg, task)
-            self._check(cfg)
-            if task.cfg.stored_difficulty:
-                raise UserError(
-                    "--stored-difficulty expects --criterion self_evolution_kd, found cached_kd, "
-                    "which has no difficulty"
-                )
+        super().__init__(cfg, task)
+        self._check(cfg)
+        if task.cfg.stored_difficulty:
+            raise UserError(
+                "--stored-difficulty expects --criterion self_evolution_kd, found cached_kd, "
+                "which has no difficulty"
+            )
         self.divergence_weight = float(cfg.divergence_weight)
         self.select = str(cfg.select)
         self.share = 0.5 if cfg.select_share is None else float(cfg.select_share)

@@ -17,7 +17,7 @@ from omegaconf import II
 from torch import Tensor
 
 from sekd_fairseq.datasets import teacher_rows
-from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.errors import UserError
 from sekd_fairseq.logits import flat_logits
 from sekd_fairseq.losses import (
     DIVERGENCES,
@@ -236,11 +236,10 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
     ) -> tuple[Tensor, Any, dict[str, Any]]:
         """Loss of a batch: ``(sum over tokens, denominator, sums to log)``."""
         if getattr(model.decoder, "adaptive_softmax", None) is not None:
-            with one_line_errors():
-                raise UserError(
-                    "an adaptive softmax gives no logits that a teacher could be compared with; "
-                    "leave out --adaptive-softmax-cutoff"
-                )
+            raise UserError(
+                "an adaptive softmax gives no logits that a teacher could be compared with; "
+                "leave out --adaptive-softmax-cutoff"
+            )
         target = sample["target"].view(-1)
         entry = sample.get("teacher", {})
         if (rows := entry.get("rows")) is None:
@@ -249,11 +248,10 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             rows = torch.nonzero_static(mask, size=int(sample["ntokens"])).squeeze(1)  # (N,)
         teacher = self.task.teacher_at(sample, rows)
         if self.missing_mass == "sampled" and "draws" not in entry:
-            with one_line_errors():
-                raise UserError(
-                    "--missing-mass sampled expects a cache of sampled supports, found another; "
-                    "build it with: python -m sekd_fairseq.build_cache ... --sample N"
-                )
+            raise UserError(
+                "--missing-mass sampled expects a cache of sampled supports, found another; "
+                "build it with: python -m sekd_fairseq.build_cache ... --sample N"
+            )
         projection = self._chunked_projection(model)
 
         def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -262,16 +260,14 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
 
         if projection is not None:
             features = model(**sample["net_input"], features_only=True)[0]
-            with one_line_errors():
-                features = flat_logits(features, sample["target"])  # (B T, D)
+            features = flat_logits(features, sample["target"])  # (B T, D)
             features = features.index_select(0, rows)
             weights = (projection.weight, projection.bias)
             loss, sums = chunked_loss(features, *weights, part_loss, self.chunk_tokens)
         else:
             logits = model(**sample["net_input"])[0]
-            with one_line_errors():
-                symbols = len(self.task.target_dictionary)
-                logits = flat_logits(logits, sample["target"], symbols)  # (B T, V)
+            symbols = len(self.task.target_dictionary)
+            logits = flat_logits(logits, sample["target"], symbols)  # (B T, V)
             loss, sums = self._loss(logits, rows, teacher)
         sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
         logging_output = {

@@ -16,7 +16,7 @@ from sekd_fairseq.criterions.distillation import (
     DistillationCriterion,
     Distilled,
 )
-from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.errors import UserError
 from sekd_fairseq.losses import (
     Events,
     RunningQuantile,
@@ -175,32 +175,30 @@ class SelfEvolutionKDCriterion(DistillationCriterion):
     """
 
     def __init__(self, cfg: SelfEvolutionKDConfig, task: Any) -> None:
-        with one_line_errors():
-            stored = bool(getattr(task.cfg, "stored_difficulty", None))
-            resolved = partners(cfg, stored)
-            cfg = copy.copy(cfg)
-            for key, value in resolved.items():
-                setattr(cfg, key, value)
-            super().__init__(cfg, task)
-            self.settings = parse_settings(cfg)
-            self.refuse_idle(
-                cfg,
-                SelfEvolutionKDConfig.schedule_scale,
-                "schedule_scale",
-                cfg.schedule == "step",
-                "--schedule step",
+        stored = bool(getattr(task.cfg, "stored_difficulty", None))
+        resolved = partners(cfg, stored)
+        cfg = copy.copy(cfg)
+        for key, value in resolved.items():
+            setattr(cfg, key, value)
+        super().__init__(cfg, task)
+        self.settings = parse_settings(cfg)
+        self.refuse_idle(
+            cfg,
+            SelfEvolutionKDConfig.schedule_scale,
+            "schedule_scale",
+            cfg.schedule == "step",
+            "--schedule step",
+        )
+        if stored and self.settings.difficulty != "teacher":
+            raise UserError(
+                "--stored-difficulty holds KL(teacher || student); expected --difficulty "
+                f"teacher with it, found {self.settings.difficulty}"
             )
-            if stored and self.settings.difficulty != "teacher":
-                raise UserError(
-                    "--stored-difficulty holds KL(teacher || student); expected --difficulty "
-                    f"teacher with it, found {self.settings.difficulty}"
-                )
-            self._check_draws(stored)
-            if cfg.lambda_warmup_updates < 0:
-                raise UserError(
-                    "--lambda-warmup-updates: expected 0 or more, found "
-                    f"{cfg.lambda_warmup_updates}"
-                )
+        self._check_draws(stored)
+        if cfg.lambda_warmup_updates < 0:
+            raise UserError(
+                f"--lambda-warmup-updates: expected 0 or more, found {cfg.lambda_warmup_updates}"
+            )
         chosen = ", ".join(f"{key} {value}" for key, value in resolved.items())
         logger.info("integration %s: %s", self.settings.integration, chosen)
         self.lambda_warmup_updates = int(cfg.lambda_warmup_updates)

@@ -13,7 +13,7 @@ from fairseq.data.encoders import register_bpe
 from fairseq.dataclass import FairseqDataclass
 from torch import Tensor
 
-from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import Prompts
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
 from sekd_fairseq.llm.vocabulary import TOKENIZER, Vocabulary, symbol_of, token_of
@@ -40,10 +40,9 @@ class HFTokenizerBPE:
     """Symbols of :mod:`sekd_fairseq.llm.vocabulary`, separated by spaces."""
 
     def __init__(self, cfg: HFTokenizerConfig) -> None:
-        with one_line_errors():
-            if not cfg.hf_tokenizer:
-                raise UserError("--bpe hf_tokenizer expects --hf-tokenizer PATH, found none")
-            self.tokenizer = load_tokenizer(cfg.hf_tokenizer, cfg.hf_tokenizer_gguf_file)
+        if not cfg.hf_tokenizer:
+            raise UserError("--bpe hf_tokenizer expects --hf-tokenizer PATH, found none")
+        self.tokenizer = load_tokenizer(cfg.hf_tokenizer, cfg.hf_tokenizer_gguf_file)
 
     def encode(self, text: str) -> str:
         """Text to symbols."""

@@ -31,7 +31,7 @@ from fairseq.models import (
 from omegaconf import open_dict
 from torch import Tensor
 
-from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.families import (
     Probe,
     Traits,
@@ -183,10 +183,9 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         translation together, where the batch knows it; counting it on a GPU would wait for the GPU.
         Features are there where :attr:`output_projection` is.
         """
-        with one_line_errors():
-            return self.read(
-                prev_output_tokens, encoder_out, incremental_state, features_only, longest
-            ), {"attn": [None]}
+        return self.read(
+            prev_output_tokens, encoder_out, incremental_state, features_only, longest
+        ), {"attn": [None]}
 
     def read(
         self,
@@ -382,8 +381,7 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
     @classmethod
     def build_model(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
         """Load pretrained weights, or make a model from a configuration."""
-        with one_line_errors():
-            return cls._built(cfg, task)
+        return cls._built(cfg, task)
 
     @classmethod
     def _built(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":

@@ -100,8 +100,11 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
 
     With ``--teacher-cache``, every loaded split is checked against its cache and each batch holds
     ``batch["teacher"]`` (:class:`~sekd_fairseq.datasets.TeacherDataset`). Without, it is fairseq's
-    translation task with this fairseq's traps closed (:mod:`sekd_fairseq.patches`), for teachers,
-    baselines and generation.
+    translation task with fixes for known problems of fairseq (:mod:`sekd_fairseq.patches`), for
+    teachers, baselines and generation.
+
+    fairseq enters the plugin by this class, so an error of the user's ends the program in one line
+    here and is an exception everywhere below.
     """
 
     cfg: SelfEvolutionKDTaskConfig
@@ -123,42 +126,43 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             cfg.upsample_primary = 1  # fairseq's default of -1 fails when train and train1 combine
 
     @classmethod
+    @one_line_errors()
     def setup_task(cls, cfg: SelfEvolutionKDTaskConfig, **kwargs: Any) -> "SelfEvolutionKDTask":
         """Load dictionaries and check the caches' directories against the data's."""
-        with one_line_errors():
-            data, caches = paths(cfg.data), paths(cfg.teacher_cache)
-            if caches and len(caches) != len(data):
-                raise UserError(
-                    f"--teacher-cache: expected one cache for each of {len(data)} data "
-                    f"directories ({cfg.data}), found {len(caches)} ({cfg.teacher_cache})"
-                )
-            if caches and cfg.teacher_path:
-                raise UserError("--teacher-cache and --teacher-path: expected one, found both")
-            if (cfg.teacher_fp16 or cfg.teacher_bf16) and not cfg.teacher_path:
-                raise UserError(
-                    "--teacher-fp16 and --teacher-bf16 expect --teacher-path TEACHER, found none; a "
-                    "cache's teacher has run already"
-                )
-            if cfg.num_batch_buckets:
-                raise UserError(
-                    "--num-batch-buckets: expected 0, because fairseq 0.12 cannot make buckets with "
-                    f"NumPy 2, found {cfg.num_batch_buckets}; they are for TPUs, leave the option out"
-                )
-            stored = paths(cfg.stored_difficulty)
-            if stored and len(stored) != len(caches):
-                raise UserError(
-                    f"--stored-difficulty: expected one file for each of {len(caches)} teacher "
-                    f"caches, found {len(stored)} ({cfg.stored_difficulty})"
-                )
-            return super().setup_task(cfg, **kwargs)
+        data, caches = paths(cfg.data), paths(cfg.teacher_cache)
+        if caches and len(caches) != len(data):
+            raise UserError(
+                f"--teacher-cache: expected one cache for each of {len(data)} data "
+                f"directories ({cfg.data}), found {len(caches)} ({cfg.teacher_cache})"
+            )
+        if caches and cfg.teacher_path:
+            raise UserError("--teacher-cache and --teacher-path: expected one, found both")
+        if (cfg.teacher_fp16 or cfg.teacher_bf16) and not cfg.teacher_path:
+            raise UserError(
+                "--teacher-fp16 and --teacher-bf16 expect --teacher-path TEACHER, found none; a "
+                "cache's teacher has run already"
+            )
+        if cfg.num_batch_buckets:
+            raise UserError(
+                "--num-batch-buckets: expected 0, because fairseq 0.12 cannot make buckets with "
+                f"NumPy 2, found {cfg.num_batch_buckets}; they are for TPUs, leave the option out"
+            )
+        stored = paths(cfg.stored_difficulty)
+        if stored and len(stored) != len(caches):
+            raise UserError(
+                f"--stored-difficulty: expected one file for each of {len(caches)} teacher "
+                f"caches, found {len(stored)} ({cfg.stored_difficulty})"
+            )
+        return super().setup_task(cfg, **kwargs)
 
+    @one_line_errors()
     def load_dataset(
         self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any
     ) -> None:
         """Load a split, with its teacher cache if there is one."""
         data = paths(self.cfg.data)
         turn = (epoch - 1) % len(data) if split == self.cfg.train_subset else 0
-        with one_line_errors(), readable(self.cfg, data[turn], split):
+        with readable(self.cfg, data[turn], split):
             super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
         read_whole(self.datasets[split])
         self.datasets[split] = StableOrderDataset(
@@ -169,24 +173,23 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             return
         root = roots[turn]
         dataset = self.datasets[split]
-        with one_line_errors():
-            parts = len(getattr(dataset.tgt, "datasets", [dataset.tgt]))
-            names = [split + (str(part) if part else "") for part in range(parts)]
-            caches = [self._open_cache(Path(root), name, turn) for name in names]
-            if isinstance(self.criterion, DistillationCriterion):
-                for cache in caches:
-                    self.criterion.check_cache(cache)
-            where = f"{self.cfg.target_lang} side of {split} ({self.cfg.data})"
-            difficulty = None
-            if self.cfg.stored_difficulty and split == self.cfg.train_subset:
-                if parts > 1:
-                    raise UserError(
-                        f"--stored-difficulty: expected a training set of one part, found {parts} "
-                        f"({', '.join(names)}); binarise them as one"
-                    )
-                stored = paths(self.cfg.stored_difficulty)[turn]
-                difficulty = [StoredDifficulty(Path(stored))]
-            self.datasets[split] = TeacherDataset(dataset, caches, where, difficulty)
+        parts = len(getattr(dataset.tgt, "datasets", [dataset.tgt]))
+        names = [split + (str(part) if part else "") for part in range(parts)]
+        caches = [self._open_cache(Path(root), name, turn) for name in names]
+        if isinstance(self.criterion, DistillationCriterion):
+            for cache in caches:
+                self.criterion.check_cache(cache)
+        where = f"{self.cfg.target_lang} side of {split} ({self.cfg.data})"
+        difficulty = None
+        if self.cfg.stored_difficulty and split == self.cfg.train_subset:
+            if parts > 1:
+                raise UserError(
+                    f"--stored-difficulty: expected a training set of one part, found {parts} "
+                    f"({', '.join(names)}); binarise them as one"
+                )
+            stored = paths(self.cfg.stored_difficulty)[turn]
+            difficulty = [StoredDifficulty(Path(stored))]
+        self.datasets[split] = TeacherDataset(dataset, caches, where, difficulty)
         logger.info(
             "teacher cache %s: %d sentences, %d tokens",
             os.path.join(root, split),
@@ -222,6 +225,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         self.teacher_temperature, self._temperature_from = temperature, cache.directory
         return cache
 
+    @one_line_errors()
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """Build the model; a language model leaves its configuration in ``cfg``, which fairseq
         keeps in the checkpoint.
@@ -237,26 +241,25 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             self.tokenizer = text  # a language model's BLEU is of text
         if isinstance(model, HFCausalLM):
             if self.cfg.truncate_source:
-                with one_line_errors():
-                    raise UserError(
-                        "--truncate-source: expected whole prompts for a language model; leave it "
-                        "out, and give --skip-invalid-size-inputs-valid-test for long sentences"
-                    )
+                raise UserError(
+                    "--truncate-source: expected whole prompts for a language model; leave it "
+                    "out, and give --skip-invalid-size-inputs-valid-test for long sentences"
+                )
             if not from_checkpoint:
                 remember_configuration(cfg, model)
         return model
 
+    @one_line_errors()
     def build_bpe(self, args: Any) -> Any:
         """As fairseq's; data of a language model have their own, ``--bpe`` or not."""
         bpe = super().build_bpe(args)
         data = Path(paths(self.cfg.data)[0])
         if not (data / FILE).is_file():
             return bpe
-        with one_line_errors():
-            if bpe is not None and not isinstance(bpe, HFTokenizerBPE):
-                raise UserError(f"--bpe: expected none for a language model's data ({data})")
-            tokenizer = None if bpe is None else bpe.tokenizer
-            self.text = LanguageModelText(data, self.tgt_dict, tokenizer)
+        if bpe is not None and not isinstance(bpe, HFTokenizerBPE):
+            raise UserError(f"--bpe: expected none for a language model's data ({data})")
+        tokenizer = None if bpe is None else bpe.tokenizer
+        self.text = LanguageModelText(data, self.tgt_dict, tokenizer)
         return self.text
 
     def get_interactive_tokens_and_lengths(self, lines: list[str], encode_fn: Any) -> Any:
@@ -266,6 +269,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         tokens = [self.text.source(line) for line in lines]
         return tokens, [len(prompt) for prompt in tokens]
 
+    @one_line_errors()
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> FairseqCriterion:
         """Build the criterion, with what it learnt before the checkpoint that the task was loaded
         from, and load the teacher where it is not a cache."""
@@ -273,18 +277,16 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         teacher = self.cfg.teacher_cache or self.cfg.teacher_path
         if teacher and type(self.criterion).__module__.startswith("fairseq."):
             flag = "--teacher-cache" if self.cfg.teacher_cache else "--teacher-path"
-            with one_line_errors():
-                raise UserError(
-                    f"{flag} {teacher}: has no effect with --criterion {cfg._name}, which knows no "
-                    "teacher; expected --criterion self_evolution_kd or cached_kd, or no teacher"
-                )
+            raise UserError(
+                f"{flag} {teacher}: has no effect with --criterion {cfg._name}, which knows no "
+                "teacher; expected --criterion self_evolution_kd or cached_kd, or no teacher"
+            )
         if self._learnt and isinstance(self.criterion, DistillationCriterion):
             self.criterion.load_running_state(self._learnt)
         if self.cfg.teacher_path and isinstance(self.criterion, DistillationCriterion):
             dtype = half_precision(self.cfg.teacher_fp16, self.cfg.teacher_bf16)
             data = paths(self.cfg.data)[0]
-            with one_line_errors():
-                self.online_teacher = OnlineTeacher(self.cfg.teacher_path, data, dtype)
+            self.online_teacher = OnlineTeacher(self.cfg.teacher_path, data, dtype)
         return self.criterion
 
     def teacher_at(self, sample: dict[str, Any], rows: Tensor) -> dict[str, Tensor] | DenseTeacher:
@@ -295,6 +297,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         entry: dict[str, Tensor] = sample["teacher"]
         return entry
 
+    @one_line_errors()
     def train_step(
         self,
         sample: dict[str, Any],
@@ -313,6 +316,16 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         if "positions" in sample:
             logging_output["positions"], logging_output["padding"] = sample["positions"]
         return loss, sample_size, logging_output
+
+    @one_line_errors()
+    def valid_step(self, sample: dict[str, Any], model: Any, criterion: Any) -> Any:
+        """As fairseq's."""
+        return super().valid_step(sample, model, criterion)
+
+    @one_line_errors()
+    def inference_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As fairseq's."""
+        return super().inference_step(*args, **kwargs)
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """Log, and end the update for a criterion that keeps a state over updates.
@@ -365,14 +378,14 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             ]
             setattr(self.cfg, name, ":".join(found) or None)
 
+    @one_line_errors()
     def eval_lm_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq-eval-lm calls this of every task."""
-        with one_line_errors():
-            raise UserError(
-                "fairseq-eval-lm: expected a task of language modelling, found self_evolution_kd, whose "
-                "data have two sides; perplexity of translations: fairseq-validate DATA --user-dir "
-                "sekd_fairseq --task self_evolution_kd --path CHECKPOINT --valid-subset test"
-            )
+        raise UserError(
+            "fairseq-eval-lm: expected a task of language modelling, found self_evolution_kd, whose "
+            "data have two sides; perplexity of translations: fairseq-validate DATA --user-dir "
+            "sekd_fairseq --task self_evolution_kd --path CHECKPOINT --valid-subset test"
+        )
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """Before the loader workers of an epoch are forked."""
@@ -384,6 +397,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         collect_before_fork()
         super().begin_valid_epoch(epoch, model)
 
+    @one_line_errors()
     def filter_indices_by_size(
         self,
         indices: Any,
@@ -400,12 +414,11 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         together = (sizes.sum(axis=1) if sizes.ndim == 2 else sizes)[kept]
         fits = together <= self.joint_positions
         if not fits.all() and not ignore_invalid_inputs:
-            with one_line_errors():
-                raise UserError(
-                    f"sentence {kept[~fits][0]}: prompt and translation have {together[~fits][0]} "
-                    f"tokens, but the model takes {self.joint_positions} ({(~fits).sum()} such "
-                    "sentences); take them out, or give --skip-invalid-size-inputs-valid-test"
-                )
+            raise UserError(
+                f"sentence {kept[~fits][0]}: prompt and translation have {together[~fits][0]} "
+                f"tokens, but the model takes {self.joint_positions} ({(~fits).sum()} such "
+                "sentences); take them out, or give --skip-invalid-size-inputs-valid-test"
+            )
         if not fits.all():
             logger.warning(
                 "%d sentences are left out: prompt and translation together are longer than the "
@@ -414,12 +427,11 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             )
             kept = kept[fits]
         if len(indices) and not len(kept):
-            with one_line_errors():
-                raise UserError(
-                    f"all {len(indices)} sentences are longer than the model's positions "
-                    f"{max_positions}; expected some that fit: give the model more positions, or "
-                    "shorten the sentences (of a language model, the prompt)"
-                )
+            raise UserError(
+                f"all {len(indices)} sentences are longer than the model's positions "
+                f"{max_positions}; expected some that fit: give the model more positions, or "
+                "shorten the sentences (of a language model, the prompt)"
+            )
         return kept
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
+from sekd_fairseq.errors import UserError
+
 from .conftest import ROOT
 
 transformers = pytest.importorskip("transformers")
@@ -77,7 +79,7 @@ def test_a_model_that_looks_ahead_is_refused(
     config = llm_families.small_config("bert")
     config.is_decoder = False
     (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
-    with pytest.raises(SystemExit, match=r"BertLMHeadModel.*tokens before.*is_decoder"):
+    with pytest.raises(UserError, match=r"BertLMHeadModel.*tokens before.*is_decoder"):
         build(tmp_path, hf_config=str(tmp_path / "config.json"))
 
 

@@ -749,7 +749,7 @@ def test_positions_are_for_prompt_and_translation_together(
         place = int(dataset.collater(rows)["id"].eq(i).nonzero())
         torch.testing.assert_close(logits[place, :length], alone[0], atol=1e-4, rtol=1e-4)
     rows[1]["source"] = torch.cat([word.repeat(2)[:11], torch.tensor([2])])
-    with pytest.raises(SystemExit), torch.enable_grad():
+    with pytest.raises(UserError), torch.enable_grad():
         model(**dataset.collater(rows)["net_input"])
     # Data that do not fit are named before they are read, and left out where that is asked for.
     sizes = dataset.sizes.sum(axis=1)
