@@ -21,10 +21,12 @@ NAMES = {
     "se_kd_evolved": "SE-KD (evolved)",
     "se_kd_student": "SE-KD (student)",
     "se_kd_target": "SE-KD (target)",
+    "rounds_student": "rounds (student's text)",
+    "rounds_teacher": "rounds (teacher's text)",
 }
 _PLACES = {name: place for place, name in enumerate(NAMES)}
 #: What the ids of the methods under test begin with.
-_TREATMENT = "se_kd"
+_TREATMENTS = ("se_kd", "rounds")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Method:
     @property
     def is_treatment(self) -> bool:
         """Whether the claims are about it."""
-        return self.id.startswith(_TREATMENT)
+        return self.id.startswith(_TREATMENTS)
 
     @property
     def is_usual(self) -> bool:

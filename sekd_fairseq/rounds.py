@@ -1,0 +1,510 @@
+"""Distillation on generated text, in rounds: translate, ask the teacher, mix, train, again.
+
+    python -m sekd_fairseq.rounds DATA --student STUDENT.pt --teacher TEACHER.pt \\
+        --teacher-cache CACHE --run RUN --rounds 2 --share 0.5 -- OPTIONS OF FAIRSEQ-TRAIN
+
+Ordinary distillation trains on the references' prefixes. In translation a student meets its own, with
+its own mistakes in them. A round translates a share of the training sources, by the student as it is
+then (``--by student``) or by the teacher, caches the teacher's distributions at these translations, and
+goes on training with the references and the translations together, under any criterion of the plugin.
+With ``--alpha 1`` (the default here) the translations teach by the teacher's distributions alone; their
+own tokens are no reference.
+
+Sources: student prefixes, Lin et al. 2020 (ImitKD) and Agarwal et al. 2024 (GKD), there drawn anew for
+each batch, here once per round; teacher prefixes, Kim and Rush 2016; n-best translations chosen by their
+score against the reference (``--nbest``), Kim and Rush 2016, section 3.3.
+
+``RUN/checkpoints/checkpoint_best.pt`` is the best of all rounds by validation. An interrupted run
+resumes: finished steps are skipped, and a training goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary, indexed_dataset
+from numpy.typing import NDArray
+from sacrebleu.metrics import CHRF
+
+from analysis.runs.files import atomic_directory, atomic_write, sealed_json
+from analysis.runs.texts import read_lines
+from sekd_fairseq.distilled_data import encode, write_indexed
+from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.splits import check_splits, languages, stored_as
+from sekd_fairseq.teacher_cache.format import Manifest
+
+#: The plugin's folder, for ``--user-dir``.
+PLUGIN = Path(__file__).parent
+#: The part of the training set that a round adds to ``train``; fairseq combines both.
+GENERATED = "train1"
+#: Options of fairseq-train that a round gives itself.
+OWN_OPTIONS = (
+    "--save-dir",
+    "--max-update",
+    "--restore-file",
+    "--finetune-from-model",
+    "--task",
+    "--user-dir",
+    "--teacher-cache",
+    "--teacher-path",
+    "--log-file",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m sekd_fairseq.rounds",
+        description="Distil on generated text, in rounds: translate a share of the training "
+        "sources, cache the teacher's distributions at these translations, go on training with "
+        "references and translations. An interrupted run resumes.",
+        epilog="Options of fairseq-train (model, criterion, optimizer, batch size) follow --. "
+        "--alpha is 1 unless given there.",
+    )
+    out.add_argument("data", type=Path, metavar="DATA", help="fairseq data directory")
+    out.add_argument(
+        "--student",
+        required=True,
+        type=Path,
+        metavar="CHECKPOINT",
+        help="student to start from, trained or fine-tuned on DATA",
+    )
+    out.add_argument("--teacher", required=True, metavar="CHECKPOINT", help="the cache's teacher")
+    out.add_argument(
+        "--teacher-cache",
+        required=True,
+        type=Path,
+        metavar="CACHE",
+        help="its cache of train and valid, by build_cache",
+    )
+    out.add_argument(
+        "--teacher-data",
+        type=Path,
+        metavar="DATA",
+        help="the teacher's prompts where they are not DATA's (a language model's)",
+    )
+    out.add_argument("--run", required=True, type=Path, metavar="RUN", help="run directory to make")
+    out.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
+    out.add_argument(
+        "--updates",
+        type=int,
+        default=600,
+        metavar="N",
+        help="training updates per round (default: %(default)s)",
+    )
+    out.add_argument(
+        "--share",
+        type=float,
+        default=0.5,
+        help="translations per reference of the training set, above 0 and at most 1 "
+        "(default: %(default)s); other sentences in each round",
+    )
+    out.add_argument(
+        "--by",
+        choices=("student", "teacher"),
+        default="student",
+        help="who translates (default: %(default)s)",
+    )
+    out.add_argument(
+        "--sample",
+        action="store_true",
+        help="draw each token at --temperature, instead of beam search",
+    )
+    out.add_argument("--temperature", type=float, default=1.0, help="of --sample (default: 1)")
+    out.add_argument(
+        "--beam",
+        type=int,
+        default=4,
+        help="width of the beam, or with --sample how many are drawn (default: 4)",
+    )
+    out.add_argument(
+        "--nbest",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each source's N best translations take the one nearest to the "
+        "reference, by chrF (default: 1, the model's best)",
+    )
+    out.add_argument(
+        "--max-tokens", type=int, default=4096, help="per batch, translating and caching"
+    )
+    out.add_argument(
+        "--seed", type=int, default=1, help="of the choice and of --sample (default: 1)"
+    )
+    half = out.add_mutually_exclusive_group()
+    half.add_argument("--fp16", action="store_true", help="translate and cache in float16 (GPU)")
+    half.add_argument("--bf16", action="store_true", help="translate and cache in bfloat16 (GPU)")
+    out.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    return out
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command's settings, checked."""
+
+    data: Path
+    student: Path
+    teacher: str
+    teacher_cache: Path
+    teacher_data: Path
+    run: Path
+    rounds: int
+    updates: int
+    share: float
+    by: str
+    sample: bool
+    temperature: float
+    beam: int
+    nbest: int
+    max_tokens: int
+    seed: int
+    device: tuple[str, ...]
+    train: tuple[str, ...]
+
+    @classmethod
+    def of(cls, argv: Sequence[str]) -> "Settings":
+        """Parse a command line.
+
+        Raises
+        ------
+        UserError
+            Names the option, what it expects and what was found.
+        """
+        end = list(argv).index("--") if "--" in argv else len(argv)
+        args = vars(parser().parse_args(argv[:end]))
+        train = tuple(argv[end + 1 :])
+        for name in ("rounds", "updates", "beam", "nbest", "max_tokens"):
+            if args[name] < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')}: expected 1 or more, found {args[name]}"
+                )
+        if not 0 < args["share"] <= 1:
+            raise UserError(f"--share: expected above 0 and at most 1, found {args['share']}")
+        if not args["temperature"] > 0:
+            raise UserError(f"--temperature: expected above 0, found {args['temperature']}")
+        if args["temperature"] != 1 and not args["sample"]:
+            raise UserError(
+                "--temperature: has an effect with --sample only; add it or leave it out"
+            )
+        if args["nbest"] > args["beam"]:
+            raise UserError(
+                f"--nbest: expected at most --beam {args['beam']}, found {args['nbest']}"
+            )
+        if not train:
+            raise UserError("expected the options of fairseq-train after --, found none")
+        if own := [word for word in train if word.split("=")[0] in OWN_OPTIONS]:
+            raise UserError(f"{own[0]}: is given to fairseq-train by this command; leave it out")
+        device = tuple(f"--{name}" for name in ("fp16", "bf16", "cpu") if args.pop(name))
+        args["teacher_data"] = args["teacher_data"] or args["data"]
+        return cls(**args, device=device, train=train)
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Source and target language of the training data."""
+        return languages(self.data, "train")
+
+
+@one_line_errors()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all rounds."""
+    settings = Settings.of(sys.argv[1:] if argv is None else argv)
+    check_inputs(settings)
+    remember(settings)
+    last = settings.student
+    history = []
+    for number in range(1, settings.rounds + 1):
+        last, found = one_round(settings, number, last)
+        history.append(found)
+        with atomic_write(settings.run / "rounds.json") as stream:
+            stream.write(sealed_json({"settings": described(settings), "rounds": history}))
+    publish(settings)
+    best = settings.run / "checkpoints" / "checkpoint_best.pt"
+    print(f"{best}: the best of {settings.rounds} rounds")
+
+
+def check_inputs(settings: Settings) -> None:
+    """Refuse, before any work, what a later step would."""
+    for data in {settings.data, settings.teacher_data}:
+        check_splits(str(data), ["train", "valid"])
+        source, target = languages(data, "train")
+        if stored_as(data, GENERATED, source, target, target):
+            raise UserError(
+                f"{data}: expected a training set of one part, found {GENERATED} too, which is where "
+                "translations go; binarise the text again as one"
+            )
+    for path in (settings.student, *map(Path, settings.teacher.split(":"))):
+        if not path.is_file():
+            raise UserError(f"{path}: expected a checkpoint, found none")
+    for split in ("train", "valid"):
+        Manifest.load(settings.teacher_cache / split)
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON."""
+    return {
+        name: list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+        for name, value in vars(settings).items()
+    }
+
+
+def remember(settings: Settings) -> None:
+    """Refuse a run directory that was begun with other settings; more rounds are none."""
+    path = settings.run / "rounds" / "settings.json"
+    free = {"rounds", "device", "max_tokens"}
+    now = {name: value for name, value in described(settings).items() if name not in free}
+    if path.exists():
+        before = json.loads(path.read_bytes())
+        different = [
+            f"{name} {before.get(name)} is now {now[name]}"
+            for name in now
+            if before.get(name) != now[name]
+        ]
+        if different:
+            raise UserError(
+                f"{settings.run}: begun with other settings ({'; '.join(different)}); name another --run"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as stream:
+        stream.write(json.dumps(now, indent=1).encode())
+
+
+def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dict[str, Any]]:
+    """Translate, cache, train; returns the last checkpoint and what the round is made of."""
+    folder = settings.run / "rounds" / str(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    total = rows_of(settings.data, "train")
+    generator = np.random.default_rng([settings.seed, number])
+    chosen = np.sort(generator.permutation(total)[: max(1, round(settings.share * total))])
+    title = f"round {number} of {settings.rounds}"
+    sources = folder / "sources"
+    own = settings.data if settings.by == "student" else settings.teacher_data
+    if not sources.exists():
+        with atomic_directory(sources) as made:
+            link_data(own, made)
+            write_part(own, made, "train", chosen, None)
+    output = folder / "translations.txt"
+    if not output.exists():
+        print(f"{title}: {len(chosen)} translations by the {settings.by}", flush=True)
+        translate(settings, sources, student, number, output)
+    targets, changed = choose(settings, sources, output, len(chosen))
+    data, prompts = folder / "data", folder / "teacher-data"
+    for origin, made_data in {data: settings.data, prompts: settings.teacher_data}.items():
+        if origin == prompts and settings.teacher_data == settings.data:
+            continue
+        if not origin.exists():
+            with atomic_directory(origin) as made:
+                link_data(made_data, made, "train")
+                write_part(made_data, made, GENERATED, chosen, targets)
+    cache = folder / "cache"
+    cache.mkdir(exist_ok=True)
+    for split in ("train", "valid"):
+        if not (cache / split).exists():
+            (cache / split).symlink_to((settings.teacher_cache / split).resolve())
+    print(f"{title}: the teacher's distributions at them", flush=True)
+    build_cache(settings, prompts if prompts.exists() else data, cache)
+    save = folder / "checkpoints"
+    done = folder / "train.done"
+    if not done.exists():
+        print(f"{title}: training", flush=True)
+        train(settings, number, data, cache, save, student)
+        done.touch()
+    return save / "checkpoint_last.pt", {
+        "translations": len(chosen),
+        "tokens": int(sum(map(len, targets))),
+        "not_the_first": changed,
+    }
+
+
+def rows_of(data: Path, split: str) -> int:
+    """Sentences of a split."""
+    return len(read_side(data, split, languages(data, split)[1]))
+
+
+def read_side(data: Path, split: str, language: str) -> Any:
+    """One side of a split, as fairseq's indexed dataset."""
+    source, target = languages(data, split)
+    found = stored_as(data, split, source, target, language)
+    if found is None:
+        raise UserError(f"{data}: expected {language} of split {split!r}, found none")
+    path, kind = found
+    if kind in ("huffman", "raw"):
+        raise UserError(
+            f"{data}: expected data of --dataset-impl mmap, lazy or cached, found {kind}, which is not "
+            "written here; binarise the text again without it"
+        )
+    dictionary = Dictionary.load(str(data / f"dict.{language}.txt"))
+    return indexed_dataset.make_dataset(path, kind, fix_lua_indexing=True, dictionary=dictionary)
+
+
+def link_data(data: Path, folder: Path, *splits: str) -> None:
+    """Link what a data directory holds, but of training sets only those named."""
+    for path in data.iterdir():
+        split = path.name.split(".")[0]
+        if not split.startswith("train") or split in splits:
+            (folder / path.name).symlink_to(path.resolve())
+
+
+def write_part(
+    data: Path,
+    folder: Path,
+    split: str,
+    chosen: NDArray[np.int64],
+    targets: list[torch.Tensor] | None,
+) -> None:
+    """Write some sentences of the training set as a split, with their targets or with others."""
+    source, target = languages(data, "train")
+    for language in (source, target):
+        sentences = read_side(data, "train", language)
+        rows = [sentences[int(i)] for i in chosen]
+        if language == target and targets is not None:
+            rows = targets
+        symbols = len(Dictionary.load(str(data / f"dict.{language}.txt")))
+        write_indexed(folder / f"{split}.{source}-{target}.{language}", "mmap", rows, symbols)
+
+
+def translate(settings: Settings, sources: Path, student: Path, number: int, output: Path) -> None:
+    """fairseq-generate over the chosen sources, the model's pieces as they are."""
+    model = str(student) if settings.by == "student" else settings.teacher
+    words = [str(sources), *plugin(), "--path", model, "--gen-subset", "train"]
+    words += ["--beam", str(settings.beam), "--nbest", str(settings.nbest)]
+    words += ["--max-tokens", str(settings.max_tokens), "--seed", str(settings.seed + number)]
+    if settings.sample:
+        words += ["--sampling", "--temperature", str(settings.temperature)]
+    part = output.with_suffix(".part")
+    with part.open("wb") as stream:
+        run("fairseq_cli.generate", [*words, *settings.device], stdout=stream)
+    os.replace(part, output)
+
+
+def choose(
+    settings: Settings, sources: Path, output: Path, sentences: int
+) -> tuple[list[torch.Tensor], int]:
+    """One translation per source as token ids, and for how many it is not the model's best."""
+    lines = read_lines(output)
+    found = translations(lines)
+    if missing := sorted(set(range(sentences)) - set(found)):
+        raise UserError(
+            f"{output}: expected {sentences} translations, found none of sentence {missing[0]}; delete "
+            "the file, and the command translates again"
+        )
+    _, target = settings.parts
+    dictionary = Dictionary.load(str(sources / f"dict.{target}.txt"))
+    gold = read_side(sources, "train", target)
+    chrf = CHRF()
+    targets, changed = [], 0
+    for sentence in range(sentences):
+        texts = list(dict.fromkeys(found[sentence]))
+        best = texts[0]
+        if len(texts) > 1:
+            # chrF leaves out spaces, so pieces can be joined whatever cut them.
+            reference = dictionary.string(gold[sentence]).replace(" ", "")
+            best = max(texts, key=lambda text: joined_score(chrf, text, reference))
+        changed += best != texts[0]
+        targets.append(encode(best, dictionary, output, sentence))
+    return targets, changed
+
+
+def joined_score(chrf: CHRF, pieces: str, reference: str) -> float:
+    """chrF of a translation in pieces."""
+    return float(chrf.sentence_score(pieces.replace(" ", ""), [reference]).score)
+
+
+def translations(lines: Sequence[str]) -> dict[int, list[str]]:
+    """The pieces of all translations that fairseq-generate printed, by sentence, the best first."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for line in lines:
+        label, *rest = line.split("\t", 2)
+        if label.startswith("H-") and label[2:].isdecimal() and len(rest) == 2:
+            found[int(label[2:])].append(rest[1])
+    return found
+
+
+def build_cache(settings: Settings, data: Path, cache: Path) -> None:
+    """Add the translations' distributions, truncated as those of the references are."""
+    manifest = Manifest.load(settings.teacher_cache / "train")
+    words = [str(data), "--path", settings.teacher, "--output", str(cache), "--subset", GENERATED]
+    words += ["--temperature", str(manifest.temperature), *truncation_options(manifest)]
+    words += ["--max-tokens", str(settings.max_tokens), *settings.device]
+    run("sekd_fairseq.build_cache", words)
+
+
+def train(
+    settings: Settings, number: int, data: Path, cache: Path, save: Path, student: Path
+) -> None:
+    """A round's training: the first starts from the student's parameters, the others where the one
+    before ended, with its optimizer."""
+    words = [str(data), *plugin(), *settings.train]
+    if not any(word.split("=")[0] == "--alpha" for word in settings.train):
+        words += ["--alpha", "1"]
+    words += ["--teacher-cache", str(cache), "--save-dir", str(save)]
+    words += ["--log-file", str(settings.run / "train.jsonl")]
+    words += ["--max-update", str(number * settings.updates)]
+    if not (save / "checkpoint_last.pt").exists():
+        start = (
+            ["--finetune-from-model"] if number == 1 else ["--reset-dataloader", "--restore-file"]
+        )
+        words += [*start, str(student)]
+    words += [word for word in settings.device if word == "--cpu"]
+    run("fairseq_cli.train", words)
+
+
+def publish(settings: Settings) -> None:
+    """Link the best of all rounds where a run's checkpoints are: each round keeps its best only where
+    that is better than those before."""
+    kept = [settings.run / "rounds" / str(n + 1) / "checkpoints" for n in range(settings.rounds)]
+    best = [
+        folder / "checkpoint_best.pt" for folder in kept if (folder / "checkpoint_best.pt").exists()
+    ]
+    folder = settings.run / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    for name, path in (("best", best[-1]), ("last", kept[-1] / "checkpoint_last.pt")):
+        link = folder / f"checkpoint_{name}.pt"
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(path, folder))
+
+
+def truncation_options(manifest: Manifest) -> list[str]:
+    """The options of build_cache that truncate as a cache is truncated."""
+    rule = manifest.truncation
+    names = {"k": "--top-k", "p": "--top-p", "floor": "--top-p-floor", "samples": "--sample"}
+    words = [word for key, name in names.items() if key in rule for word in (name, str(rule[key]))]
+    return words
+
+
+def plugin() -> list[str]:
+    """What makes fairseq's commands know the plugin."""
+    return ["--user-dir", str(PLUGIN), "--task", "self_evolution_kd"]
+
+
+def run(module: str, words: Sequence[str], **streams: Any) -> None:
+    """Run a command of Python.
+
+    Raises
+    ------
+    UserError
+        It failed; its own message is above.
+    """
+    found = subprocess.run([sys.executable, "-m", module, *words], **streams)
+    if found.returncode:
+        raise UserError(
+            f"python -m {module} ended with {found.returncode} (its message is above); mend that and run "
+            "the same command again: finished steps are skipped"
+        )
+
+
+if __name__ == "__main__":
+    main()
