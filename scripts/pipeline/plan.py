@@ -12,10 +12,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+
+def options(mapping: Mapping[str, Any]) -> list[str]:
+    """A part of the configuration as command-line options; true is an option without a value, false and
+    null take out an option that another configuration gave."""
+    words = []
+    for key, value in mapping.items():
+        if value is None or value is False:
+            continue
+        words += [f"--{key}"] + ([] if value is True else [str(value)])
+    return words
+
+
 #: Criterions that read a teacher cache.
 DISTILLING = ("self_evolution_kd", "cached_kd")
 #: Keys of a method that are the pipeline's own; the others are options of fairseq-train.
-OWN_KEYS = ("targets", "warm-start", "stored-difficulty")
+OWN_KEYS = ("targets", "warm-start", "stored-difficulty", "rounds")
+#: What every training is told.
+TRAINING = options(
+    {
+        "log-format": "json",
+        "log-interval": 10,
+        "no-epoch-checkpoints": True,
+        "best-checkpoint-metric": "nll_loss",
+    }
+)
+
 #: The grid of length penalties, a key of ``generation`` that is no option of fairseq-generate.
 TUNED = "tune-lenpen"
 #: Small models on a CPU: a second thread adds next to nothing, so jobs run side by side instead.
@@ -36,17 +58,6 @@ class Job:
     direction: str
     method: str
     seed: int
-
-
-def options(mapping: Mapping[str, Any]) -> list[str]:
-    """A part of the configuration as command-line options; true is an option without a value, false and
-    null take out an option that another configuration gave."""
-    words = []
-    for key, value in mapping.items():
-        if value is None or value is False:
-            continue
-        words += [f"--{key}"] + ([] if value is True else [str(value)])
-    return words
 
 
 def text_file(path: str) -> str:
@@ -182,9 +193,7 @@ class Plan:
 
     def train_arguments(self, kind: str) -> list[str]:
         """Arguments of fairseq-train that a teacher, or every student, shares."""
-        arguments = ["--log-format", "json", "--log-interval", "10", "--no-epoch-checkpoints"]
-        arguments += ["--best-checkpoint-metric", "nll_loss", *self.task]
-        return arguments + options(self.config["training"] | self.config[kind])
+        return [*TRAINING, *self.task, *options(self.config["training"] | self.config[kind])]
 
     def updates(self, wildcards: Any, kind: str) -> list[str]:
         """Arguments of progress.py: how long a training is, at most where it has patience."""
@@ -204,11 +213,32 @@ class Plan:
         return f"{self.data}/{wildcards.direction}/{kind}"
 
     def warm_start(self, wildcards: Any) -> str | None:
-        """The run of the main study whose parameters a student starts from, with the same seed."""
-        method = self.methods[wildcards.method].get("warm-start")
-        return (
-            f"{self.main_runs}/{wildcards.direction}/{method}.{wildcards.seed}" if method else None
-        )
+        """The run of the main study whose parameters a student starts from: METHOD.SEED, one for all,
+        or METHOD, with the student's own seed."""
+        start = self.methods[wildcards.method].get("warm-start")
+        if start is None:
+            return None
+        name, _, seed = start.rpartition(".")
+        own = start if name and seed.isdecimal() else f"{start}.{wildcards.seed}"
+        return f"{self.main_runs}/{wildcards.direction}/{own}"
+
+    @cached_property
+    def in_rounds(self) -> list[str]:
+        """The methods that train on generated text in rounds."""
+        return [name for name, own in self.methods.items() if own.get("rounds")]
+
+    def rounds_arguments(self, wildcards: Any) -> list[str]:
+        """Arguments of sekd_fairseq.rounds, those of fairseq-train after --."""
+        folder = f"{self.main_runs}/{wildcards.direction}"
+        own = self.methods[wildcards.method]
+        student = f"{self.warm_start(wildcards)}/checkpoints/checkpoint_best.pt"
+        arguments = ["--student", student, "--seed", str(wildcards.seed)]
+        arguments += ["--teacher", f"{folder}/teacher/checkpoints/checkpoint_best.pt"]
+        arguments += ["--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
+        arguments += [*options(own["rounds"]), *self.cpu, "--", *TRAINING]
+        given = self.config["training"] | self.config["student"] | own
+        left_out = (*OWN_KEYS, "max-update")
+        return arguments + options({k: v for k, v in given.items() if k not in left_out})
 
     def stored_difficulty(self, wildcards: Any) -> str | None:
         """How hard another student of this study, of the same seed, finds the training set."""
@@ -280,4 +310,9 @@ class Plan:
             return ["--method", "teacher", *self.cpu]
         arguments = ["--earlier", "--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
         method = wildcards.run.rsplit(".", 1)[0]
-        return [*arguments, *(["--method", "seq_kd"] if self.distilled(method) else []), *self.cpu]
+        own = self.methods.get(method, {})
+        if self.distilled(method):
+            arguments += ["--method", "seq_kd"]
+        elif own.get("rounds"):
+            arguments += ["--method", f"rounds_{own['rounds'].get('by', 'student')}"]
+        return [*arguments, *self.cpu]

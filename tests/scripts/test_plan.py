@@ -86,3 +86,29 @@ def test_the_length_penalty_is_one_for_all_or_a_runs_own(
     assert plan.penalty_arguments(run) == ["--lenpen", "0.5"]
     assert plan.beam_arguments()[-4:] == ["--nbest", "4", "--lenpen", "0"]
     assert "--tune-lenpen" not in plan.generate_arguments("test")
+
+
+def test_a_method_in_rounds_starts_from_one_student_of_the_main_study() -> None:
+    new = {
+        "by_teacher": {
+            "criterion": "cached_kd", "warm-start": "finetune.1", "rounds": {"by": "teacher", "share": 0.5}
+        }
+    }  # fmt: skip
+    plan = of("demo.yaml", methods=new, runs="second")
+    student = job(method="by_teacher", seed=3)
+    assert plan.method_inputs(student)[-1] == "runs/demo/en-de/finetune.1/train.done"
+    words = plan.rounds_arguments(student)
+    given, trained = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert given == [
+        "--student", "runs/demo/en-de/finetune.1/checkpoints/checkpoint_best.pt", "--seed", "3",
+        "--teacher", "runs/demo/en-de/teacher/checkpoints/checkpoint_best.pt",
+        "--teacher-cache", "data/demo/en-de/cache", "--by", "teacher", "--share", "0.5", "--cpu",
+    ]  # fmt: skip
+    # What the command gives to fairseq-train itself is not given twice.
+    assert trained[-2:] == ["--criterion", "cached_kd"]
+    assert not {"--max-update", "--user-dir", "--teacher-cache"} & set(trained)
+    assert plan.score_arguments(job(run="by_teacher.3"))[-3:] == [
+        "--method",
+        "rounds_teacher",
+        "--cpu",
+    ]
