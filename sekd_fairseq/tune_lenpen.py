@@ -17,6 +17,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def scores(
     metric = BLEU(tokenize=tokenizer.name)
     grid = []
     for value in values:
-        texts = [max(beam, key=lambda one, v=value: one.score(v)).text for beam in beams]
+        texts = [max(beam, key=methodcaller("score", value)).text for beam in beams]
         bleu = metric.corpus_score(texts, [references])
         ratio = bleu.sys_len / bleu.ref_len
         grid.append({"lenpen": value, "bleu": bleu.score, "length_ratio": ratio})
