@@ -35,13 +35,16 @@ from sekd_fairseq.splits import check_splits, load_split, token_batches, too_lon
 from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
 from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
 from sekd_fairseq.teacher_cache.reader import TeacherCache
+from sekd_fairseq.teacher_cache.tail import TAIL, write_tail
 from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
 from sekd_fairseq.teachers.engine import Engine
 from sekd_fairseq.teachers.torch import TorchEngine
-from sekd_fairseq.teachers.truncation import MAX_SUPPORT, truncation_of
+from sekd_fairseq.teachers.truncation import MAX_SUPPORT, Truncation, truncation_of
 from sekd_fairseq.teachers.vllm import VLLMEngine
 
 SETTINGS = "build.json"
+#: Tokens, about, from which a tail law is measured.
+TAIL_TOKENS = 5000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -239,6 +242,7 @@ def build_split(engine: Engine, args: argparse.Namespace, split: str) -> Teacher
     skipped = too_long(dataset, engine.limits(), split, allow=args.skip_too_long)
     directory.mkdir(parents=True, exist_ok=True)
     _begin(directory, wanted)
+    measure_tail(engine, dataset, truncation, settings, directory)
     lengths = dataset.sizes[:, 1].astype(np.int64)
     spans = {
         index: np.arange(len(dataset))[index * args.shard_sentences :][: args.shard_sentences]
@@ -276,6 +280,23 @@ def build_split(engine: Engine, args: argparse.Namespace, split: str) -> Teacher
     cache = finish_cache(directory, settings, dtypes, versions, args.allow_implausible)
     (directory / SETTINGS).unlink(missing_ok=True)
     return cache
+
+
+def measure_tail(
+    engine: Engine, dataset: Any, truncation: Truncation, settings: dict[str, Any], directory: Path
+) -> None:
+    """Write the teacher's tail law, from some sentences, where the engine gives whole distributions
+    and the cache has supports of the best tokens."""
+    if engine.outside is None or truncation.rule == "sample" or (directory / TAIL).exists():
+        return
+    lengths = dataset.sizes[:, 1].astype(np.int64)
+    count = max(1, min(len(dataset), int(TAIL_TOKENS / max(lengths.mean(), 1.0))))
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
+    total = np.zeros(settings["vocab_size"])
+    for batch in token_batches(dataset, chosen, engine.batch_tokens):
+        sample = dataset.collater([dataset[i] for i in batch])
+        total += engine.outside(sample, truncation, settings["temperature"])
+    write_tail(directory, total, settings)
 
 
 def one_hot_sentence(dataset: Any, index: int) -> SentenceRows:

@@ -22,6 +22,7 @@ from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.teacher_cache import TeacherCache, TeacherRow
 from sekd_fairseq.teacher_cache.finish import upgrade_cache
 from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest
+from sekd_fairseq.teacher_cache.tail import TAIL
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--against",
         metavar="TEACHER",
         help="with --verify: run the teacher on some sentences and print the KL divergence from "
-        "its distributions to those that the cache restores (outside mass spread evenly)",
+        "its distributions to those that the cache restores",
     )
     out.add_argument("--data", metavar="DATA", help="fairseq data directory, for --against")
     out.add_argument(
@@ -98,12 +99,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             if stranger := another_teacher(cache.manifest, args.against):
                 print(f"  another       {stranger}", flush=True)
                 whose = "that other model"
-            error = restoration_error(cache, args.against, args.data, args.sentences)
-            print(
-                f"  restored      KL from {whose}, {len(error):,} tokens: mean "
-                f"{error.mean():.2e} nats, p99 {np.quantile(error, 0.99):.2e}, maximum "
-                f"{error.max():.2e}"
-            )
+            laws: dict[str, NDArray[np.float32] | None] = {"evenly": None}
+            if (directory / TAIL).exists():
+                laws["by the tail law"] = cache.tail_law()
+            for how, law in laws.items():
+                error = restoration_error(cache, args.against, args.data, args.sentences, law)
+                print(
+                    f"  restored      KL from {whose}, outside mass spread {how}, {len(error):,} "
+                    f"tokens: mean {error.mean():.2e} nats, p99 {np.quantile(error, 0.99):.2e}, "
+                    f"maximum {error.max():.2e}"
+                )
         if args.to_parquet:
             write_parquet(cache, args.to_parquet)
             print(f"{args.to_parquet}: {cache.manifest.tokens:,} rows")
@@ -124,12 +129,16 @@ def another_teacher(manifest: Manifest, paths: str) -> str | None:
 
 
 def restoration_error(
-    cache: TeacherCache, teacher: str, data: str, sentences: int
+    cache: TeacherCache,
+    teacher: str,
+    data: str,
+    sentences: int,
+    law: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float64]:
     """``KL(dense || restored)`` at the tokens of some sentences, evenly spaced; (n,) nats.
 
-    The restored distribution is the stored one, normalised, its outside mass spread evenly over the
-    tokens outside.
+    The restored distribution is the stored one, normalised, its outside mass spread over the tokens
+    outside evenly, or by a tail law (V,).
     """
     # As in main: only a comparison needs torch and fairseq.
     import torch
@@ -154,7 +163,7 @@ def restoration_error(
         sample = dataset.collater([dataset[int(sentence)]])
         logits = token_logits(models, sample, pad, cache.manifest.temperature)
         log_p = torch.cat([z.log_softmax(dim=-1) for _, z in logits]).double().numpy()
-        restored = dense_row(row, log_p.shape[1])
+        restored = dense_row(row, log_p.shape[1], law)
         log_q = np.log(np.where(restored > 0, restored, 1.0))
         p = np.exp(log_p)
         terms = np.where(p > 0, p * (np.where(p > 0, log_p, 0.0) - log_q), 0.0)
@@ -162,16 +171,22 @@ def restoration_error(
     return np.concatenate(errors)
 
 
-def dense_row(row: TeacherRow, vocab_size: int) -> NDArray[np.float64]:
-    """The full distributions that a cached sentence restores, (T, V)."""
+def dense_row(
+    row: TeacherRow, vocab_size: int, law: NDArray[np.float32] | None = None
+) -> NDArray[np.float64]:
+    """The full distributions that a cached sentence restores, (T, V), its outside mass spread evenly or
+    by a tail law."""
     sizes = row.support_size.astype(np.int64)
     token = np.repeat(np.arange(len(sizes)), sizes)
     mass = np.exp(row.logprob.astype(np.float64))
     mass[np.cumsum(sizes) - sizes] = np.exp(row.gold_logprob.astype(np.float64))
     outside = row.outside_mass.astype(np.float64)
     total = np.bincount(token, mass, minlength=len(sizes)) + outside
-    each = outside / total / np.maximum(vocab_size - sizes, 1)
-    dense = np.repeat(each[:, None], vocab_size, axis=1)
+    weights = np.ones(vocab_size) if law is None else law.astype(np.float64)
+    dense = np.repeat(weights[None], len(sizes), axis=0)
+    dense[token, row.token_id.astype(np.int64)] = 0.0
+    left = dense.sum(axis=1)
+    dense *= (outside / total / np.where(left > 0, left, 1.0))[:, None]
     dense[token, row.token_id.astype(np.int64)] = mass / total[token]
     return dense
 

@@ -53,14 +53,20 @@ class Events:
 
 
 def events(
-    log_p: Vector, log_q: Vector, support: Sequence[int], gold: int, missing_mass: str = "bucket"
+    log_p: Vector,
+    log_q: Vector,
+    support: Sequence[int],
+    gold: int,
+    missing_mass: str = "bucket",
+    tail: Vector | None = None,
 ) -> Events:
     """Events that are left of two distributions over ``V`` tokens, if ``support`` alone is known.
 
     ``bucket``: the tokens of the support in its order, then everything else as one event.
     ``renormalize``: the tokens of the support, both sides divided by their own mass there.
     ``uniform``: all ``V`` tokens; the teacher's outside mass is spread evenly over the outside
-    tokens that the student allows, that is those whose ``log_q`` is not ``-inf``.
+    tokens that the student allows, that is those whose ``log_q`` is not ``-inf``. ``tail``: the same,
+    in proportion to the weights ``tail`` (V,).
     """
     inside = list(support)
     outside = [token for token in range(len(log_p)) if token not in inside]
@@ -71,13 +77,14 @@ def events(
         return Events(np.append(p_in, rho), q_in, event)
     if missing_mass == "renormalize":
         return Events(p_in - log_sum_exp(p_in), q_in - log_sum_exp(q_in), event)
-    if missing_mass == "uniform":
+    if missing_mass in ("uniform", "tail"):
         allowed = [token for token in outside if log_q[token] > -math.inf]
         if rho > -math.inf and not allowed:
             raise ValueError("the student allows no token outside the support for the mass there")
         full = np.full(len(log_p), -math.inf)
         full[inside] = p_in
-        full[allowed] = rho - math.log(len(allowed) or 1)
+        weights = np.ones(len(log_p)) if missing_mass == "uniform" else tail
+        full[allowed] = rho + log_of(weights[allowed]) - log_of(weights[allowed].sum())
         return Events(full, log_q, gold)
     raise ValueError(f"unknown missing mass {missing_mass!r}")
 
@@ -246,16 +253,18 @@ def cross_entropy(log_q: Vector, gold: int, label_smoothing: float = 0.0) -> flo
 
 @dataclass(frozen=True)
 class Token:
-    """One target position: student logits and teacher log-probabilities ``(V,)``, support, gold."""
+    """One target position: student logits and teacher log-probabilities ``(V,)``, support, gold, and
+    the teacher's weights of tokens outside a support ``(V,)``."""
 
     logits: Vector
     log_p: Vector
     support: Sequence[int]
     gold: int
+    tail: Vector | None = None
 
     def events(self, s: Settings) -> Events:
         log_q = student_log_probs(self.logits)
-        return events(self.log_p, log_q, self.support, self.gold, s.missing_mass)
+        return events(self.log_p, log_q, self.support, self.gold, s.missing_mass, self.tail)
 
 
 def token_loss(t: Token, s: Settings, lam: float, held: Pairs | None = None) -> float:

@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from sekd_fairseq.losses import (
     support_log_probs,
 )
 from sekd_fairseq.losses.divergences import WEIGHTED, in_float32
+from sekd_fairseq.losses.events import SPREAD
 from sekd_fairseq.losses.known_gradient import with_gradient
 from sekd_fairseq.losses.support import (
     gradient_size,
@@ -74,7 +75,8 @@ class DistillationConfig(FairseqDataclass):
         default="bucket",
         metadata={
             "help": "what is done with the teacher's mass outside the cached support: one event "
-            "(bucket), spread evenly (uniform), ignored (renormalize), estimated (sampled)"
+            "(bucket), spread evenly (uniform) or as the teacher's mass is on average (tail), ignored "
+            "(renormalize), estimated (sampled)"
         },
     )
     sekd_chunk_tokens: str = field(
@@ -307,14 +309,17 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             weights = (self.alpha, self.label_smoothing)
             loss, sums = kernel(logits, rows, teacher, settings, gamma, *weights, overwrite)
             return loss, self.sums_of_kernel(sums, rows.numel(), gamma)
-        smooth, uniform = self.label_smoothing > 0, self.missing_mass == "uniform"
+        smooth, spread = self.label_smoothing > 0, self.missing_mass in SPREAD
         cached = teacher_rows(teacher)
-        ids, valid = cached.ids, cached.valid
-        if temperature == 1.0:  # one pass serves both parts of the loss
-            with_sum = smooth or uniform
-            student = plain = support_log_probs(logits, rows, ids, valid, with_sum, 1.0, overwrite)
+        if self.missing_mass == "tail":
+            cached = replace(cached, tail=self.task.tail_law(logits.device))
+        ids, valid, tail = cached.ids, cached.valid, cached.tail
+        if temperature == 1.0 and (tail is None or not smooth):  # one pass serves both parts
+            student = plain = support_log_probs(
+                logits, rows, ids, valid, smooth or spread, 1.0, overwrite, tail
+            )
         else:
-            student = support_log_probs(logits, rows, ids, valid, uniform, temperature)
+            student = support_log_probs(logits, rows, ids, valid, spread, temperature, weights=tail)
             plain = support_log_probs(logits, rows, ids[:, :1], valid[:, :1], smooth)
         return self._token_loss(student, plain, cached, teacher, logits, rows, temperature)
 
@@ -362,9 +367,10 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             return value, sums
         gradients = gradients_of(divergence, inputs)
         if found.hard is not None:
-            size = gradient_size(leaf, gradients)
-            if self.missing_mass == "uniform" and rows is not None:
-                where = (logits, rows, teacher.ids, teacher.valid, temperature)
+            tail = teacher.tail
+            size = gradient_size(leaf, gradients, None if tail is None else tail[teacher.ids])
+            if self.missing_mass in SPREAD and rows is not None:
+                where = (logits, rows, teacher.ids, teacher.valid, temperature, tail)
                 size = size + outside_gradient_size(leaf, gradients, *where)
             size = temperature * size  # T^2 D of z / T
             sums["easy_gradient"] = size.masked_fill(found.hard, 0.0).sum()

@@ -9,6 +9,10 @@ A truncated teacher knows ``p`` on a support ``S`` (the reference token always i
 ``uniform``
     ``rho`` is spread evenly over the tokens outside ``S`` that the student allows.  Right for a
     label-smoothed teacher.  Only for losses that are linear in ``log q`` outside ``S``.
+``tail``
+    ``rho`` is spread over the same tokens in proportion to one weight per token of the vocabulary, the
+    teacher's *tail law* (:attr:`TeacherRows.tail`); ``uniform`` is that with equal weights.  Right
+    for a teacher whose unlikely tokens are likely elsewhere.  For the same losses.
 ``renormalize``
     Both sides are restricted to ``S`` and normalised there.  Biased: the student's mass outside
     is free.  Here for comparison with toolkits that do so.
@@ -26,9 +30,11 @@ import torch
 from torch import Tensor
 
 from sekd_fairseq.losses.divergences import LINEAR, NEG_INF
-from sekd_fairseq.losses.support import SupportLogProbs
+from sekd_fairseq.losses.support import SupportLogProbs, weighted_support
 
-MISSING_MASS = ("bucket", "uniform", "renormalize", "sampled")
+MISSING_MASS = ("bucket", "uniform", "tail", "renormalize", "sampled")
+#: Those that spread the mass over tokens, by a loss that is linear in their log-probabilities.
+SPREAD = ("uniform", "tail")
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class TeacherRows:
     log_weight : (N, K) float, optional
         Log of the importance weight ``count / samples`` of a sampled support, which stands in for
         ``p`` in sums. Column 0 is ignored: the reference token is exact.
+    tail : (V,) float, optional
+        The weight of each token of the vocabulary outside a support, above 0; the same for all rows.
     """
 
     ids: Tensor
@@ -56,12 +64,18 @@ class TeacherRows:
     log_p: Tensor
     log_outside: Tensor
     log_weight: Tensor | None = None
+    tail: Tensor | None = None
 
     def __getitem__(self, part: slice | Tensor) -> "TeacherRows":
         """The rows of some tokens, by slice, index or mask."""
         log_weight = None if self.log_weight is None else self.log_weight[part]
         return TeacherRows(
-            self.ids[part], self.valid[part], self.log_p[part], self.log_outside[part], log_weight
+            self.ids[part],
+            self.valid[part],
+            self.log_p[part],
+            self.log_outside[part],
+            log_weight,
+            self.tail,
         )
 
     @classmethod
@@ -171,7 +185,17 @@ def build_events(teacher: TeacherRows, student: SupportLogProbs, missing_mass: s
     if missing_mass == "renormalize":
         return Events(log_normalize(log_p), log_normalize(log_q), None)
     if missing_mass == "uniform":
-        return _uniform_events(log_p, log_outside, student)
+        return _spread_events(
+            log_p, log_outside, student, *weighted_support(log_q, teacher.ids, None)
+        )
+    if missing_mass == "tail":
+        if teacher.tail is None:
+            raise ValueError(
+                "missing_mass='tail' expects a teacher with a tail law, this one has none: give its "
+                "weights (tail=), or choose another missing_mass"
+            )
+        weighted = weighted_support(log_q, teacher.ids, teacher.tail)
+        return _spread_events(log_p, log_outside, student, *weighted)
     if missing_mass == "sampled":
         if teacher.log_weight is None:
             raise ValueError(
@@ -186,22 +210,25 @@ def build_events(teacher: TeacherRows, student: SupportLogProbs, missing_mass: s
     raise ValueError(f"missing_mass is one of {', '.join(MISSING_MASS)}; found {missing_mass!r}")
 
 
-def _uniform_events(log_p: Tensor, log_outside: Tensor, student: SupportLogProbs) -> Events:
-    """One more event that stands for the ``n`` outside tokens, each with ``rho / n``.
+def _spread_events(
+    log_p: Tensor, log_outside: Tensor, student: SupportLogProbs, weight: Tensor, relative: Tensor
+) -> Events:
+    """One more event that stands for the outside tokens ``v``, each with ``rho w_v / W``.
 
-    Its ``log_q`` is the mean of the student's log-probabilities outside, which is right because the
-    loss is linear in them.
+    ``weight`` and ``relative`` (N, K) are ``w`` and ``w (log q - log w)`` on the support. With ``W``
+    the weight outside, the event has ``log p = log rho - log W``, ``W`` times, and as ``log q`` the
+    mean of ``log q - log w`` by ``w``: the divergence is linear in the student's log-probabilities
+    outside, so this is the sum over all of them. ``W`` below a millionth of all weight is no number
+    any more, and what mass is there is left out.
     """
-    log_q = student.log_q
-    finite = log_q > NEG_INF
-    outside = (student.allowed - finite.sum(dim=1)).unsqueeze(1)  # n, (N, 1)
-    inside_sum = log_q.masked_fill(~finite, 0.0).sum(dim=1)
-    mean_log_q = (student.sum_log_q - inside_sum).unsqueeze(1) / outside.clamp_min(1.0)
-    mean_log_q = mean_log_q.masked_fill(outside < 1, NEG_INF)
-    log_count = outside.clamp_min(1.0).log()
-    log_all = log_normalize(torch.cat([log_p, log_outside], dim=1))
-    multiplicity = torch.cat([torch.zeros_like(log_p), log_count], dim=1)
-    return Events(log_all - multiplicity, torch.cat([log_q, mean_log_q], dim=1), multiplicity)
+    outside = (student.allowed - weight.sum(dim=1)).unsqueeze(1)  # W, (N, 1)
+    none = outside <= 1e-6 * student.allowed.unsqueeze(1)
+    outside = outside.masked_fill(none, 1.0)
+    mean = (student.sum_log_q - relative.sum(dim=1)).unsqueeze(1) / outside
+    log_all = log_normalize(torch.cat([log_p, log_outside.masked_fill(none, NEG_INF)], dim=1))
+    multiplicity = torch.cat([torch.zeros_like(log_p), outside.log()], dim=1)
+    log_q = torch.cat([student.log_q, mean.masked_fill(none, NEG_INF)], dim=1)
+    return Events(log_all - multiplicity, log_q, multiplicity)
 
 
 def check_missing_mass(missing_mass: str, divergence: str, mixes_student: bool) -> None:
@@ -214,9 +241,9 @@ def check_missing_mass(missing_mass: str, divergence: str, mixes_student: bool) 
         raise ValueError(
             f"missing_mass is one of {', '.join(MISSING_MASS)}; found {missing_mass!r}"
         )
-    if missing_mass == "uniform" and (divergence != "forward_kl" or mixes_student):
+    if missing_mass in SPREAD and (divergence != "forward_kl" or mixes_student):
         raise ValueError(
-            "missing_mass='uniform' needs a loss that is linear in the student's log-probabilities"
+            f"missing_mass={missing_mass!r} needs a loss that is linear in the student's log-probabilities"
             f" outside the support; found divergence {divergence!r}"
             + (" with the student mixed inside the logarithm" if mixes_student else "")
             + ". Use divergence 'forward_kl' with integration 'target' (or lambda_max 0), or"

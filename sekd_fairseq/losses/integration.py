@@ -22,7 +22,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from sekd_fairseq.losses.divergences import log_mix
-from sekd_fairseq.losses.events import Events
+from sekd_fairseq.losses.events import SPREAD, Events
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -109,7 +109,7 @@ def check_integration(integration: str, divergence: str, missing_mass: str) -> N
             "integration 'evolved' expects a divergence whose gradient grows with the ratio; found "
             "'tvd', whose gradient is as large for every ratio above zero. Use another divergence"
         )
-    if integration == "evolved" and missing_mass in ("uniform", "sampled"):
+    if integration == "evolved" and missing_mass in (*SPREAD, "sampled"):
         raise ValueError(
             "integration 'evolved' has the student's own distribution as a target, which a "
             f"teacher's support cannot stand in for outside of it; found missing_mass {missing_mass!r}"

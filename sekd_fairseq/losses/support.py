@@ -1,26 +1,27 @@
 r"""Log-probabilities on a small support of a wide vocabulary, without a wide softmax.
 
 The KD losses need the student at ``K`` tokens per position (the teacher's support), the mass it
-leaves outside of them, and for label smoothing the sum of all log-probabilities.  One pass over
+leaves outside of them, and for label smoothing the sum of all log-probabilities, or of a teacher
+whose outside mass follows a law over tokens their sum by its weights.  One pass over
 the logits gives all of it, one pass gives the gradient, and neither keeps a ``(tokens, V)`` tensor
 besides the logits and their gradient: what plain cross entropy needs, no more.
 
 With ``S`` the support, ``T`` the temperature, ``q = softmax(z / T)``, ``Q`` the mass of ``q``
-outside ``S``, and upstream gradients ``g_s`` on ``log q_s``, ``h`` on ``log Q`` and ``u`` on
-``sum_v log q_v``::
+outside ``S``, weights ``w`` (1 if not given) of sum ``W``, and upstream gradients ``g_s`` on
+``log q_s``, ``h`` on ``log Q`` and ``u`` on ``sum_v w_v (log q_v - log w_v)``::
 
-    T dz_v = q_v (-sum_s g_s - h - V u) + u + (g_v        if v in S
-                                               h q_v / Q  otherwise)
+    T dz_v = q_v (-sum_s g_s - h - W u) + w_v u + (g_v        if v in S
+                                                   h q_v / Q  otherwise)
 
-Outside ``S`` this is ``(q_v / Q) c + u`` with the bounded factor
-``c = h + Q (-sum_s g_s - h - V u)``, which neither overflows nor cancels when ``Q`` is tiny.
+Outside ``S`` this is ``(q_v / Q) c + w_v u`` with the bounded factor
+``c = h + Q (-sum_s g_s - h - W u)``, which neither overflows nor cancels when ``Q`` is tiny.
 
 Logits are compared with their maximum before a logarithm is subtracted, ``(z - max) - log sum``, and
 the outside with its own maximum: so no digits are lost where logits are large, and ``Q`` does not
 underflow where the student is sure.
 
 The passes have two bodies of one signature: :mod:`sekd_fairseq.losses.support_triton` on a GPU, and
-the blocks of rows below elsewhere.
+the blocks of rows below elsewhere, and wherever there are weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,10 +49,11 @@ class SupportLogProbs(NamedTuple):
     log_outside : (N,) float
         Log of the mass outside the support, summed directly (no ``1 - sum``); ``-inf`` if none.
     sum_log_q : (N,) float
-        Sum of the log-probabilities of all tokens that the student allows (finite logits);
-        zeros unless asked for.
+        Sum of the log-probabilities of all tokens that the student allows (finite logits), with
+        weights ``w`` the sum of ``w_v (log q_v - log w_v)``; zeros unless asked for.
     allowed : (N,) float
-        How many tokens have a finite logit; ``V`` unless ``with_sum`` was asked for.
+        How many tokens have a finite logit, with weights the sum of theirs; ``V`` unless ``with_sum``
+        was asked for.
     max_log_q : (N,) float
         Log-probability of the student's best token (no gradient).
     """
@@ -88,6 +90,7 @@ def support_log_probs(
     with_sum: bool = False,
     temperature: float = 1.0,
     overwrite: bool = False,
+    weights: Tensor | None = None,
 ) -> SupportLogProbs:
     """Evaluate ``log softmax(logits / temperature)`` on a support, with the exact mass outside.
 
@@ -110,8 +113,12 @@ def support_log_probs(
     overwrite : bool
         Let the gradient take the place of the logits in memory. For a caller who made the logits and
         has no other use for them.
+    weights : (V,) float, optional
+        Of tokens in ``sum_log_q``, 0 or more; 1 each if not given.
     """
-    outputs = _SupportLogProbs.apply(logits, rows, ids, valid, with_sum, temperature, overwrite)  # type: ignore[no-untyped-call]
+    outputs = _SupportLogProbs.apply(  # type: ignore[no-untyped-call]
+        logits, rows, ids, valid, with_sum, temperature, overwrite, weights
+    )
     return SupportLogProbs(*outputs)
 
 
@@ -147,17 +154,25 @@ def reference_first(values: Tensor, target: Tensor) -> Tensor:
     )
 
 
-def gradient_size(student: SupportLogProbs, gradients: Sequence[Tensor]) -> Tensor:
+def gradient_size(
+    student: SupportLogProbs,
+    gradients: Sequence[Tensor],
+    support_weights: Tensor | None = None,
+) -> Tensor:
     """L1 norm of the gradient to the softmax's input, (N,), of gradients to ``log_q``,
     ``log_outside`` and ``sum_log_q``.
 
     In closed form, because outside the support all entries have one sign. With a gradient to
     ``sum_log_q`` they need not: then it is that of the support alone, and
-    :func:`outside_gradient_size` has the rest.
+    :func:`outside_gradient_size` has the rest. ``support_weights`` (N, K) are those of the support in
+    ``sum_log_q``, if it has weights.
     """
     on_log_q, on_outside, on_sum = gradients
     spread = _spread(student, gradients)
-    on_support = student.log_q.exp() * spread.unsqueeze(1) + on_log_q + on_sum.unsqueeze(1)
+    of_sum = on_sum.unsqueeze(1)
+    if support_weights is not None:
+        of_sum = of_sum * support_weights
+    on_support = student.log_q.exp() * spread.unsqueeze(1) + on_log_q + of_sum
     size = on_support.masked_fill(student.log_q == NEG_INF, 0.0).abs().sum(dim=1)
     outside = on_outside + student.log_outside.exp() * spread
     return size + outside.masked_fill(on_sum != 0, 0.0).abs()
@@ -171,6 +186,7 @@ def outside_gradient_size(
     ids: Tensor,
     valid: Tensor,
     temperature: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The part of :func:`gradient_size` outside the support where ``sum_log_q`` has a gradient, (N,):
     one more pass over the logits."""
@@ -182,7 +198,10 @@ def outside_gradient_size(
             z = logits.index_select(0, rows[part]).to(spread.dtype) / temperature
             origin = z.gather(1, ids[part, :1])
             q = (z - origin + student.log_q[part, :1]).exp()
-            entry = q * spread[part].unsqueeze(1) + on_sum[part].unsqueeze(1)
+            of_sum = on_sum[part].unsqueeze(1)
+            entry = q * spread[part].unsqueeze(1) + (
+                of_sum if weights is None else of_sum * weights
+            )
             entry = entry.masked_fill(z == NEG_INF, 0.0).scatter(1, ids[part], 0.0)
             sizes.append(entry.abs().sum(dim=1))
     return torch.cat(sizes)
@@ -205,10 +224,10 @@ def kernels_for(logits: Tensor, name: str) -> Any:
     return triton_module(name) if logits.is_cuda and logits.dtype != torch.float64 else None
 
 
-def body_for(logits: Tensor) -> Any:
-    """What has ``reduce`` and ``gradient`` for these logits: the kernels on a GPU, else this module's
-    class of blocks."""
-    return kernels_for(logits, "support_triton") or Blocks
+def body_for(logits: Tensor, weighted: bool = False) -> Any:
+    """What has ``reduce`` and ``gradient`` for these logits: the kernels on a GPU, which know no
+    weights, else this module's class of blocks."""
+    return (None if weighted else kernels_for(logits, "support_triton")) or Blocks
 
 
 def one_kernel(logits: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]] | None:
@@ -228,6 +247,7 @@ class Blocks:
         valid: Tensor,
         with_sum: bool,
         temperature: float,
+        weights: Tensor | None = None,
     ) -> Reduced:
         """Arguments of :func:`support_log_probs`."""
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -236,7 +256,7 @@ class Blocks:
             scratch = logits.index_select(0, rows[part]).to(dtype)
             if temperature != 1.0:
                 scratch.div_(temperature)
-            parts.append(reduce_rows(scratch, ids[part], valid[part], with_sum))
+            parts.append(reduce_rows(scratch, ids[part], valid[part], with_sum, weights))
         if not parts:
             column = logits.new_zeros(0, dtype=dtype)
             return Reduced(column.new_zeros(ids.shape), *[column] * 6)
@@ -254,6 +274,7 @@ class Blocks:
         grad_sum: Tensor | None,
         temperature: float,
         overwrite: bool,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The gradient to the logits, (M, V) in their type; zero at other rows than ``rows``."""
         grad = logits.detach() if overwrite else torch.empty_like(logits)
@@ -272,6 +293,7 @@ class Blocks:
                 grad_log_q[part],
                 grad_outside[part],
                 None if grad_sum is None else grad_sum[part],
+                weights,
             )
             if temperature != 1.0:
                 scratch.div_(temperature)
@@ -286,7 +308,13 @@ def blocks_of(logits: Tensor, rows: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows.numel(), step)]
 
 
-def reduce_rows(scratch: Tensor, ids: Tensor, valid: Tensor, with_sum: bool) -> Reduced:
+def reduce_rows(
+    scratch: Tensor,
+    ids: Tensor,
+    valid: Tensor,
+    with_sum: bool,
+    weights: Tensor | None = None,
+) -> Reduced:
     """Reduce a scratch copy of logits, which is overwritten."""
     z_support = scratch.gather(1, ids).masked_fill(~valid, NEG_INF)  # (n, K)
     outside_top = scratch.scatter_(1, ids, NEG_INF).amax(dim=1)  # (n,)
@@ -297,11 +325,16 @@ def reduce_rows(scratch: Tensor, ids: Tensor, valid: Tensor, with_sum: bool) -> 
     if with_sum:
         # Of distances from the maximum: a sum of large logits would have no digits left.
         distance = scratch.scatter_(1, ids, 0.0).sum(dim=1)
+        finite = None
         if scratch.is_cuda or bool(distance.isinf().any()):  # forbidden tokens
             finite = scratch.isfinite()
-            allowed = finite.sum(dim=1) - (z_support == NEG_INF).logical_and_(valid).sum(dim=1)
-            allowed = allowed.to(distance)
+        if weights is not None:
+            distance, outside = weighted_outside(scratch, ids, valid, finite, weights)
+        elif finite is not None:
+            outside = finite.sum(dim=1).to(scratch) - valid.sum(dim=1)
             distance = scratch.masked_fill(~finite, 0.0).sum(dim=1)
+        else:
+            outside = allowed - valid.sum(dim=1)
         scratch.scatter_(1, ids, NEG_INF)
     outside_log_sum = scratch.exp_().sum(dim=1).log()
     log_outside = (outside_top - top) + outside_log_sum  # relative to the best token
@@ -310,10 +343,10 @@ def reduce_rows(scratch: Tensor, ids: Tensor, valid: Tensor, with_sum: bool) -> 
     log_q = z_support - log_total.unsqueeze(1)
     sum_log_q = torch.zeros_like(top)
     if with_sum:
-        inside = log_q > NEG_INF
-        outside = allowed - inside.sum(dim=1)
+        weight, relative = weighted_support(log_q, ids, weights)
+        allowed = outside + weight.sum(dim=1)
         sum_log_q = distance + outside * ((outside_top - top) - log_total).masked_fill(empty, 0.0)
-        sum_log_q = sum_log_q + log_q.masked_fill(~inside, 0.0).sum(dim=1)
+        sum_log_q = sum_log_q + relative.sum(dim=1)
     return Reduced(
         log_q,
         log_outside - log_total,
@@ -325,6 +358,39 @@ def reduce_rows(scratch: Tensor, ids: Tensor, valid: Tensor, with_sum: bool) -> 
     )
 
 
+def weighted_outside(
+    scratch: Tensor, ids: Tensor, valid: Tensor, finite: Tensor | None, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums over the tokens outside the support, ``w (x - log w)`` and ``w``; both (n,).
+
+    ``scratch`` (n, V) holds ``x``, and 0 on the support; ``finite`` marks the tokens that count, None
+    for all of them.
+    """
+    weights = weights.to(scratch)
+    surplus = torch.special.xlogy(weights, weights)
+    inside = valid.to(scratch)
+    if finite is None:
+        found = scratch @ weights - surplus.sum()
+        outside = weights.sum().expand(scratch.size(0))
+    else:
+        found = scratch.masked_fill(~finite, 0.0) @ weights - finite.to(scratch) @ surplus
+        outside = finite.to(scratch) @ weights
+    found = found + (surplus[ids] * inside).sum(dim=1)
+    outside = outside - (weights[ids] * inside).sum(dim=1)
+    return found, outside.clamp_min(0.0)
+
+
+def weighted_support(log_q: Tensor, ids: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``w`` and ``w (log q - log w)`` on the support, zero at slots that are not valid or forbidden;
+    both (N, K). ``w`` is 1 without ``weights``."""
+    inside = log_q > NEG_INF
+    log_q = log_q.masked_fill(~inside, 0.0)
+    if weights is None:
+        return inside.to(log_q), log_q
+    weight = weights.to(log_q)[ids].masked_fill(~inside, 0.0)
+    return weight, weight * log_q - torch.special.xlogy(weight, weight)
+
+
 def fill_gradient(
     scratch: Tensor,
     ids: Tensor,
@@ -333,12 +399,15 @@ def fill_gradient(
     grad_log_q: Tensor,
     grad_outside: Tensor,
     grad_sum: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Turn a scratch copy of logits into the gradient with respect to them (module docstring)."""
     log_q, log_outside, _, allowed, _, outside_top, outside_log_sum = reduced
     forbidden = None
     if grad_sum is not None and (
-        scratch.is_cuda or bool((allowed < scratch.size(1)).any())  # rare, so looked for first
+        scratch.is_cuda
+        or weights is not None
+        or bool((allowed < scratch.size(1)).any())  # rare, so looked for first
     ):
         forbidden = scratch.isinf()
     grad_log_q = grad_log_q.masked_fill(~valid, 0.0)
@@ -355,7 +424,10 @@ def fill_gradient(
     scratch.scatter_(1, ids, 0.0)
     scratch.scatter_add_(1, ids, on_support.masked_fill(~valid, 0.0))
     if grad_sum is not None:
-        scratch.add_(grad_sum.unsqueeze(1))
+        if weights is None:
+            scratch.add_(grad_sum.unsqueeze(1))
+        else:
+            scratch.addr_(grad_sum, weights.to(scratch))
         if forbidden is not None:
             scratch.masked_fill_(forbidden, 0.0)
     return scratch
@@ -372,10 +444,13 @@ class _SupportLogProbs(torch.autograd.Function):
         with_sum: bool,
         temperature: float,
         overwrite: bool,
+        weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
         logits = logits.contiguous()
-        reduced = body_for(logits).reduce(logits, rows, ids, valid, with_sum, temperature)
-        ctx.save_for_backward(logits, rows, ids, valid, *reduced)
+        body = body_for(logits, weighted=weights is not None)
+        options = {} if weights is None else {"weights": weights}
+        reduced = body.reduce(logits, rows, ids, valid, with_sum, temperature, **options)
+        ctx.save_for_backward(logits, weights, rows, ids, valid, *reduced)
         ctx.options = (with_sum, temperature, overwrite)
         ctx.mark_non_differentiable(reduced.allowed, reduced.max_log_q)
         ctx.set_materialize_grads(True)
@@ -386,9 +461,9 @@ class _SupportLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_q: Tensor, grad_outside: Tensor, grad_sum: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        logits, rows, ids, valid, *columns = ctx.saved_tensors
+        logits, weights, rows, ids, valid, *columns = ctx.saved_tensors
         with_sum, temperature, overwrite = ctx.options
-        gradient = body_for(logits).gradient(
+        gradient = body_for(logits, weighted=weights is not None).gradient(
             logits,
             rows,
             ids,
@@ -399,5 +474,6 @@ class _SupportLogProbs(torch.autograd.Function):
             grad_sum if with_sum else None,
             temperature,
             overwrite,
+            **({} if weights is None else {"weights": weights}),
         )
-        return gradient, None, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None

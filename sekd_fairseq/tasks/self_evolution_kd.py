@@ -27,6 +27,7 @@ from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
 from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
 from sekd_fairseq.splits import read_whole, readable
 from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teacher_cache.format import MANIFEST
 from sekd_fairseq.teachers.online import DenseTeacher, OnlineTeacher
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         #: Temperature of the teacher's distributions; the caches', once one is open.
         self.teacher_temperature = 1.0
         self._temperature_from: Path | None = None
+        self._tail_law: Tensor | None = None
         #: Prompts and translations of a language model, once a command needs text.
         self.text: LanguageModelText | None = None
         #: The longest source and target together that the model reads.
@@ -224,6 +226,19 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             )
         self.teacher_temperature, self._temperature_from = temperature, cache.directory
         return cache
+
+    @one_line_errors()
+    def tail_law(self, device: torch.device) -> Tensor:
+        """The weights of ``--missing-mass tail``, (V,): those of the training set's cache, or where that
+        is not there of the split's."""
+        if self._tail_law is None:
+            directory = Path(paths(self.cfg.teacher_cache)[0]) / self.cfg.train_subset
+            if not (directory / MANIFEST).exists():
+                assert self._temperature_from is not None, "asked for before a cache is open"
+                directory = self._temperature_from
+            self._tail_law = torch.from_numpy(TeacherCache.open(directory).tail_law())
+        self._tail_law = self._tail_law.to(device)
+        return self._tail_law
 
     @one_line_errors()
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:

@@ -3,6 +3,7 @@
 import mmap
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from sekd_fairseq.teacher_cache.format import (
     decode_logprob,
     hash_symbols,
 )
+from sekd_fairseq.teacher_cache.tail import read_tail
 from sekd_fairseq.teacher_cache.writer import payload_crc
 
 
@@ -151,6 +153,11 @@ class TeacherCache(Sequence[TeacherRow]):
         shards = range(len(self.manifest.shards))
         hashes = [self._shard(i).target_hash for i in shards]
         return np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+
+    def tail_law(self) -> NDArray[np.float32]:
+        """Weights by which the mass outside a support is spread over the tokens there, (V,); see
+        :mod:`sekd_fairseq.teacher_cache.tail`."""
+        return read_tail(self.directory, asdict(self.manifest))
 
     def verify(self, progress: Iterable[int] | None = None) -> None:
         """Read every byte: checksums of all shards and rows, sizes that add up, finite values.

@@ -1,6 +1,10 @@
 """What runs a teacher for ``build_cache``, as the command sees it."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sekd_fairseq.teacher_cache.writer import SentenceRows
 from sekd_fairseq.teachers.truncation import Truncation
@@ -30,3 +34,8 @@ class Engine(Protocol):
         self, sample: dict[str, Any], truncation: Truncation, temperature: float
     ) -> dict[int, SentenceRows]:
         """Truncated distributions of a batch, by sentence id."""
+
+    @property
+    def outside(self) -> Callable[[dict[str, Any], Truncation, float], NDArray[np.float32]] | None:
+        """What each token of the vocabulary has outside the supports, summed over a batch, (V,); None
+        of a teacher that gives its best tokens only."""

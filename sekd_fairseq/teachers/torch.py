@@ -14,7 +14,7 @@ from sekd_fairseq.devices import to_device
 from sekd_fairseq.logits import token_logits
 from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS
 from sekd_fairseq.teacher_cache.writer import SentenceRows
-from sekd_fairseq.teachers.truncation import Truncation, truncate, uniforms
+from sekd_fairseq.teachers.truncation import Truncation, outside_mass, truncate, uniforms
 
 
 class TorchEngine:
@@ -82,3 +82,16 @@ class TorchEngine:
                 }
             )
         return rows
+
+    def outside(
+        self, sample: dict[str, Any], truncation: Truncation, temperature: float
+    ) -> NDArray[np.float32]:
+        """What each token of the vocabulary has outside the supports, summed over a batch, (V,)."""
+        dictionary = self.task.target_dictionary
+        total = torch.zeros(len(dictionary), device=self.device)
+        moved = to_device(sample, self.device)
+        pad, symbols = dictionary.pad(), len(dictionary)
+        for target, z in token_logits(self.models, moved, pad, temperature, symbols):
+            total += outside_mass(z, target, truncation)
+        found: NDArray[np.float32] = total.cpu().numpy()
+        return found

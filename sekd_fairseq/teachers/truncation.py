@@ -141,6 +141,19 @@ def truncate(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
+@torch.no_grad()
+def outside_mass(z: Tensor, target: Tensor, truncation: Truncation) -> Tensor:
+    """What each token of the vocabulary has outside the supports of ``n`` tokens, summed over these;
+    (V,) float32. Arguments as of :func:`truncate`."""
+    step = max(1, SCRATCH_ELEMENTS.get(z.device.type, 2**24) // z.size(1))
+    found = z.new_zeros(z.size(1))
+    for part, gold in zip(z.split(step), target.split(step), strict=True):
+        p = part.softmax(dim=1)
+        ids, valid = _best(part, p, torch.ones_like(p[:, 0]), gold.unsqueeze(1), truncation)
+        found += p.scatter_(1, torch.where(valid, ids, gold.unsqueeze(1)), 0.0).sum(dim=0)
+    return found
+
+
 def _truncate(
     z: Tensor, target: Tensor, truncation: Truncation, uniform: Tensor | None
 ) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ class VLLMEngine:
     """
 
     batch_tokens = 2**18  # vLLM schedules within a batch itself
+    outside = None
 
     def __init__(self, folder: str, data: str, dtype: torch.dtype, best: int) -> None:
         try:

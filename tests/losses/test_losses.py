@@ -21,11 +21,12 @@ from sekd_fairseq.losses import (
     support_log_probs,
 )
 from sekd_fairseq.losses.divergences import WEIGHTED, forward_kl, jsd, log_mix, tvd
+from sekd_fairseq.losses.events import SPREAD
 from sekd_fairseq.losses.self_evolution import INTEGRATIONS, ratio, token_difficulty
 from tests import reference
 
 INF = float("inf")
-MODES = ("bucket", "uniform", "renormalize")
+MODES = ("bucket", "uniform", "tail", "renormalize")
 
 
 def random_case(
@@ -39,11 +40,20 @@ def random_case(
     return logits, teacher.log_softmax(-1), target
 
 
+def tail_law(vocab: int) -> Tensor:
+    """Weights of tokens outside a support, a hundred apart; (vocab,)."""
+    return torch.linspace(0.0, 4.6, vocab, dtype=torch.float64).exp()
+
+
 def token_losses(
     logits: Tensor, teacher: TeacherRows, config: SelfEvolution, **options: Any
 ) -> Tensor:
     rows = torch.arange(logits.size(0))
-    student = support_log_probs(logits, rows, teacher.ids, teacher.valid, with_sum=True)
+    if config.missing_mass == "tail":
+        teacher = replace(teacher, tail=tail_law(logits.size(1)))
+    student = support_log_probs(
+        logits, rows, teacher.ids, teacher.valid, with_sum=True, weights=teacher.tail
+    )
     events = build_events(teacher, student, config.missing_mass)
     return self_evolution_kd(events, config, **options).divergence
 
@@ -68,7 +78,8 @@ def reference_token(
     logits: Tensor, log_p: Tensor, teacher: TeacherRows, index: int
 ) -> reference.Token:
     support = teacher.ids[index][teacher.valid[index]].tolist()
-    return reference.Token(logits[index].numpy(), log_p[index].numpy(), support, support[0])
+    tail = tail_law(logits.size(1)).numpy()
+    return reference.Token(logits[index].numpy(), log_p[index].numpy(), support, support[0], tail)
 
 
 def meaningful(config: dict[str, Any]) -> bool:
@@ -157,8 +168,9 @@ def test_gradcheck_of_the_primitive_with_padding_and_forbidden_tokens() -> None:
     def scalars(finite: Tensor) -> Tensor:
         z = logits.masked_fill(logits.isfinite(), 0.0) + finite
         out = support_log_probs(z, rows, ids, valid, with_sum=True)
+        weighted = support_log_probs(z, rows, ids, valid, with_sum=True, weights=tail_law(9))
         kept = out.log_q.masked_fill(~torch.isfinite(out.log_q), 0.0)
-        return torch.cat([kept.flatten(), out.log_outside, out.sum_log_q])
+        return torch.cat([kept.flatten(), out.log_outside, out.sum_log_q, weighted.sum_log_q])
 
     assert torch.autograd.gradcheck(scalars, torch.nan_to_num(logits, neginf=0.0).requires_grad_())
 
@@ -219,7 +231,7 @@ def test_never_nan_never_negative(
     mode: str,
     dtype: torch.dtype,
 ) -> None:
-    if mode == "uniform":
+    if mode in SPREAD:
         divergence, integration = "forward_kl", "target"
     if integration == "evolved" and divergence == "tvd":
         return  # refused
@@ -236,8 +248,8 @@ def test_never_nan_never_negative(
     )
     loss = token_losses(logits, teacher, options)
     assert not loss.isnan().any()
-    # uniform leaves its rounding as it is, which grows with the size of the logits.
-    assert (loss >= (-1e-6 * max(1.0, sharp) if mode == "uniform" else 0.0)).all()
+    # What spreads the mass leaves its rounding as it is, which grows with the size of the logits.
+    assert (loss >= (-1e-6 * max(1.0, sharp) if mode in SPREAD else 0.0)).all()
     if torch.isfinite(loss).all():
         loss.sum().backward()
         assert not logits.grad.isnan().any()
@@ -253,6 +265,41 @@ def test_zero_where_teacher_and_student_agree(divergence: str, mode: str, k: int
     plain = SelfEvolution(lambda_max=0.0, divergence=divergence, missing_mass=mode)
     loss = token_losses(logits, teacher, plain, gamma=1.0)
     assert loss.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_tail_that_follows_the_law_is_restored(k: int) -> None:
+    """Then nothing is missing: the loss is that of the whole distribution, with its gradient, also
+    where the student forbids a token of the tail."""
+    law = tail_law(12)
+    logits, _, target = random_case(seed=9)
+    ids = TeacherRows.from_top_k(logits.log_softmax(-1), target, k).ids  # any support
+    log_p = law.log().repeat(5, 1).scatter_add(1, ids, torch.ones(5, k, dtype=torch.float64))
+    log_p = log_p.log_softmax(-1)
+    outside = log_p.exp().scatter(1, ids, 0.0).sum(dim=1)
+    teacher = TeacherRows(ids, torch.ones_like(ids).bool(), log_p.gather(1, ids), outside.log())
+    options = SelfEvolution(lambda_max=0.0, missing_mass="tail")
+    leaf = logits.clone().requires_grad_()
+    loss = token_losses(leaf, teacher, options, gamma=1.0)
+    torch.testing.assert_close(loss, forward_kl(log_p, logits.log_softmax(-1)))
+    (found,) = torch.autograd.grad(loss.sum(), leaf)
+    torch.testing.assert_close(found, logits.softmax(-1) - log_p.exp())
+    free = torch.ones(12).index_fill(0, ids.unique(), 0.0).nonzero()[0]
+    forbidden = logits.index_fill(1, free, -INF)
+    loss = token_losses(forbidden, teacher, options, gamma=1.0)
+    spread = log_p.index_fill(1, free, -INF)
+    outside_left = spread.exp().scatter(1, ids, 0.0).sum(dim=1)
+    spread = spread + (outside / outside_left).log().unsqueeze(1)
+    spread = spread.scatter(1, ids, log_p.gather(1, ids))
+    torch.testing.assert_close(loss, forward_kl(spread, forbidden.log_softmax(-1)))
+
+
+def test_a_tail_needs_a_law() -> None:
+    logits, log_p, target = random_case(seed=5)
+    teacher = TeacherRows.from_top_k(log_p, target, 3)
+    student = support_log_probs(logits, torch.arange(5), teacher.ids, teacher.valid, True)
+    with pytest.raises(ValueError, match="tail law"):
+        build_events(teacher, student, "tail")
 
 
 @given(seed=st.integers(0, 1000), k=st.integers(1, 11))
@@ -433,6 +480,9 @@ def test_sampled_support_estimates_the_forward_kl_without_bias() -> None:
         ({"divergence_weight": 1 - 1e-8, "divergence": "skew_forward_kl"}, "float32"),
         ({"divergence_weight": 1e-46, "divergence": "jsd"}, "float32"),
         ({"missing_mass": "uniform", "integration": "student"}, "linear"),
+        ({"missing_mass": "tail", "integration": "student"}, "linear"),
+        ({"missing_mass": "tail", "divergence": "jsd"}, "linear"),
+        ({"missing_mass": "tail", "integration": "evolved"}, "bucket"),
         ({"missing_mass": "uniform", "integration": "blend"}, "linear"),
         ({"missing_mass": "uniform", "integration": "evolved"}, "bucket"),
         ({"missing_mass": "sampled", "integration": "evolved"}, "top-k"),

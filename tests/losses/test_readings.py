@@ -29,7 +29,9 @@ def plain(
 ) -> Tensor:
     """The summed loss at these logits, difficulty given."""
     rows = torch.arange(len(logits))
-    student = support_log_probs(logits, rows, teacher.ids, teacher.valid, with_sum=True)
+    student = support_log_probs(
+        logits, rows, teacher.ids, teacher.valid, with_sum=True, weights=teacher.tail
+    )
     events = build_events(teacher, student, settings.missing_mass)
     return self_evolution_kd(events, settings, difficulty=difficulty).divergence.sum()
 
@@ -261,7 +263,7 @@ def test_blend_without_a_ratio_is_word_level_kd_with_alpha_beta() -> None:
     torch.testing.assert_close(found, 0.3 * (q - log_p.exp()) + 0.7 * (q - y))
 
 
-@pytest.mark.parametrize("missing_mass", ["bucket", "renormalize", "uniform", "sampled"])
+@pytest.mark.parametrize("missing_mass", ["bucket", "renormalize", "uniform", "tail", "sampled"])
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
 @pytest.mark.parametrize("integration", READINGS)
 def test_paths_are_alike(integration: str, divergence: str, missing_mass: str) -> None:
@@ -272,6 +274,8 @@ def test_paths_are_alike(integration: str, divergence: str, missing_mass: str) -
     logits, log_p, target, difficulty = case(seed=7, vocab=9)
     teacher = TeacherRows.from_top_k(log_p, target, 4)
     teacher = replace(teacher, log_weight=teacher.log_p + 0.1)
+    if missing_mass == "tail":
+        teacher = replace(teacher, tail=torch.linspace(0.1, 5.0, 9, dtype=torch.float64))
     expected = plain(logits, teacher, settings, difficulty)
     slope = gradient(plain, logits, teacher, settings, difficulty)
     for path in PATHS.values():

@@ -30,6 +30,7 @@ def task(temperature: float = 1.0) -> Any:
         cfg=SimpleNamespace(teacher_cache="here", stored_difficulty=None),
         teacher_temperature=temperature,
         teacher_at=lambda sample, rows: sample["teacher"],
+        tail_law=lambda device: torch.linspace(0.1, 4.0, VOCABULARY),
     )
 
 
@@ -78,7 +79,7 @@ def self_evolution(temperature: float = 1.0, **options: Any) -> SelfEvolutionKDC
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("missing_mass", ["bucket", "uniform", "renormalize", "sampled"])
+@pytest.mark.parametrize("missing_mass", ["bucket", "uniform", "tail", "renormalize", "sampled"])
 def test_logged_gradient_is_the_norm_that_the_logits_receive(
     temperature: float, missing_mass: str
 ) -> None:
@@ -103,6 +104,25 @@ def test_logged_gradient_is_the_norm_that_the_logits_receive(
     expected = model.logits.grad.abs().sum()
     found = (log["easy_gradient"] + log["hard_gradient"]).item()
     assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_equal_weights_are_the_uniform_tail(temperature: float, smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(1, TOKENS, VOCABULARY, generator=generator)
+    found = []
+    for missing_mass in ("uniform", "tail"):
+        criterion = self_evolution(
+            temperature, missing_mass=missing_mass, label_smoothing=smoothing, alpha=0.6
+        )
+        criterion.task.tail_law = lambda device: torch.full((VOCABULARY,), 3.0)
+        model = Logits(logits.clone())
+        loss, _, log = criterion(model, batch())
+        loss.backward()
+        sizes = [log["easy_gradient"], log["hard_gradient"]]
+        found.append([loss.detach(), model.logits.grad, *sizes])
+    torch.testing.assert_close(*found)
 
 
 def test_float16_chunks_keep_what_a_loss_scale_would_keep() -> None:
