@@ -63,15 +63,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Example:
-    """A sentence with the baseline's and a system's translation and their scores."""
+    """A sentence with the translations of the baseline and a system, by name, and their scores."""
 
     number: int
     source: str | None
     reference: str
-    baseline: str
-    system: str
-    before: float
-    after: float
+    translations: Mapping[str, str]
+    scores: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -354,13 +352,9 @@ def _file_name(system: str) -> str:
 def _examples(results: Results) -> Chapter:
     corpus = results.corpus
     before = results.sentence_scores(corpus.baseline)
-    columns: dict[str, Any] = {
-        "sentence": np.arange(1, corpus.sentences + 1),
-        corpus.baseline: before,
-    }
     found: dict[str, list[Example]] = {}
     for system in corpus.others:
-        after = columns[system] = results.sentence_scores(system)
+        after = results.sentence_scores(system)
         order = np.argsort(before - after, kind="stable").tolist()
         for title, chosen in (
             (f"{system} gains most over {corpus.baseline}", order),
@@ -371,10 +365,10 @@ def _examples(results: Results) -> Chapter:
                     number=i + 1,
                     source=corpus.sources[i] if corpus.sources else None,
                     reference=corpus.references[0][i],
-                    baseline=corpus.systems[corpus.baseline][i],
-                    system=corpus.systems[system][i],
-                    before=float(before[i]),
-                    after=float(after[i]),
+                    translations={
+                        name: corpus.systems[name][i] for name in (corpus.baseline, system)
+                    },
+                    scores=(float(before[i]), float(after[i])),
                 )
                 for i in chosen[:EXAMPLES]
                 if after[i] != before[i]

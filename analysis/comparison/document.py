@@ -81,7 +81,6 @@ def _write_folder(results: Results, folder: Path) -> None:
         title=TITLE,
         summary=summary,
         chapters=found,
-        baseline=results.corpus.baseline,
         latex=latex_table,
         figure=lambda name: _drawing(folder / "figures" / f"{name}.svg"),
     )
@@ -108,16 +107,12 @@ def markdown(found: Sequence[Chapter], summary: str) -> str:
 
 
 def _example(example: Example) -> str:
-    lines = [
-        f"{SENTENCE_METRIC} {example.before:.1f} → {example.after:.1f}, sentence {example.number}"
-    ]
+    before, after = example.scores
+    lines = [f"sentence {example.number}, {SENTENCE_METRIC} {before:.1f} → {after:.1f}"]
     if example.source is not None:
         lines.append(f"source: {example.source}")
-    lines += [
-        f"reference: {example.reference}",
-        f"baseline: {example.baseline}",
-        f"system: {example.system}",
-    ]
+    lines.append(f"reference: {example.reference}")
+    lines += [f"{name}: {text}" for name, text in example.translations.items()]
     # As code, so that nothing in a text is taken for Markdown.
     return "\n".join(f"    {line}" for line in lines)
 

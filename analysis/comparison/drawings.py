@@ -6,9 +6,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from analysis.style import COLOURS, COLUMN, MARKERS, PAGE, figure, save
+from analysis.style import COLOURS, MARKERS, PAGE, figure, save
 
 matplotlib.use("Agg")
+
+#: What the axis of a column of buckets says.
+_AXES = {"frequency": "occurrences in the training data", "words": "words of the reference"}
 
 
 def draw_scores(scores: pd.DataFrame, path: Path) -> None:
@@ -34,7 +37,7 @@ def draw_scores(scores: pd.DataFrame, path: Path) -> None:
 def draw_buckets(table: pd.DataFrame, bucket: str, value: str, path: Path) -> None:
     """A mark a system in each bucket, with the interval ``low`` to ``high`` where there is one."""
     buckets, systems = list(table[bucket].unique()), list(table["system"].unique())
-    with figure(max(COLUMN, 0.5 * len(buckets) * len(systems) ** 0.5), 1.9) as (drawn, (axis,)):
+    with figure(PAGE, 1.9) as (drawn, (axis,)):
         for index, system in enumerate(systems):
             own = table[table["system"] == system]
             place = np.arange(len(buckets)) + (index - (len(systems) - 1) / 2) * 0.7 / len(systems)
@@ -51,7 +54,7 @@ def draw_buckets(table: pd.DataFrame, bucket: str, value: str, path: Path) -> No
                 label=system,
             )
         axis.set_xticks(range(len(buckets)), buckets)
-        axis.set_xlabel(bucket)
+        axis.set_xlabel(_AXES[bucket])
         axis.set_ylabel("F-measure" if value == "f" else value)
         axis.legend(fontsize=5.5)
         save(drawn, path)
