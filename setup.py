@@ -55,12 +55,14 @@ setup(
             "gguf>=0.16",  # reading GGUF files
             "protobuf>=4",  # SentencePiece's model format, for transformers and for GGUF files
         ],
+        "served": ["httpx>=0.27"],  # teachers behind a server: parallel requests, timeouts
         "workflow": ["snakemake>=9,<10"],  # scripts/Snakefile: restarts, parallel jobs, clusters
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",  # the tests in several processes
             "filelock>=3",  # what their processes share is made once
             "hypothesis>=6",
+            "httpx>=0.27",  # the tests of served teachers
             "triton>=3.5; platform_system == 'Linux'",  # its interpreter proves the GPU kernels on a CPU
             "coverage>=7.10",  # follows forks and os._exit
             "ruff>=0.9",
@@ -78,6 +80,7 @@ setup(
             "sekd-import-hf = sekd_fairseq.import_hf:main",
             "sekd-export-hf = sekd_fairseq.export_hf:main",
             "sekd-build-cache = sekd_fairseq.build_cache:main",
+            "sekd-align-cache = sekd_fairseq.align_cache:main",
             "sekd-inspect-cache = sekd_fairseq.inspect_cache:main",
             "sekd-distilled-data = sekd_fairseq.distilled_data:main",
             "sekd-score = sekd_fairseq.score:main",

@@ -1,6 +1,7 @@
 """Write the distributions of a trained teacher to a cache that students train on.
 
     python -m sekd_fairseq.build_cache DATA --path teacher.pt --output CACHE
+    python -m sekd_fairseq.build_cache DATA --engine http --url http://HOST:8000 --output CACHE
 
 DATA is a fairseq data directory (the student's: same dictionaries as the teacher's).  For each
 split, ``CACHE/<split>`` gets the teacher's distribution at every target token, cut by ``--top-k``,
@@ -11,6 +12,7 @@ on where it was; several processes share one with ``--num-shards`` and ``--shard
 
 import argparse
 import hashlib
+import operator
 import os
 import platform
 from collections.abc import Sequence
@@ -36,10 +38,16 @@ from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shar
 from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.tail import TAIL, write_tail
-from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
+from sekd_fairseq.teacher_cache.writer import write_shard
 from sekd_fairseq.teachers.engine import Engine
+from sekd_fairseq.teachers.http import HTTPEngine
 from sekd_fairseq.teachers.torch import TorchEngine
-from sekd_fairseq.teachers.truncation import MAX_SUPPORT, Truncation, truncation_of
+from sekd_fairseq.teachers.truncation import (
+    MAX_SUPPORT,
+    Truncation,
+    reference_alone,
+    truncation_of,
+)
 from sekd_fairseq.teachers.vllm import VLLMEngine
 
 SETTINGS = "build.json"
@@ -57,17 +65,46 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("data", metavar="DATA", help="fairseq data directory (fairseq-preprocess)")
     out.add_argument(
         "--path",
-        required=True,
         metavar="TEACHER",
         help="teacher checkpoint; several joined with ':' are an ensemble (mean probability); with "
         "--engine vllm a Hugging Face folder",
     )
     out.add_argument(
         "--engine",
-        choices=("torch", "vllm"),
+        choices=("torch", "vllm", "http"),
         default="torch",
         help="what runs the teacher (default: %(default)s); vllm is for large language models on "
-        "GPUs, of which it gives the --top-k best tokens",
+        "GPUs, http for one that a server has (--url); both give the --top-k best tokens",
+    )
+    served = out.add_argument_group("a teacher behind a server (--engine http)")
+    served.add_argument(
+        "--url",
+        help="its address, http://HOST:PORT: vLLM, SGLang, or llama-cpp-python's server with "
+        "--logits_all true; a key is read from the environment variable OPENAI_API_KEY",
+    )
+    served.add_argument(
+        "--served-model", metavar="NAME", help="which, where it serves several models"
+    )
+    served.add_argument(
+        "--parallel-requests",
+        type=int,
+        default=16,
+        metavar="N",
+        help="requests at a time (default: %(default)s)",
+    )
+    served.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="how long to wait for an answer (default: %(default)s)",
+    )
+    served.add_argument(
+        "--retries",
+        type=int,
+        default=6,
+        help="how often a request that failed is sent again, with growing pauses (default: %(default)s, "
+        "about a minute)",
     )
     out.add_argument("--output", required=True, type=Path, metavar="CACHE", help="cache directory")
     out.add_argument(
@@ -187,8 +224,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     truncation_of(args.top_k, args.top_p, args.top_p_floor, args.sample, MAX_SUPPORT)
     dtype = half_precision(args.fp16, args.bf16)
     engine: Engine
+    if (args.engine == "http") != (args.url is not None) or (args.path is None) == (
+        args.url is None
+    ):
+        raise UserError(
+            "expected --path TEACHER, or --engine http with --url URL, found "
+            f"--engine {args.engine} with {'a' if args.path else 'no'} --path and "
+            f"{'a' if args.url else 'no'} --url"
+        )
     if args.engine == "vllm":
         engine = vllm_engine(args, dtype)
+    elif args.engine == "http":
+        engine = http_engine(args)
     else:
         paths = utils.split_paths(args.path)
         engine = TorchEngine(paths, args.data, default_device(args.cpu), dtype, args.hf_model)
@@ -196,6 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache = build_split(engine, args, split)
         if cache is not None:
             print(describe(cache.directory, cache.manifest), flush=True)
+    if isinstance(engine, HTTPEngine):
+        engine.forget()
 
 
 def vllm_engine(args: argparse.Namespace, dtype: torch.dtype) -> Engine:
@@ -205,12 +254,38 @@ def vllm_engine(args: argparse.Namespace, dtype: torch.dtype) -> Engine:
             f"--engine vllm: expected --path to be a Hugging Face folder, found {args.path}; "
             "python -m sekd_fairseq.export_hf makes one of a checkpoint"
         )
+    check_best_tokens(args)
+    return VLLMEngine(args.path, args.data, dtype, args.top_k)
+
+
+def http_engine(args: argparse.Namespace) -> HTTPEngine:
+    """The engine ``--engine http``, after a look at what it cannot do."""
+    check_best_tokens(args)
+    for name, low in (("parallel_requests", 1), ("retries", 0)):
+        if getattr(args, name) < low:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: expected {low} or more, found {getattr(args, name)}")
+    if not args.timeout > 0:
+        raise UserError(f"--timeout: expected seconds above 0, found {args.timeout:g}")
+    return HTTPEngine(
+        args.url,
+        args.data,
+        args.top_k,
+        args.output / f"answers-{args.shard_id}.sqlite",
+        args.served_model,
+        args.parallel_requests,
+        args.timeout,
+        args.retries,
+    )
+
+
+def check_best_tokens(args: argparse.Namespace) -> None:
+    """Refuse what a teacher that tells its best tokens alone cannot give."""
     if args.sample or args.top_k == 0 or args.temperature != 1.0:
         raise UserError(
-            "--engine vllm: it tells the best tokens at temperature 1 only; expected --top-k above "
-            "0, no --sample and no --temperature"
+            f"--engine {args.engine}: it tells the best tokens at temperature 1 only; expected --top-k "
+            "above 0, no --sample and no --temperature"
         )
-    return VLLMEngine(args.path, args.data, dtype, args.top_k)
 
 
 def build_split(engine: Engine, args: argparse.Namespace, split: str) -> TeacherCache | None:
@@ -227,7 +302,7 @@ def build_split(engine: Engine, args: argparse.Namespace, split: str) -> Teacher
         "split": split,
         "vocab_size": len(symbols),
         "dictionary_hash": hash_symbols(symbols),
-        "dataset_hash": _hash_of(hashes),
+        "dataset_hash": hash_of(hashes),
         "sentences": len(dataset),
         "shard_sentences": args.shard_sentences,
         "temperature": args.temperature,
@@ -241,7 +316,7 @@ def build_split(engine: Engine, args: argparse.Namespace, split: str) -> Teacher
         return cache
     skipped = too_long(dataset, engine.limits(), split, allow=args.skip_too_long)
     directory.mkdir(parents=True, exist_ok=True)
-    _begin(directory, wanted)
+    settings["teacher"] = _begin(directory, wanted)["teacher"]
     measure_tail(engine, dataset, truncation, settings, directory)
     lengths = dataset.sizes[:, 1].astype(np.int64)
     spans = {
@@ -254,7 +329,7 @@ def build_split(engine: Engine, args: argparse.Namespace, split: str) -> Teacher
             if (directory / shard_name(index)).exists():
                 bar.update(int(lengths[sentences].sum()))
                 continue
-            rows = {i: one_hot_sentence(dataset, i) for i in sentences if i in skipped}
+            rows = {i: reference_alone(dataset.tgt[i].numpy()) for i in sentences if i in skipped}
             readable = np.array([i for i in sentences if i not in skipped], dtype=np.int64)
             for batch in token_batches(dataset, readable, args.max_tokens or engine.batch_tokens):
                 sample = dataset.collater([dataset[i] for i in batch])
@@ -299,35 +374,22 @@ def measure_tail(
     write_tail(directory, total, settings)
 
 
-def one_hot_sentence(dataset: Any, index: int) -> SentenceRows:
-    """A sentence that the teacher cannot read: probability 1 for each reference token."""
-    target = dataset.tgt[index].numpy()
-    zeros = np.zeros(len(target), np.float32)
-    return SentenceRows(
-        {
-            "support_size": np.ones(len(target), np.int64),
-            "gold_logprob": zeros,
-            "outside_mass": zeros,
-            "entropy": zeros,
-            "token_id": target,
-            "logprob": zeros,
-            "draws": np.zeros(len(target), np.int64),
-        }
-    )
-
-
-def _hash_of(hashes: NDArray[np.uint64]) -> str:
+def hash_of(hashes: NDArray[np.uint64]) -> str:
+    """Identifies a split by the hashes of its target sentences."""
     return hashlib.sha256(hashes.tobytes()).hexdigest()
 
 
-def _begin(directory: Path, settings: dict[str, Any]) -> None:
-    """Record what is being built, so that another build cannot go on in the same directory."""
+def _begin(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Record what is being built, so that another build cannot go on in the same directory; returns
+    the record, which an earlier run may have made."""
     path = directory / SETTINGS
     if path.exists():
-        _check_same(directory, settings, read_settings(directory))
-    else:
-        with atomic_write(path) as stream:
-            stream.write(sealed_json(settings))
+        found = read_settings(directory)
+        _check_same(directory, settings, found)
+        return found
+    with atomic_write(path) as stream:
+        stream.write(sealed_json(settings))
+    return settings
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -347,11 +409,21 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 def _check_same(directory: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
     for key, value in wanted.items():
-        if found.get(key) != value:
+        same = same_teacher if key == "teacher" else operator.eq
+        if not same(value, found.get(key)):
             raise CacheError(
                 f"{directory}: holds a cache with another {key.replace('_', ' ')} (expected "
                 f"{value}, found {found.get(key)}); give another --output or delete the directory"
             )
+
+
+def same_teacher(one: dict[str, Any], other: Any) -> bool:
+    """Whether two records are of one teacher. What a served one says of a known text (``probe``) may
+    differ as much as the kernels of a GPU do from run to run."""
+    if not isinstance(other, dict) or {**one, "probe": 0} != {**other, "probe": 0}:
+        return False
+    probes = [np.array(record.get("probe", []), dtype=np.float64) for record in (one, other)]
+    return probes[0].shape == probes[1].shape and np.allclose(*probes, rtol=0.02, atol=0.1)
 
 
 if __name__ == "__main__":

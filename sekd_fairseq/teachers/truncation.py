@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
+from sekd_fairseq.teacher_cache.writer import SentenceRows
 
 NEG_INF = float("-inf")
 
@@ -147,10 +148,11 @@ def outside_mass(z: Tensor, target: Tensor, truncation: Truncation) -> Tensor:
     (V,) float32. Arguments as of :func:`truncate`."""
     step = max(1, SCRATCH_ELEMENTS.get(z.device.type, 2**24) // z.size(1))
     found = z.new_zeros(z.size(1))
-    for part, gold in zip(z.split(step), target.split(step), strict=True):
+    for start in range(0, z.size(0), step):
+        part, gold = z[start : start + step], target[start : start + step].unsqueeze(1)
         p = part.softmax(dim=1)
-        ids, valid = _best(part, p, torch.ones_like(p[:, 0]), gold.unsqueeze(1), truncation)
-        found += p.scatter_(1, torch.where(valid, ids, gold.unsqueeze(1)), 0.0).sum(dim=0)
+        ids, valid = _best(part, p, torch.ones_like(p[:, 0]), gold, truncation)
+        found += p.scatter_(1, torch.where(valid, ids, gold), 0.0).sum(dim=0)
     return found
 
 
@@ -236,3 +238,46 @@ def keep_best(log_p: dict[int, float], gold: int, truncation: Truncation) -> lis
     before = np.concatenate([[0.0], mass[:-1]])
     best = order[: max(truncation.floor, min(truncation.k, int((before < truncation.p).sum())))]
     return [gold, *[token for token in best if token != gold]]
+
+
+def best_columns(
+    known: Sequence[dict[int, float]], target: Sequence[int], truncation: Truncation
+) -> SentenceRows:
+    """A sentence's columns from the log-probabilities that are known at each of its tokens, the
+    reference's among them.
+
+    What is not known is outside, and one event in the entropy, which is so a lower bound.
+    """
+    columns: dict[str, list[Any]] = {}
+    for log_p, gold in zip(known, target, strict=True):
+        ids = keep_best(log_p, gold, truncation)
+        logprob = np.array([log_p[i] for i in ids])
+        every = np.array(list(log_p.values()))
+        rest = max(0.0, 1.0 - np.exp(every).sum())
+        entropy = -(np.exp(every) * every).sum() - (rest * np.log(rest) if rest else 0.0)
+        for name, value in (
+            ("support_size", [len(ids)]),
+            ("gold_logprob", logprob[:1]),
+            ("outside_mass", [max(0.0, 1.0 - np.exp(logprob).sum())]),
+            ("entropy", [max(0.0, entropy)]),
+            ("token_id", ids),
+            ("logprob", logprob),
+        ):
+            columns.setdefault(name, []).append(value)
+    return SentenceRows({name: np.concatenate(values) for name, values in columns.items()})
+
+
+def reference_alone(target: NDArray[np.int64]) -> SentenceRows:
+    """A sentence that the teacher says nothing of: probability 1 for each reference token."""
+    zeros = np.zeros(len(target), np.float32)
+    return SentenceRows(
+        {
+            "support_size": np.ones(len(target), np.int64),
+            "gold_logprob": zeros,
+            "outside_mass": zeros,
+            "entropy": zeros,
+            "token_id": target,
+            "logprob": zeros,
+            "draws": np.zeros(len(target), np.int64),
+        }
+    )
