@@ -206,9 +206,8 @@ class TeacherCache(Sequence[TeacherRow]):
         raise CacheError(
             f"{self.directory}: expected the target dictionary of {self.manifest.vocab_size} "
             f"symbols that the cache was built with, found {found}; binarise the data with that "
-            "dictionary (fairseq-preprocess --tgtdict), or build the cache again for this data; a "
-            "teacher with another tokenizer can only be distilled by its translations "
-            "(python -m sekd_fairseq.distilled_data)"
+            "dictionary (fairseq-preprocess --tgtdict), or build the cache again for this data; that of "
+            "a teacher with another tokenizer is carried over with: python -m sekd_fairseq.align_cache"
         )
 
     def check_targets(self, hashes: NDArray[np.uint64], where: str) -> None:

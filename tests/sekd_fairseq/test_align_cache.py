@@ -1,0 +1,124 @@
+"""A cache brought to another tokenizer's tokens, by the command."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from sekd_fairseq.teacher_cache import TeacherCache
+
+from .conftest import binarise, command, error_line, sentence_pairs, train, write_text
+
+
+def pieces(folder: Path, size: int, pairs: list[tuple[str, str]]) -> Path:
+    """Data of these pairs in SentencePiece pieces, ``size`` of them."""
+    text = folder / "text"
+    write_text(text, "plain", pairs)
+    sentencepiece.SentencePieceTrainer.train(
+        input=[str(text / "plain.en"), str(text / "plain.de")],
+        model_prefix=str(folder / "spm"),
+        vocab_size=size,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    cut = [tuple(" ".join(model.encode(side, out_type=str)) for side in pair) for pair in pairs]
+    write_text(text, "train", cut[:150])
+    write_text(text, "valid", cut[150:])
+    return binarise(text, folder / "bin")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Data in long and in short pieces, and the cache of a teacher of the long ones."""
+    pairs = sentence_pairs(170, seed=4)
+    long, short = (
+        pieces(tmp_path_factory.mktemp(name), size, pairs)
+        for name, size in (("long", 90), ("short", 40))
+    )
+    folder = tmp_path_factory.mktemp("teacher")
+    train(
+        long,
+        folder,
+        "--criterion",
+        "cross_entropy",
+        "--task",
+        "translation",
+        "--disable-validation",
+    )
+    command(
+        "sekd_fairseq.build_cache", long, "--path", folder / "checkpoint_last.pt", "--output",
+        folder / "cache", "--cpu", "--top-k", "8", "--shard-sentences", "60", "--allow-implausible",
+    )  # fmt: skip
+    return long, short, folder / "cache"
+
+
+def align(
+    cache: Path, data: Path, student: Path, output: Path, *more: object, check: bool = True
+) -> str:
+    return command(
+        "sekd_fairseq.align_cache", cache, "--data", data, "--student-data", student, "--output", output,
+        *more, check=check,
+    )  # fmt: skip
+
+
+def test_of_one_tokenizer_the_shards_are_the_same(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    long, _, cache = folders
+    printed = align(cache, long, long, tmp_path / "same")
+    assert "100.00% of the student's tokens carry a teacher; 100.00% one to one" in printed
+    for split in ("train", "valid"):
+        for shard in (cache / split).glob("shard-*"):
+            assert shard.read_bytes() == (tmp_path / "same" / split / shard.name).read_bytes()
+
+
+def test_a_student_trains_on_an_aligned_cache(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    long, short, cache = folders
+    printed = align(cache, long, short, tmp_path / "aligned")
+    assert "parts of a teacher's token" in printed
+    aligned, own = (TeacherCache.open(place / "valid") for place in (tmp_path / "aligned", cache))
+    assert aligned.manifest.teacher["aligned_from"] == own.manifest.fingerprint
+    for one, other in zip(aligned, own, strict=True):
+        # What the sentence costs is what its parts cost, but for texts cut otherwise.
+        assert one.gold_logprob.sum() >= other.gold_logprob.sum() - 1e-3
+        mass = np.bincount(
+            np.repeat(np.arange(len(one.support_size)), one.support_size), np.exp(one.logprob)
+        )
+        np.testing.assert_allclose(mass + one.outside_mass, 1.0, atol=2e-3)
+    words = (
+        "--criterion",
+        "cached_kd",
+        "--teacher-cache",
+        tmp_path / "aligned",
+        "--max-update",
+        "3",
+    )
+    train(short, tmp_path / "student", *words)
+    # A build that was stopped goes on to the same bytes.
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "aligned" / "train").iterdir()}
+    for name in ("manifest.json", "shard-00001.arrow"):
+        (tmp_path / "aligned" / "train" / name).unlink()
+    align(cache, long, short, tmp_path / "aligned")
+    assert whole == {
+        path.name: path.read_bytes() for path in (tmp_path / "aligned" / "train").iterdir()
+    }
+
+
+def test_what_does_not_belong_together_is_refused(
+    folders: tuple[Path, Path, Path], data: Path, tmp_path: Path
+) -> None:
+    long, short, cache = folders
+    other = pieces(tmp_path / "other", 40, sentence_pairs(170, seed=5))
+    line = error_line(align(cache, long, other, tmp_path / "no", check=False))
+    assert "--min-share" in line and not list((tmp_path / "no").glob("*/shard*"))
+    line = error_line(align(cache, short, long, tmp_path / "no", check=False))
+    assert "expected the target dictionary" in line
+    line = error_line(align(cache, long, data, tmp_path / "no", check=False))
+    assert "SentencePiece" in line
+    line = error_line(align(cache, long, tmp_path, tmp_path / "no", check=False))
+    assert "data directory" in line
