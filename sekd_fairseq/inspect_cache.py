@@ -1,6 +1,7 @@
 """Show what a teacher cache holds, and check that it is whole.
 
     python -m sekd_fairseq.inspect_cache CACHE [--verify [--against TEACHER --data DATA]]
+    python -m sekd_fairseq.inspect_cache CACHE --student MODEL --data DATA
     python -m sekd_fairseq.inspect_cache CACHE/train --to-parquet train.parquet
 
 CACHE is what build_cache wrote (all splits), or the folder of one split.
@@ -51,7 +52,22 @@ def parser() -> argparse.ArgumentParser:
         help="with --verify: run the teacher on some sentences and print the KL divergence from "
         "its distributions to those that the cache restores",
     )
-    out.add_argument("--data", metavar="DATA", help="fairseq data directory, for --against")
+    out.add_argument(
+        "--student",
+        metavar="MODEL",
+        help="check whether this checkpoint, or folder of a language model, can be trained on the cache: "
+        "vocabulary, sentences, end of translations, prompts, places of tokens, memory and time",
+    )
+    out.add_argument(
+        "--max-tokens",
+        type=int,
+        default=4096,
+        help="tokens per batch, for the memory and time of --student (default: %(default)s)",
+    )
+    out.add_argument("--cpu", action="store_true", help="with --student: do not use a GPU")
+    out.add_argument(
+        "--data", metavar="DATA", help="fairseq data directory, for --against and --student"
+    )
     out.add_argument(
         "--sentences",
         type=int,
@@ -74,14 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.against and not (args.verify and args.data):
         raise UserError("--against expects --verify and --data DATA beside it")
-    if args.data and not args.against:
-        raise UserError("--data expects --against TEACHER beside it, found none")
-    if args.against:
+    if args.student and not args.data:
+        raise UserError("--student expects --data DATA beside it, found none")
+    if args.data and not (args.against or args.student):
+        raise UserError("--data expects --against TEACHER or --student MODEL beside it, found none")
+    if args.against or args.student:
         # Only here: without a teacher this module needs neither torch nor fairseq.
         from sekd_fairseq.plugin import quiet_fairseq
 
         quiet_fairseq()
     directories = split_directories(args.cache)
+    unfit = 0
     if args.to_parquet and len(directories) > 1:
         raise UserError(
             f"--to-parquet: expected the folder of one split, found {len(directories)} in "
@@ -109,9 +128,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"tokens: mean {error.mean():.2e} nats, p99 {np.quantile(error, 0.99):.2e}, "
                     f"maximum {error.max():.2e}"
                 )
+        if args.student:
+            # As above: only here is torch needed.
+            from sekd_fairseq.devices import default_device
+            from sekd_fairseq.readiness import checks
+
+            device = default_device(args.cpu)
+            for check in checks(cache, args.student, args.data, device, args.max_tokens):
+                print(check, flush=True)
+                unfit += not check.good
         if args.to_parquet:
             write_parquet(cache, args.to_parquet)
             print(f"{args.to_parquet}: {cache.manifest.tokens:,} rows")
+    if unfit:
+        raise UserError(f"--student {args.student}: expected a fit, found {unfit} to fix (above)")
 
 
 def another_teacher(manifest: Manifest, paths: str) -> str | None:
