@@ -6,18 +6,28 @@
 
 Students train on DISTILLED with any criterion (Kim and Rush, 2016, with cross entropy); a cache for
 its targets (build_cache DISTILLED) brings word-level KD or SE-KD to them too.
+
+Of N-best lists (``fairseq-generate --beam N --nbest N``) one translation per sentence is chosen with
+``--choose``.  More text: with ``--sources MONO``, data whose split is monolingual text, what was generated
+from it becomes the split; sentences of the validation and test sets are left out, and the pairs of DATA
+are mixed in with ``--gold-share``.
 """
 
 import argparse
+import itertools
 import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq.data import Dictionary, indexed_dataset
+from sacrebleu.metrics import CHRF
 
 from analysis.runs.files import atomic_directory
+from analysis.runs.texts import read_lines
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.evaluate import read_generated
@@ -41,6 +51,41 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--output", required=True, type=Path, metavar="DIR", help="new data directory")
     out.add_argument("--subset", default="train", help="the split (default: %(default)s)")
+    out.add_argument(
+        "--nbest",
+        type=int,
+        default=1,
+        metavar="N",
+        help="translations per sentence to choose from, at most as many as fairseq-generate --nbest "
+        "printed (default: %(default)s, the model's best)",
+    )
+    out.add_argument(
+        "--choose",
+        choices=("reference", "mbr", "scores"),
+        help="with --nbest: nearest to the reference by chrF; nearest to the other translations by chrF "
+        "(minimum Bayes risk), which needs no reference; best by --scores",
+    )
+    out.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="with --choose scores: a number per translation, larger is better, one a line in the order of "
+        "the H- lines of FILE (a quality estimate)",
+    )
+    out.add_argument(
+        "--sources",
+        type=Path,
+        metavar="MONO",
+        help="data directory whose split FILE was generated from (same dictionaries; targets, if any, are "
+        "not read); its sentences that are in a validation or test set of DATA are left out",
+    )
+    out.add_argument(
+        "--gold-share",
+        type=float,
+        metavar="SHARE",
+        help="with --sources: the share of pairs of DATA in the result, above 0 and below 1, drawn anew "
+        "as often as needed (default: 0, translations alone)",
+    )
     return out
 
 
@@ -48,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the directory, complete or not at all."""
     args = parser().parse_args(argv)
+    check_options(args)
     check_splits(str(args.data), [args.subset])
     source, target = languages(args.data, args.subset)
     stored = stored_as(args.data, args.subset, source, target, target)
@@ -60,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "which is not written here; binarise the text again without it"
         )
     original = indexed_dataset.make_dataset(stored[0], kind, dictionary=dictionary)
-    lines = read_generated(args.generated, "H-", len(original))
+    if args.sources:
+        write_more_text(args, (source, target), kind, dictionary)
+        return
+    lines = chosen_translations(args, dictionary, original, len(original))
     targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
     with atomic_directory(args.output) as folder:
         for path in args.data.iterdir():
@@ -80,6 +129,194 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     tokens = sum(map(len, targets))
     print(f"{args.output}: {len(targets)} targets of {args.subset}, {tokens} tokens")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that do not belong together."""
+    if args.nbest < 1:
+        raise UserError(f"--nbest: expected 1 or more, found {args.nbest}")
+    if (args.nbest > 1) != (args.choose is not None):
+        raise UserError("--nbest N and --choose expect each other, found one of them alone")
+    if (args.choose == "scores") != (args.scores is not None):
+        raise UserError(
+            "--choose scores and --scores FILE expect each other, found one of them alone"
+        )
+    if args.choose == "reference" and args.sources:
+        raise UserError("--choose reference: --sources has none; expected --choose mbr or scores")
+    if args.gold_share is not None and not (args.sources and 0 < args.gold_share < 1):
+        raise UserError(
+            f"--gold-share: expected above 0 and below 1, with --sources, found {args.gold_share}"
+        )
+
+
+def chosen_translations(
+    args: argparse.Namespace, dictionary: Dictionary, references: Any, count: int
+) -> list[str]:
+    """One translation per sentence, in pieces."""
+    if args.choose is None:
+        return read_generated(args.generated, "H-", count)
+    found = translations(read_lines(args.generated))
+    missing = sorted(set(range(count)) - set(found))
+    if missing or len(found) != count:
+        which = f"none of sentence {missing[0]}" if missing else f"sentence {max(found)} too"
+        raise UserError(
+            f"{args.generated}: expected translations of {count} sentences, found {which}"
+        )
+    fewest = min(found, key=lambda sentence: len(found[sentence]))
+    if len(found[fewest]) < args.nbest:
+        raise UserError(
+            f"--nbest {args.nbest}: {args.generated} has {len(found[fewest])} translations of sentence "
+            f"{fewest}; expected as many, from fairseq-generate --nbest {args.nbest}"
+        )
+    scores = read_scores(args.scores, found) if args.scores else None
+    chosen = []
+    for sentence in range(count):
+        texts = found[sentence][: args.nbest]
+        if scores is not None:
+            values = scores[sentence][: args.nbest]
+        elif args.choose == "mbr":
+            values = mean_chrf(texts)
+        else:
+            values = [joined_chrf(text, dictionary.string(references[sentence])) for text in texts]
+        chosen.append(texts[int(np.argmax(values))])  # of equals the model's best
+    return chosen
+
+
+def translations(lines: Sequence[str]) -> dict[int, list[str]]:
+    """The pieces of all translations that fairseq-generate printed, by sentence, the best first."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for line in lines:
+        label, *rest = line.split("\t", 2)
+        if label.startswith("H-") and label[2:].isdecimal() and len(rest) == 2:
+            found[int(label[2:])].append(rest[1])
+    return dict(found)
+
+
+def read_scores(path: Path, found: dict[int, list[str]]) -> dict[int, list[float]]:
+    """A file's scores by sentence, in the order of its translations; ``found`` is in the order of the
+    generated file."""
+    lines = read_lines(path)
+    expected = sum(map(len, found.values()))
+    try:
+        values = [float(line) for line in lines]
+    except ValueError as error:
+        raise UserError(
+            f"--scores {path}: expected a number a line, found another ({error})"
+        ) from error
+    if len(values) != expected or not np.isfinite(values).all():
+        raise UserError(
+            f"--scores {path}: expected {expected} finite numbers, one per translation, found "
+            f"{len(values)} lines"
+        )
+    following = iter(values)
+    return {sentence: [next(following) for _ in texts] for sentence, texts in found.items()}
+
+
+def joined_chrf(pieces: str, other: str) -> float:
+    """chrF of a translation against another text, both in pieces: chrF leaves out spaces, so pieces can
+    be joined whatever cut them."""
+    texts = (text.replace(" ", "") for text in (pieces, other))
+    return float(CHRF().sentence_score(next(texts), [next(texts)]).score)
+
+
+def mean_chrf(texts: Sequence[str]) -> list[float]:
+    """Of each translation the mean chrF against the others, as references: its expected utility where
+    each is as likely (Kumar and Byrne, 2004)."""
+    return [
+        float(
+            np.mean([joined_chrf(text, other) for j, other in enumerate(texts) if j != i] or [0.0])
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def write_more_text(
+    args: argparse.Namespace, language_pair: tuple[str, str], kind: str, dictionary: Dictionary
+) -> None:
+    """The data directory whose split is translated monolingual text, with gold pairs at a share."""
+    source = language_pair[0]
+    dictionaries = [Dictionary.load(str(args.data / f"dict.{side}.txt")) for side in language_pair]
+    theirs = Dictionary.load(str(args.sources / f"dict.{source}.txt"))
+    if theirs.symbols != dictionaries[0].symbols:
+        raise UserError(
+            f"--sources {args.sources}: expected the dictionary of {args.data} for {source}, found "
+            "another; binarise the text with fairseq-preprocess --srcdict"
+        )
+    mono = side_of(args.sources, args.subset, language_pair, source, theirs)
+    lines = chosen_translations(args, dictionary, None, len(mono))
+    held_out = held_out_sentences(args, language_pair, dictionaries)
+    pairs = []
+    for i, line in enumerate(lines):
+        pair = (mono[i].int(), encode(line, dictionary, args.generated, i))
+        if not any(key(side) in seen for side, seen in zip(pair, held_out, strict=True)):
+            pairs.append(pair)
+    kept = len(pairs)
+    sides = [
+        side_of(args.data, args.subset, language_pair, side, symbols)
+        for side, symbols in zip(language_pair, dictionaries, strict=True)
+    ]
+    gold = 0
+    if args.gold_share is not None:
+        gold = round(kept * args.gold_share / (1 - args.gold_share))
+        generator = np.random.default_rng(1)
+        rounds = -(-gold // len(sides[0]))
+        order = [i for _ in range(rounds) for i in generator.permutation(len(sides[0])).tolist()]
+        pairs += [(sides[0][i].int(), sides[1][i].int()) for i in order[:gold]]
+    if not pairs:
+        raise UserError(
+            f"--sources {args.sources}: expected sentences that are in no held-out set, found none"
+        )
+    stored = [stored_as(args.data, args.subset, *language_pair, side) for side in language_pair]
+    written = [Path(one[0]).name for one in stored if one is not None]
+    with atomic_directory(args.output) as folder:
+        for path in args.data.iterdir():
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            elif path.stem not in written:
+                shutil.copy(path, folder)
+        for side, name in enumerate(written):
+            sentences = [pair[side] for pair in pairs]
+            write_indexed(folder / name, kind, sentences, len(dictionaries[side]))
+    print(
+        f"{args.output}: {kept} pairs of {args.sources} ({len(lines) - kept} are in a held-out set and left "
+        f"out), {gold} gold pairs of {args.data}"
+    )
+
+
+def side_of(
+    data: Path, split: str, language_pair: tuple[str, str], side: str, dictionary: Dictionary
+) -> Any:
+    """One side of a split; ``UserError`` where it is not there, or raw text."""
+    stored = stored_as(data, split, *language_pair, side)
+    if stored is None or stored[1] in ("raw", "huffman"):
+        raise UserError(
+            f"{data}: expected the {side} side of {split} binarised (--dataset-impl mmap, lazy or cached), "
+            f"found {'none' if stored is None else stored[1]}"
+        )
+    return indexed_dataset.make_dataset(*stored, dictionary=dictionary)
+
+
+def held_out_sentences(
+    args: argparse.Namespace, language_pair: tuple[str, str], dictionaries: Sequence[Dictionary]
+) -> list[set[bytes]]:
+    """The sentences of all validation and test sets, of either side."""
+    found: list[set[bytes]] = []
+    for side, dictionary in zip(language_pair, dictionaries, strict=True):
+        seen: set[bytes] = set()
+        for name in ("valid", "test"):
+            for part in itertools.count():
+                split = f"{name}{part or ''}"
+                if stored_as(args.data, split, *language_pair, side) is None:
+                    break
+                sentences = side_of(args.data, split, language_pair, side, dictionary)
+                seen.update(key(sentences[i]) for i in range(len(sentences)))
+        found.append(seen)
+    return found
+
+
+def key(sentence: torch.Tensor) -> bytes:
+    """A sentence's tokens, to be found again."""
+    return sentence.to(torch.int32).numpy().tobytes()
 
 
 def write_indexed(path: Path, kind: str, sentences: list[torch.Tensor], vocab_size: int) -> None:

@@ -23,7 +23,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +32,10 @@ import numpy as np
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 from numpy.typing import NDArray
-from sacrebleu.metrics import CHRF
 
 from analysis.runs.files import atomic_directory, atomic_write, sealed_json
 from analysis.runs.texts import read_lines
-from sekd_fairseq.distilled_data import encode, write_indexed
+from sekd_fairseq.distilled_data import encode, joined_chrf, translations, write_indexed
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.splits import check_splits, languages, stored_as
 from sekd_fairseq.teacher_cache.format import Manifest
@@ -404,7 +402,6 @@ def choose(
     _, target = settings.parts
     dictionary = Dictionary.load(str(sources / f"dict.{target}.txt"))
     gold = read_side(sources, "train", target)
-    chrf = CHRF()
     targets, changed = [], 0
     for sentence in range(sentences):
         texts = list(dict.fromkeys(found[sentence]))
@@ -412,25 +409,10 @@ def choose(
         if len(texts) > 1:
             # chrF leaves out spaces, so pieces can be joined whatever cut them.
             reference = dictionary.string(gold[sentence]).replace(" ", "")
-            best = max(texts, key=lambda text: joined_score(chrf, text, reference))
+            best = max(texts, key=lambda text: joined_chrf(text, reference))
         changed += best != texts[0]
         targets.append(encode(best, dictionary, output, sentence))
     return targets, changed
-
-
-def joined_score(chrf: CHRF, pieces: str, reference: str) -> float:
-    """chrF of a translation in pieces."""
-    return float(chrf.sentence_score(pieces.replace(" ", ""), [reference]).score)
-
-
-def translations(lines: Sequence[str]) -> dict[int, list[str]]:
-    """The pieces of all translations that fairseq-generate printed, by sentence, the best first."""
-    found: dict[int, list[str]] = defaultdict(list)
-    for line in lines:
-        label, *rest = line.split("\t", 2)
-        if label.startswith("H-") and label[2:].isdecimal() and len(rest) == 2:
-            found[int(label[2:])].append(rest[1])
-    return found
 
 
 def build_cache(settings: Settings, data: Path, cache: Path) -> None:

@@ -101,7 +101,7 @@ def test_which_translation_is_nearest() -> None:
     ]
     found = rounds.translations(lines)
     assert found == {1: ["▁ein ▁Ha us", "▁ein ▁Hund"], 0: ["▁zwei"]}
-    scores = [rounds.joined_score(rounds.CHRF(), text, "▁ein▁Hund") for text in found[1]]
+    scores = [rounds.joined_chrf(text, "▁ein▁Hund") for text in found[1]]
     assert scores[1] == 100 and scores[0] < 60
 
 

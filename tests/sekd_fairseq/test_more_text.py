@@ -1,0 +1,133 @@
+"""Translations chosen from N-best lists, and of monolingual text."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fairseq.data import Dictionary, data_utils
+from sacrebleu.metrics import CHRF
+
+from sekd_fairseq.distilled_data import joined_chrf, mean_chrf, read_scores, translations
+from sekd_fairseq.errors import UserError
+
+from .conftest import WORDS, binarise, command, error_line, sentence_pairs, write_text
+
+
+def generated(path: Path, lists: list[list[str]]) -> Path:
+    """What fairseq-generate prints of these translations, sentences in another order."""
+    lines = []
+    for sentence in reversed(range(len(lists))):
+        lines.append(f"S-{sentence}\tsource")
+        for text in lists[sentence]:
+            lines += [f"H-{sentence}\t-0.5\t{text}", f"D-{sentence}\t-0.5\t{text}"]
+    path.write_text("".join(f"{line}\n" for line in [*lines, "Generate train"]))
+    return path
+
+
+def side(data: Path, split: str, language: str) -> list[str]:
+    """A split's sentences, as text."""
+    dictionary = Dictionary.load(str(data / f"dict.{language}.txt"))
+    sentences: Any = data_utils.load_indexed_dataset(
+        str(data / f"{split}.en-de.{language}"), dictionary
+    )
+    return [dictionary.string(sentences[i]) for i in range(len(sentences))]
+
+
+def distil(*words: object, check: bool = True) -> str:
+    return command("sekd_fairseq.distilled_data", *words, check=check)
+
+
+def test_lists_are_read_in_their_own_order(tmp_path: Path) -> None:
+    path = generated(tmp_path / "out", [["a b", "c"], ["d"]])
+    found = translations(path.read_text().splitlines())
+    assert found == {0: ["a b", "c"], 1: ["d"]}
+    (tmp_path / "scores").write_text("1\n2\n3\n")  # of d, a b, c
+    assert read_scores(tmp_path / "scores", found) == {1: [1.0], 0: [2.0, 3.0]}
+    for wrong in ("1\n2\n", "1\n2\nx\n", "1\n2\nnan\n"):
+        (tmp_path / "scores").write_text(wrong)
+        with pytest.raises(UserError, match="--scores"):
+            read_scores(tmp_path / "scores", found)
+
+
+def test_utilities() -> None:
+    texts = ["eins zwei drei", "eins zwei vier", "acht neun"]
+    exact = CHRF()
+    for one, other in itertools.product(texts, texts):
+        expected = exact.sentence_score(one, [other]).score
+        assert joined_chrf(one, other) == pytest.approx(expected)
+    values = mean_chrf(texts)
+    for i, one in enumerate(texts):
+        others = [joined_chrf(one, other) for j, other in enumerate(texts) if j != i]
+        assert values[i] == pytest.approx(sum(others) / 2)
+    assert values[2] == min(values) and mean_chrf(["a"]) == [0.0]
+
+
+def test_one_of_n_is_chosen(data: Path, tmp_path: Path) -> None:
+    references = side(data, "train", "de")
+    # Two alike, the reference, and the two that share a word: what each way wants differs.
+    lists = [[f"{text} neun", text, f"{text} neun acht"] for text in references]
+    path = generated(tmp_path / "out", lists)
+    words = (data, "--generated", path, "--nbest", 3)
+    distil(*words, "--choose", "reference", "--output", tmp_path / "r")
+    assert side(tmp_path / "r", "train", "de") == references
+    distil(*words, "--choose", "mbr", "--output", tmp_path / "m")
+    assert side(tmp_path / "m", "train", "de") == [
+        max(texts, key=lambda text, texts=texts: mean_chrf(texts)[texts.index(text)])  # type: ignore[misc]
+        for texts in lists
+    ]
+    (tmp_path / "scores").write_text("0\n0\n1\n" * len(lists))
+    distil(
+        *words, "--choose", "scores", "--scores", tmp_path / "scores", "--output", tmp_path / "s"
+    )
+    assert side(tmp_path / "s", "train", "de") == [texts[2] for texts in lists]
+    distil(data, "--generated", path, "--output", tmp_path / "first")
+    assert side(tmp_path / "first", "train", "de") == [texts[0] for texts in lists]
+    for options, expected in (
+        (["--nbest", 4, "--choose", "mbr"], "has 3 translations"),
+        (["--nbest", 2], "--choose"),
+        (["--choose", "mbr"], "--nbest"),
+        (["--nbest", 2, "--choose", "scores"], "--scores"),
+        (["--gold-share", 0.5], "--sources"),
+        (["--nbest", 0], "1 or more"),
+    ):
+        line = error_line(
+            distil(data, "--generated", path, "--output", tmp_path / "no", *options, check=False)
+        )
+        assert expected in line
+
+
+def test_more_text_is_mixed_with_gold(data: Path, tmp_path: Path) -> None:
+    held_out = list(zip(side(data, "valid", "en"), side(data, "valid", "de"), strict=True))
+    fresh = [pair for pair in sentence_pairs(60, seed=77) if pair not in held_out]
+    tested = {*side(data, "test", "en"), *side(data, "valid", "en")}
+    clean = [pair for pair in fresh if pair[0] not in tested]
+    write_text(tmp_path / "text", "train", fresh + held_out[:5])
+    mono = binarise(tmp_path / "text", tmp_path / "mono", data)
+    found = side(mono, "train", "en")
+    lists = [[" ".join(WORDS[word] for word in reversed(text.split()))] for text in found]
+    path = generated(tmp_path / "out", lists)
+    words = (data, "--generated", path, "--sources", mono)
+    printed = distil(*words, "--output", tmp_path / "all")
+    assert f"{len(found) - len(clean)} are in a held-out set" in printed
+    assert side(tmp_path / "all", "train", "en") == [source for source, _ in clean]
+    assert side(tmp_path / "all", "train", "de") == [target for _, target in clean]
+    assert side(tmp_path / "all", "valid", "de") == side(data, "valid", "de")
+    distil(*words, "--gold-share", 0.9, "--output", tmp_path / "mixed")
+    mixed = list(zip(*(side(tmp_path / "mixed", "train", x) for x in ("en", "de")), strict=True))
+    gold = set(zip(side(data, "train", "en"), side(data, "train", "de"), strict=True))
+    assert len(mixed) == round(10 * len(clean)) and set(mixed[len(clean) :]) == gold
+    line = error_line(
+        distil(
+            *words, "--nbest", 2, "--choose", "reference", "--output", tmp_path / "no", check=False
+        )
+    )
+    assert "--choose mbr" in line
+    write_text(tmp_path / "other", "train", [("one", "eins")])
+    other = binarise(tmp_path / "other", tmp_path / "few")
+    line = error_line(
+        distil(
+            data, "--generated", path, "--sources", other, "--output", tmp_path / "no", check=False
+        )
+    )
+    assert "--srcdict" in line and not (tmp_path / "no").exists()
