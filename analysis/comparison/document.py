@@ -1,11 +1,13 @@
 """A comparison written down: Markdown, HTML, and of each table CSV and LaTeX."""
 
 import base64
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from markdown_it import MarkdownIt
 
 from analysis.comparison.chapters import (
     SENTENCE_METRIC,
@@ -82,6 +84,8 @@ def _write_folder(results: Results, folder: Path) -> None:
         summary=summary,
         chapters=found,
         latex=latex_table,
+        numeric=numeric,
+        prose=MarkdownIt("commonmark", {"html": False}).renderInline,
         figure=lambda name: _drawing(folder / "figures" / f"{name}.svg"),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
@@ -125,6 +129,12 @@ def _in_bold(table: Table, around: str) -> pd.DataFrame:
     return table.shown.mask(pd.DataFrame(table.best, columns=table.shown.columns), marked)
 
 
+def numeric(table: Table) -> list[bool]:
+    """Whether each column holds numbers, which stand at the right."""
+    cells = table.shown.map(lambda cell: not cell or bool(_NUMBER.match(cell)))
+    return [bool(all_numbers) for all_numbers in cells.all()]
+
+
 def latex_table(table: Table) -> str:
     """A table for a paper: booktabs, the best in bold, text escaped, its caption above."""
     cells = table.shown.map(_latex)
@@ -136,7 +146,7 @@ def latex_table(table: Table) -> str:
         "\\centering",
         f"\\caption{{{_latex(table.caption)}}}",
         f"\\label{{tab:{table.name}}}",
-        f"\\begin{{tabular}}{{l{'r' * (len(cells.columns) - 1)}}}",
+        f"\\begin{{tabular}}{{{''.join('lr'[number] for number in numeric(table))}}}",
         "\\toprule",
         *(" & ".join(row) + r" \\" for row in [[_latex(str(name)) for name in cells.columns]]),
         "\\midrule",
@@ -148,6 +158,8 @@ def latex_table(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+#: What a number begins with; "no words" and "no sentences" stand in place of one.
+_NUMBER = re.compile(r"[<>]?\s*[-+]?\d|no (words|sentences)$")
 _LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},

@@ -384,7 +384,20 @@ def test_latex() -> None:
     text = document.latex_table(table)
     assert r"50 \% $\downarrow$ & \textbf{$<$ 0.1} \\" in text
     assert r"\{x\} & \textbackslash{} \\" in text
+    assert r"\begin{tabular}{ll}" in text  # neither column is of numbers alone
     assert r"a\_b & p \\" in text and r"\caption{95 \% of x}" in text and r"\toprule" in text
+
+
+def test_numbers_stand_at_the_right() -> None:
+    shown = pd.DataFrame(
+        {
+            "a": ["x", "1"],
+            "b": ["1.20 [0.58, 1.82] †", "-0.3"],
+            "c": ["< 0.001", "no words"],
+            "d": ["3", ""],
+        }
+    )
+    assert document.numeric(Table("name", "", shown, shown)) == [False, True, True, True]
 
 
 @pytest.mark.skipif(not FOLDER, reason="WMT22 names no folder")
