@@ -33,8 +33,8 @@ from sekd_fairseq.llm.vocabulary import FILE, NEW_ROW, TOKENIZER, Vocabulary
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.teacher_cache.finish import finish_cache, shard_range
 from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
-from sekd_fairseq.teacher_cache.reader import TeacherCache, TeacherRow
-from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
+from sekd_fairseq.teacher_cache.reader import CachedSentence, TeacherCache
+from sekd_fairseq.teacher_cache.writer import SentenceColumns, write_shard
 from sekd_fairseq.teachers.alignment import END, Known, Pieces, Reader, carry_over, spans
 from sekd_fairseq.teachers.truncation import Truncation, best_columns, reference_alone
 
@@ -255,15 +255,15 @@ def align(
 
 
 def aligned_row(
-    row: TeacherRow,
+    row: CachedSentence,
     known: list[Known] | None,
     tokens: list[int],
     reader: Reader,
     truncation: Truncation,
-) -> SentenceRows:
+) -> SentenceColumns:
     """One sentence over the student's ``tokens``."""
     if known is None:  # one tokenizer: the row as it is
-        return SentenceRows(
+        return SentenceColumns(
             {name: value for name, value in row._asdict().items() if isinstance(value, np.ndarray)}
         )
     found = carry_over(known, tokens, reader)
@@ -273,7 +273,7 @@ def aligned_row(
     return best_columns(logs, tokens, truncation)
 
 
-def known_tokens(row: TeacherRow) -> list[Known]:
+def known_tokens(row: CachedSentence) -> list[Known]:
     """What a cached sentence knows at each of its tokens."""
     ends = np.cumsum(row.support_size.astype(np.int64))
     log_p = row.logprob.astype(np.float64)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from analysis.runs.token_records import read_columns, read_token_set
 from sekd_fairseq.errors import CacheError, UserError
-from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
 
 #: Sentences hashed at a time when a dataset is checked.
@@ -180,14 +180,17 @@ class TeacherDataset(StableOrderDataset):
     support among them:
 
     - ``ids`` (LongTensor, ``(N, K)``): support tokens, the reference first; unused slots repeat it
-    - ``rows`` (LongTensor, ``(N,)``): their places in the flattened target, ascending; found here,
-      because a GPU would have to be waited for
     - ``size`` (LongTensor, ``(N,)``): how many slots are used
     - ``log_p`` (HalfTensor, ``(N, K)``): teacher's log-probabilities as stored
     - ``gold_log_p``, ``outside_mass`` (DoubleTensor, ``(N,)``): double, because fairseq casts
       every float32 tensor of a batch to half under ``--fp16``
 
+    - ``temperature`` (float): the softmax temperature that they are at
+
     and, of a sampled cache, ``draws`` (IntTensor, ``(N, K)``) and ``samples`` (LongTensor, ``(N,)``).
+    :func:`teacher_tokens` makes of it what the losses take. Beside it batches hold
+    ``target_positions`` (LongTensor, ``(N,)``): the tokens' places in the flattened target, ascending;
+    found here, because a GPU would have to be waited for.
 
     Parameters
     ----------
@@ -236,6 +239,9 @@ class TeacherDataset(StableOrderDataset):
                 f"{where}: expected all caches of it to be sampled or none, found some of each; "
                 "build them with the same options"
             )
+        self.temperature = caches[0].manifest.temperature
+        for cache in caches:
+            self.check_temperature(cache)
         for index, (part, cache) in enumerate(zip(parts, caches, strict=True)):
             hashes = target_hashes(part, self.pad)
             cache.check_targets(hashes, where)
@@ -243,45 +249,54 @@ class TeacherDataset(StableOrderDataset):
                 difficulty[index].check_targets(hashes, where)
                 difficulty[index].check_teacher(cache)
 
+    def check_temperature(self, cache: TeacherCache) -> None:
+        """Refuse a cache, of this or of another split of a training, at another temperature."""
+        if (found := cache.manifest.temperature) != self.temperature:
+            raise CacheError(
+                f"{cache.directory}: expected temperature {self.temperature:g}, as of "
+                f"{self.caches[0].directory}, found {found:g}; build both with the same --temperature"
+            )
+
     def collater(self, samples: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
         """Collate as the wrapped dataset does, then add ``teacher`` (class docstring)."""
         batch = super().collater(samples, **options)
         if batch:
-            batch["teacher"] = self._teacher(batch["id"], batch["target"])
+            mask = batch["target"].ne(self.pad)
+            batch["teacher"] = self._teacher(batch["id"], batch["target"], mask)
+            batch["target_positions"] = mask.view(-1).nonzero().squeeze(1)
         return batch
 
-    def _teacher(self, ids: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def _teacher(self, ids: Tensor, target: Tensor, mask: Tensor) -> dict[str, Any]:
         places = [self._locate(sentence) for sentence in ids.tolist()]
-        rows = [self.caches[part][index] for part, index in places]
-        # The collater has reordered the batch; a row that strayed from its target is caught here.
-        mask = target.ne(self.pad)
+        sentences = [self.caches[part][index] for part, index in places]
+        # The collater has reordered the batch; a sentence that strayed from its target is caught here.
         tokens = target[mask]
         hashes = hash_targets(tokens.numpy(), mask.sum(dim=1).numpy())
-        if not np.array_equal(hashes, np.array([row.target_hash for row in rows], np.uint64)):
+        if not np.array_equal(hashes, np.array([one.target_hash for one in sentences], np.uint64)):
             raise CacheError(
-                "teacher rows do not belong to the targets of their batch; the dataset changes "
+                "teacher distributions do not belong to the targets of their batch; the dataset changes "
                 "its targets after loading, which a teacher cache cannot follow"
             )
-        size = np.concatenate([row.support_size for row in rows]).astype(np.int64)
+        size = np.concatenate([one.support_size for one in sentences]).astype(np.int64)
         width = int(size.max())
         slots = np.arange(width) < size[:, None]  # (N, K)
         log_p = np.full(slots.shape, -np.inf, np.float16)
-        log_p[slots] = np.concatenate([row.logprob for row in rows])
+        log_p[slots] = np.concatenate([one.logprob for one in sentences])
         token_ids = np.repeat(tokens.numpy()[:, None], width, axis=1)
-        token_ids[slots] = np.concatenate([row.token_id for row in rows])
-        gold = np.concatenate([row.gold_logprob for row in rows]).astype(np.float64)
-        outside = np.concatenate([row.outside_mass for row in rows]).astype(np.float64)
-        entry = {
+        token_ids[slots] = np.concatenate([one.token_id for one in sentences])
+        gold = np.concatenate([one.gold_logprob for one in sentences]).astype(np.float64)
+        outside = np.concatenate([one.outside_mass for one in sentences]).astype(np.float64)
+        entry: dict[str, Any] = {
             "ids": torch.from_numpy(token_ids),
-            "rows": mask.view(-1).nonzero().squeeze(1),
             "size": torch.from_numpy(size),
             "log_p": torch.from_numpy(log_p),
             "gold_log_p": torch.from_numpy(gold),
             "outside_mass": torch.from_numpy(outside),
+            "temperature": self.temperature,
         }
         if "samples" in self.caches[0].manifest.truncation:
             counts = np.zeros(slots.shape, np.int32)
-            counts[slots] = np.concatenate([row.draws for row in rows])
+            counts[slots] = np.concatenate([one.draws for one in sentences])
             entry["draws"] = torch.from_numpy(counts)
             samples = [self.caches[part].manifest.truncation["samples"] for part, _ in places]
             entry["samples"] = torch.from_numpy(
@@ -298,18 +313,23 @@ def only_part(index: int) -> tuple[int, int]:
     return 0, index
 
 
-def teacher_rows(batch: dict[str, Tensor]) -> TeacherRows:
-    """The loss's view of ``batch["teacher"]``, float32, on its device."""
-    slots = torch.arange(batch["ids"].size(1), device=batch["ids"].device)
-    log_p = batch["log_p"].float()
-    log_p[:, 0] = batch["gold_log_p"].float()
+def teacher_tokens(entry: dict[str, Any]) -> TeacherTokens:
+    """What the losses take of ``batch["teacher"]``, in float32, on its device.
+
+    A batch is a dictionary of tensors on its way, because fairseq moves and casts no other things.
+    """
+    slots = torch.arange(entry["ids"].size(1), device=entry["ids"].device)
+    log_p = entry["log_p"].to(torch.float32, copy=True)
+    log_p[:, 0] = entry["gold_log_p"].float()
     log_weight = None
-    if "draws" in batch:
-        log_weight = (batch["draws"] / batch["samples"].unsqueeze(1)).log().float()
-    return TeacherRows(
-        ids=batch["ids"],
-        valid=slots < batch["size"].unsqueeze(1),
+    if "draws" in entry:
+        log_weight = (entry["draws"] / entry["samples"].unsqueeze(1)).log().float()
+    return TeacherTokens(
+        ids=entry["ids"],
+        valid=slots < entry["size"].unsqueeze(1),
         log_p=log_p,
-        log_outside=batch["outside_mass"].log().float(),
+        log_outside=entry["outside_mass"].log().float(),
         log_weight=log_weight,
+        temperature=entry["temperature"],
+        difficulty=entry.get("difficulty"),
     )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from analysis.runs.files import atomic_write, hash_file
 from analysis.terminal import progress
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
-from sekd_fairseq.teacher_cache import TeacherCache, TeacherRow
+from sekd_fairseq.teacher_cache import CachedSentence, TeacherCache
 from sekd_fairseq.teacher_cache.finish import upgrade_cache
 from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest
 from sekd_fairseq.teacher_cache.tail import TAIL
@@ -202,7 +202,7 @@ def restoration_error(
 
 
 def dense_row(
-    row: TeacherRow, vocab_size: int, law: NDArray[np.float32] | None = None
+    row: CachedSentence, vocab_size: int, law: NDArray[np.float32] | None = None
 ) -> NDArray[np.float64]:
     """The full distributions that a cached sentence restores, (T, V), its outside mass spread evenly or
     by a tail law."""

@@ -28,11 +28,11 @@ from analysis.runs.token_records import write_records
 from analysis.terminal import progress, warn
 from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits
 from sekd_fairseq.criterions.self_evolution_kd import partners
-from sekd_fairseq.datasets import TeacherDataset, teacher_rows
+from sekd_fairseq.datasets import TeacherDataset, teacher_tokens
 from sekd_fairseq.devices import default_device, half_precision, to_device
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.logits import flat_logits
-from sekd_fairseq.losses import TeacherRows, build_events, support_log_probs
+from sekd_fairseq.losses import TeacherTokens, build_events, support_log_probs
 from sekd_fairseq.losses.decoupled import decoupled_kl
 from sekd_fairseq.losses.divergences import forward_kl
 from sekd_fairseq.losses.events import log_sum_exp
@@ -212,7 +212,7 @@ def token_columns(
     logits = flat_logits(logits, sample["target"], symbols)
     target = sample["target"].view(-1)
     rows = target.ne(pad).nonzero().squeeze(1)
-    teacher = teacher_rows(sample["teacher"])
+    teacher = teacher_tokens(sample["teacher"])
     events = build_events(
         teacher, support_log_probs(logits, rows, teacher.ids, teacher.valid), "bucket"
     )
@@ -242,7 +242,7 @@ def token_columns(
     }
 
 
-def probability_of(teacher: TeacherRows, token: Tensor, vocab_size: int) -> Tensor:
+def probability_of(teacher: TeacherTokens, token: Tensor, vocab_size: int) -> Tensor:
     """The teacher's probability of one token a row, (N,); outside the support the mean there."""
     found = (teacher.ids == token.unsqueeze(1)) & teacher.valid
     inside = (teacher.log_p.exp() * found).sum(dim=1)
@@ -250,7 +250,7 @@ def probability_of(teacher: TeacherRows, token: Tensor, vocab_size: int) -> Tens
     return torch.where(found.any(dim=1), inside, outside)
 
 
-def top_overlap(teacher: TeacherRows, log_q: Tensor, n: int) -> Tensor:
+def top_overlap(teacher: TeacherTokens, log_q: Tensor, n: int) -> Tensor:
     """How many of the teacher's ``n`` best tokens are among the student's, (N,), int8.
 
     Where the cache holds fewer, the same share of those that it holds, rounded to a whole of ``n``.

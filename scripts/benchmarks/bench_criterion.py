@@ -48,6 +48,7 @@ from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDConfig,
     SelfEvolutionKDCriterion,
 )
+from sekd_fairseq.datasets import teacher_tokens
 
 VOCABULARIES = (8192, 32768, 131072)
 TOKENS = (512, 2048, 8192)
@@ -129,19 +130,18 @@ def task(vocabulary: int) -> Any:
     return SimpleNamespace(
         target_dictionary=dictionary(),
         cfg=config,
-        teacher_temperature=1.0,
-        teacher_at=lambda sample, rows: sample["teacher"],
+        teacher_at=lambda sample, positions: teacher_tokens(sample["teacher"]),
     )
 
 
-def teacher_entry(teacher: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
+def teacher_entry(teacher: Tensor, target: Tensor, k: int) -> dict[str, Any]:
     """A batch's teacher, as the loader makes it from a cache of ``k`` best tokens."""
     step = max(1, 2**28 // teacher.size(1))  # all tokens at once in float32 may not fit
     parts = [
         teacher_part(*part, k) for part in zip(teacher.split(step), target.split(step), strict=True)
     ]
     entry = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    return {**entry, "rows": torch.arange(len(target), device=target.device)}
+    return {**entry, "temperature": 1.0}
 
 
 def teacher_part(teacher: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
@@ -282,7 +282,11 @@ class Inputs:
 
     def with_teacher(self, k: int) -> dict[str, Any]:
         """The batch with a cached teacher."""
-        return {**self.sample, "teacher": teacher_entry(self.teacher, self.target, k)}
+        return {
+            **self.sample,
+            "teacher": teacher_entry(self.teacher, self.target, k),
+            "target_positions": torch.arange(len(self.target), device=self.target.device),
+        }
 
     def dense_step(self, loss: Callable[..., Tensor]) -> Callable[[], None]:
         """A step of a loss on logits (N, V), teacher's logits and targets."""

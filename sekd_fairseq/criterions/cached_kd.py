@@ -18,7 +18,7 @@ from sekd_fairseq.criterions.distillation import (
     Distilled,
 )
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.losses import DIVERGENCES, Events, SelfEvolution
+from sekd_fairseq.losses import DIVERGENCES, Events, SelfEvolution, TeacherTokens
 from sekd_fairseq.losses.decoupled import adaptive_teaching
 from sekd_fairseq.losses.divergences import divergence, relative_entropy
 from sekd_fairseq.losses.events import check_missing_mass
@@ -117,7 +117,7 @@ class CachedKDCriterion(DistillationCriterion):
             return "--divergence atkd"
         return "--select batch" if str(cfg.select) == "batch" else ""
 
-    def distill(self, events: Events, nll: Tensor, teacher: dict[str, Tensor]) -> Distilled:
+    def distill(self, events: Events, nll: Tensor, teacher: TeacherTokens) -> Distilled:
         """The divergence at selected tokens, zero at the others."""
         selected = self._selected(nll)
         if self.training and self.counted and self.queue is not None:

@@ -1,9 +1,7 @@
 """What every criterion on a cached teacher shares: the batch, the cross entropy, the log."""
 
-import inspect
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -12,11 +10,10 @@ from fairseq import utils
 from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
-from fairseq.models.transformer import TransformerDecoderBase
 from omegaconf import II
 from torch import Tensor
 
-from sekd_fairseq.datasets import teacher_rows
+from sekd_fairseq.criterions.projection import output_projection, parse_chunk_tokens
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.logits import flat_logits
 from sekd_fairseq.losses import (
@@ -25,15 +22,16 @@ from sekd_fairseq.losses import (
     Events,
     SelfEvolution,
     SupportLogProbs,
-    TeacherRows,
+    TeacherTokens,
     blockwise_loss,
     build_events,
     chunked_loss,
     support_log_probs,
 )
+from sekd_fairseq.losses.cross_entropy import cross_entropy_weights
 from sekd_fairseq.losses.divergences import WEIGHTED, in_float32
 from sekd_fairseq.losses.events import SPREAD
-from sekd_fairseq.losses.known_gradient import with_gradient
+from sekd_fairseq.losses.known_gradient import gradients_of, with_gradient
 from sekd_fairseq.losses.support import (
     gradient_size,
     one_kernel,
@@ -181,11 +179,10 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         """The option that needs all tokens of a batch at once, as typed; empty if there is none."""
         return ""
 
-    def distill(self, events: Events, nll: Tensor, teacher: dict[str, Tensor]) -> Distilled:
+    def distill(self, events: Events, nll: Tensor, teacher: TeacherTokens) -> Distilled:
         """The distillation loss of each token, and the sums to log.
 
-        ``nll`` (N,) is cross entropy at temperature 1, ``teacher`` the batch's entry
-        (:class:`~sekd_fairseq.datasets.TeacherDataset`).
+        ``nll`` (N,) is cross entropy at temperature 1, of the tokens of ``teacher``.
         """
         raise NotImplementedError
 
@@ -243,34 +240,37 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
                 "leave out --adaptive-softmax-cutoff"
             )
         target = sample["target"].view(-1)
-        entry = sample.get("teacher", {})
-        if (rows := entry.get("rows")) is None:
+        if (positions := sample.get("target_positions")) is None:
             # With the number of tokens given, a GPU does not have to be waited for.
             mask = target.ne(self.padding_idx)
-            rows = torch.nonzero_static(mask, size=int(sample["ntokens"])).squeeze(1)  # (N,)
-        teacher = self.task.teacher_at(sample, rows)
-        if self.missing_mass == "sampled" and "draws" not in entry:
+            size = int(sample["ntokens"])
+            positions = torch.nonzero_static(mask, size=size).squeeze(1)  # (N,)
+        teacher = self.task.teacher_at(sample, positions)
+        sampled = isinstance(teacher, TeacherTokens) and teacher.log_weight is not None
+        if self.missing_mass == "sampled" and not sampled:
             raise UserError(
                 "--missing-mass sampled expects a cache of sampled supports, found another; "
                 "build it with: python -m sekd_fairseq.build_cache ... --sample N"
             )
+        if self.missing_mass == "tail" and isinstance(teacher, TeacherTokens):
+            teacher = replace(teacher, tail=self.task.tail_law(positions.device))
         projection = self._chunked_projection(model)
 
         def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
             every = torch.arange(len(logits), device=logits.device)
-            return self._loss(logits, every, at_tokens(teacher, part), overwrite=True)
+            return self._loss(logits, every, teacher[part], overwrite=True)
 
         if projection is not None:
             features = model(**sample["net_input"], features_only=True)[0]
             features = flat_logits(features, sample["target"])  # (B T, D)
-            features = features.index_select(0, rows)
+            features = features.index_select(0, positions)
             weights = (projection.weight, projection.bias)
             loss, sums = chunked_loss(features, *weights, part_loss, self.chunk_tokens)
         else:
             logits = model(**sample["net_input"])[0]
             symbols = len(self.task.target_dictionary)
             logits = flat_logits(logits, sample["target"], symbols)  # (B T, V)
-            loss, sums = self._loss(logits, rows, teacher)
+            loss, sums = self._loss(logits, positions, teacher)
         sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": loss.detach(),
@@ -284,57 +284,53 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
     def _loss(
         self,
         logits: Tensor,
-        rows: Tensor,
-        teacher: dict[str, Tensor] | DenseTeacher,
+        positions: Tensor,
+        teacher: TeacherTokens | DenseTeacher,
         overwrite: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and sums to log at some rows of logits; ``teacher`` is what the task has of these
-        tokens, ``overwrite`` as of :func:`support_log_probs`.
+        """Loss and sums to log at some positions of the logits; ``teacher`` is the teacher there, ``overwrite`` as of :func:`support_log_probs`.
 
         Cross entropy is at temperature 1. The distillation loss is at the teacher's temperature T,
         times T^2, so that its gradient keeps its size (Hinton et al., 2015).
         """
         if isinstance(teacher, DenseTeacher):
-            # Every token of the vocabulary is looked at, so a few rows at a time.
+            # Every token of the vocabulary is looked at, so a few positions at a time.
             def block_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
                 student = whole_log_probs(logits, teacher.target[part])
-                return self._token_loss(student, student, teacher.rows(part), {}, logits)
+                return self._token_loss(student, student, teacher.tokens(part), logits)
 
-            return blockwise_loss(logits, rows, block_loss, at_once=self.ranks_batch)
-        temperature = self.task.teacher_temperature
-        usual = temperature == 1.0 and "draws" not in teacher
+            return blockwise_loss(logits, positions, block_loss, at_once=self.ranks_batch)
+        temperature = teacher.temperature
+        usual = temperature == 1.0 and teacher.log_weight is None
         known = self.one_kernel() if usual else None
         if known is not None and (kernel := one_kernel(logits)) is not None:
             settings, gamma = known
             weights = (self.alpha, self.label_smoothing)
-            loss, sums = kernel(logits, rows, teacher, settings, gamma, *weights, overwrite)
-            return loss, self.sums_of_kernel(sums, rows.numel(), gamma)
+            loss, sums = kernel(logits, positions, teacher, settings, gamma, *weights, overwrite)
+            return loss, self.sums_of_kernel(sums, positions.numel(), gamma)
         smooth, spread = self.label_smoothing > 0, self.missing_mass in SPREAD
-        cached = teacher_rows(teacher)
-        if self.missing_mass == "tail":
-            cached = replace(cached, tail=self.task.tail_law(logits.device))
-        ids, valid, tail = cached.ids, cached.valid, cached.tail
+        ids, valid, tail = teacher.ids, teacher.valid, teacher.tail
         if temperature == 1.0 and (tail is None or not smooth):  # one pass serves both parts
             student = plain = support_log_probs(
-                logits, rows, ids, valid, smooth or spread, 1.0, overwrite, tail
+                logits, positions, ids, valid, smooth or spread, 1.0, overwrite, tail
             )
         else:
-            student = support_log_probs(logits, rows, ids, valid, spread, temperature, weights=tail)
-            plain = support_log_probs(logits, rows, ids[:, :1], valid[:, :1], smooth)
-        return self._token_loss(student, plain, cached, teacher, logits, rows, temperature)
+            student = support_log_probs(
+                logits, positions, ids, valid, spread, temperature, weights=tail
+            )
+            plain = support_log_probs(logits, positions, ids[:, :1], valid[:, :1], smooth)
+        return self._token_loss(student, plain, teacher, logits, positions)
 
     def _token_loss(
         self,
         student: SupportLogProbs,
         plain: SupportLogProbs,
-        teacher: TeacherRows,
-        batch: dict[str, Tensor],
+        teacher: TeacherTokens,
         logits: Tensor,
-        rows: Tensor | None = None,
-        temperature: float = 1.0,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of some tokens; ``plain`` is the student at temperature 1, ``rows`` are the tokens'
-        rows of ``logits``, or None for all.
+        """The loss of some tokens; ``plain`` is the student at temperature 1, ``positions`` are the
+        tokens' in ``logits``, or None for all.
 
         These are a few numbers per token. Their gradient is taken here, and once, so that it can be
         logged too.
@@ -345,7 +341,7 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             column.requires_grad_(torch.is_grad_enabled())
         token_nll = -plain.log_q[:, 0].detach()
         events = build_events(teacher, leaf, self.missing_mass)
-        found = self.distill(events, token_nll, batch)
+        found = self.distill(events, token_nll, teacher)
         divergence, nll = found.divergence.sum(), token_nll.sum()
         sums = {"nll_loss": nll}
         if teacher.log_weight is None:
@@ -353,10 +349,8 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             agree = leaf.log_q.detach().gather(1, best).squeeze(1) >= leaf.max_log_q
             sums["agree"] = agree.sum()
         sums |= found.sums
-        # fairseq's label-smoothed cross entropy, a sum of nll and of all log-probabilities.
-        epsilon = self.label_smoothing / (logits.size(-1) - 1)
-        on_nll = (1.0 - self.alpha) * (1.0 - self.label_smoothing - epsilon)
-        on_sum = -(1.0 - self.alpha) * epsilon
+        on_nll, on_sum = cross_entropy_weights(self.alpha, self.label_smoothing, logits.size(-1))
+        temperature = teacher.temperature
         scale = temperature**2 * self.alpha
         value = on_nll * nll
         if self.alpha > 0:  # an infinite divergence that has no weight must not become NaN
@@ -369,8 +363,8 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         if found.hard is not None:
             tail = teacher.tail
             size = gradient_size(leaf, gradients, None if tail is None else tail[teacher.ids])
-            if self.missing_mass in SPREAD and rows is not None:
-                where = (logits, rows, teacher.ids, teacher.valid, temperature, tail)
+            if self.missing_mass in SPREAD and positions is not None:
+                where = (logits, positions, teacher.ids, teacher.valid, temperature, tail)
                 size = size + outside_gradient_size(leaf, gradients, *where)
             size = temperature * size  # T^2 D of z / T
             sums["easy_gradient"] = size.masked_fill(found.hard, 0.0).sum()
@@ -416,52 +410,3 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
     def logging_outputs_can_be_summed() -> bool:
         """Everything logged is a sum over tokens."""
         return True
-
-
-def at_tokens(
-    teacher: dict[str, Tensor] | DenseTeacher, part: slice
-) -> dict[str, Tensor] | DenseTeacher:
-    """The teacher at some of a batch's tokens."""
-    if isinstance(teacher, DenseTeacher):
-        return teacher[part]
-    return {key: value[part] for key, value in teacher.items()}
-
-
-def parse_chunk_tokens(value: str) -> int | None:
-    """The value of ``--sekd-chunk-tokens``: None for ``auto``."""
-    if value == "auto":
-        return None
-    try:
-        tokens = int(value)
-    except ValueError:
-        tokens = -1
-    if tokens < 0:
-        raise UserError(f"--sekd-chunk-tokens: expected 0 or more, or auto, found {value!r}")
-    return tokens
-
-
-def gradients_of(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of ``value`` to each input; zeros where there is none."""
-    if not value.requires_grad:
-        return tuple(map(torch.zeros_like, inputs))
-    return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
-
-
-def output_projection(model: Any) -> torch.nn.Linear | None:
-    """The linear layer that turns ``model(..., features_only=True)`` into its logits, if any.
-
-    None for a decoder that changes the logits afterwards, and a weight that is sharded over
-    processes.
-    """
-    decoder = model.decoder
-    projection = getattr(decoder, "output_projection", None)
-    plain = (
-        isinstance(projection, torch.nn.Linear)
-        and projection.weight.dim() == 2
-        and "features_only" in inspect.signature(decoder.forward).parameters
-        and (
-            getattr(decoder, "plain_projection", False)
-            or type(decoder).output_layer is TransformerDecoderBase.output_layer
-        )
-    )
-    return projection if plain else None

@@ -22,6 +22,7 @@ from sekd_fairseq.losses import (
     RunningQuantile,
     SelfEvolution,
     SelfEvolutionOutput,
+    TeacherTokens,
     self_evolution_kd,
 )
 from sekd_fairseq.losses.divergences import relative_entropy
@@ -226,10 +227,10 @@ class SelfEvolutionKDCriterion(DistillationCriterion):
         """The option that needs a whole batch at once, if any."""
         return "--gamma-type quantile" if str(cfg.gamma_type) == "quantile" else ""
 
-    def distill(self, events: Events, nll: Tensor, teacher: dict[str, Tensor]) -> Distilled:
+    def distill(self, events: Events, nll: Tensor, teacher: TeacherTokens) -> Distilled:
         """SE-KD of each token; difficulty is taken now, or from a stored pass where there is one."""
         gamma = self.running_quantile.value if self.running_quantile is not None else None
-        output = self_evolution_kd(events, self.settings_now(), gamma, teacher.get("difficulty"))
+        output = self_evolution_kd(events, self.settings_now(), gamma, teacher.difficulty)
         return Distilled(output.divergence, difficulty_sums(events, output), output.hard)
 
     def one_kernel(self) -> tuple[SelfEvolution, float] | None:

@@ -7,7 +7,7 @@
 
 from sekd_fairseq.losses.chunked import blockwise_loss, chunked_loss
 from sekd_fairseq.losses.divergences import DIVERGENCES
-from sekd_fairseq.losses.events import MISSING_MASS, Events, TeacherRows, build_events
+from sekd_fairseq.losses.events import MISSING_MASS, Events, TeacherTokens, build_events
 from sekd_fairseq.losses.self_evolution import (
     RunningQuantile,
     SelfEvolution,
@@ -24,7 +24,7 @@ __all__ = [
     "SelfEvolution",
     "SelfEvolutionOutput",
     "SupportLogProbs",
-    "TeacherRows",
+    "TeacherTokens",
     "blockwise_loss",
     "build_events",
     "chunked_loss",

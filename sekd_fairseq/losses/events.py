@@ -11,7 +11,7 @@ A truncated teacher knows ``p`` on a support ``S`` (the reference token always i
     label-smoothed teacher.  Only for losses that are linear in ``log q`` outside ``S``.
 ``tail``
     ``rho`` is spread over the same tokens in proportion to one weight per token of the vocabulary, the
-    teacher's *tail law* (:attr:`TeacherRows.tail`); ``uniform`` is that with equal weights.  Right
+    teacher's *tail law* (:attr:`TeacherTokens.tail`); ``uniform`` is that with equal weights.  Right
     for a teacher whose unlikely tokens are likely elsewhere.  For the same losses.
 ``renormalize``
     Both sides are restricted to ``S`` and normalised there.  Biased: the student's mass outside
@@ -38,7 +38,7 @@ SPREAD = ("uniform", "tail")
 
 
 @dataclass(frozen=True)
-class TeacherRows:
+class TeacherTokens:
     """The teacher at ``N`` target tokens, on ``K`` slots; slot 0 is the reference token.
 
     Attributes
@@ -56,7 +56,11 @@ class TeacherRows:
         Log of the importance weight ``count / samples`` of a sampled support, which stands in for
         ``p`` in sums. Column 0 is ignored: the reference token is exact.
     tail : (V,) float, optional
-        The weight of each token of the vocabulary outside a support, above 0; the same for all rows.
+        The weight of each token of the vocabulary outside a support, above 0; the same for all tokens.
+    temperature : float
+        The softmax temperature that all of this is at.
+    difficulty : (N,) float, optional
+        Of each token in nats, from a stored pass.
     """
 
     ids: Tensor
@@ -65,22 +69,27 @@ class TeacherRows:
     log_outside: Tensor
     log_weight: Tensor | None = None
     tail: Tensor | None = None
+    temperature: float = 1.0
+    difficulty: Tensor | None = None
 
-    def __getitem__(self, part: slice | Tensor) -> "TeacherRows":
-        """The rows of some tokens, by slice, index or mask."""
+    def __getitem__(self, part: slice | Tensor) -> "TeacherTokens":
+        """Some of these tokens, by slice, index or mask."""
         log_weight = None if self.log_weight is None else self.log_weight[part]
-        return TeacherRows(
+        difficulty = None if self.difficulty is None else self.difficulty[part]
+        return TeacherTokens(
             self.ids[part],
             self.valid[part],
             self.log_p[part],
             self.log_outside[part],
             log_weight,
             self.tail,
+            self.temperature,
+            difficulty,
         )
 
     @classmethod
-    def whole(cls, log_p: Tensor, target: Tensor) -> "TeacherRows":
-        """Rows of the full distribution whose reference stands first (``reference_first``).
+    def whole(cls, log_p: Tensor, target: Tensor) -> "TeacherTokens":
+        """The full distribution, whose reference stands first (``reference_first``).
 
         ``ids`` has the reference alone: what compares all tokens needs no others.
         """
@@ -97,8 +106,8 @@ class TeacherRows:
         return self.ids.size(1) < self.log_p.size(1)
 
     @classmethod
-    def from_dense(cls, log_p: Tensor, target: Tensor) -> "TeacherRows":
-        """Rows of the full distribution, ``k = V``, with the reference token moved to slot 0.
+    def from_dense(cls, log_p: Tensor, target: Tensor) -> "TeacherTokens":
+        """The full distribution, ``k = V``, with the reference token moved to slot 0.
 
         Parameters
         ----------
@@ -116,7 +125,7 @@ class TeacherRows:
         )
 
     @classmethod
-    def from_top_k(cls, log_p: Tensor, target: Tensor, k: int) -> "TeacherRows":
+    def from_top_k(cls, log_p: Tensor, target: Tensor, k: int) -> "TeacherTokens":
         """The reference token and the ``k - 1`` best others of a full distribution.
 
         The mass outside is summed over the tokens outside, not taken as one minus the rest.
@@ -163,8 +172,8 @@ def log_normalize(x: Tensor) -> Tensor:
     return x - total.masked_fill(total == NEG_INF, 0.0).unsqueeze(-1)
 
 
-def build_events(teacher: TeacherRows, student: SupportLogProbs, missing_mass: str) -> Events:
-    """Bring teacher rows and the student at the same tokens to common events.
+def build_events(teacher: TeacherTokens, student: SupportLogProbs, missing_mass: str) -> Events:
+    """Bring teacher and student at the same tokens to common events.
 
     Stored teacher values are rounded (float16 leaves a sum of 1 ± 1e-3), so the teacher's events
     are normalised here; without that ``KL(p || p)`` would not be zero. ``sampled`` supports do not

@@ -21,6 +21,13 @@ def with_gradient(
     return _KnownGradient.apply(value, scale, *inputs, *gradients)  # type: ignore[no-untyped-call]
 
 
+def gradients_of(value: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradient of ``value`` to each input; zeros where there is none."""
+    if not value.requires_grad:
+        return tuple(map(torch.zeros_like, inputs))
+    return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+
+
 class _KnownGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, scale: float, *tensors: Tensor | None) -> Tensor:

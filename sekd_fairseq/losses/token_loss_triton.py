@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sekd_fairseq.losses.cross_entropy import cross_entropy_weights
+from sekd_fairseq.losses.events import TeacherTokens
 from sekd_fairseq.losses.self_evolution import SCHEDULES, SelfEvolution
 from sekd_fairseq.losses.support import Reduced
 from sekd_fairseq.losses.support_triton import (
@@ -64,10 +66,9 @@ def _token_loss(
     logits,
     rows,
     ids,
-    size,
+    valid,
     teacher_log_p,
-    gold_log_p,
-    outside_mass,
+    teacher_log_outside,
     stored,
     on_slots,
     columns,
@@ -94,7 +95,8 @@ def _token_loss(
     position = tl.program_id(0)
     row = logits + tl.load(rows + position).to(tl.int64) * vocabulary
     slot = tl.arange(0, slot_block)
-    used = slot < tl.load(size + position)
+    used = slot < slots
+    used = used & (tl.load(valid + position * slots + slot, mask=used, other=0) != 0)
     token = tl.load(ids + position * slots + slot, mask=used, other=0)
     z, top, log_sum, distance, finite = scan(
         row, token, used, vocabulary, 1.0, with_sum, slot_block, block
@@ -103,10 +105,9 @@ def _token_loss(
 
     # The teacher's events; stored values are rounded, so they are normalised.
     p = tl.load(teacher_log_p + position * slots + slot, mask=used, other=-float("inf"))
-    p = tl.where(slot == 0, tl.load(gold_log_p + position).to(tl.float32), p.to(tl.float32))
     best = tl.argmax(p, 0)
     agree = tl.max(tl.where(slot == best, q, -float("inf")), 0) >= max_log_q
-    p_outside = tl.log(tl.load(outside_mass + position).to(tl.float32))
+    p_outside = tl.load(teacher_log_outside + position)
     p_top = tl.maximum(tl.max(p, 0), p_outside)
     p_sum = tl.log(tl.sum(tl.exp(p - p_top), 0) + tl.exp(p_outside - p_top))
     p = (p - p_top) - p_sum
@@ -218,7 +219,7 @@ def _token_loss(
 def token_loss(
     logits: Tensor,
     rows: Tensor,
-    teacher: dict[str, Tensor],
+    teacher: TeacherTokens,
     settings: SelfEvolution,
     gamma: float,
     alpha: float,
@@ -234,7 +235,7 @@ def token_loss(
     rows : (N,) int64
         The positions that count, each once.
     teacher
-        A batch's entry (:class:`~sekd_fairseq.datasets.TeacherDataset`), of these positions.
+        Of these positions, in float32, at temperature 1 and not sampled.
     settings
         ``divergence`` ``forward_kl``, ``missing_mass`` ``bucket``.
     gamma
@@ -255,7 +256,7 @@ class _TokenLoss(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         rows: Tensor,
-        teacher: dict[str, Tensor],
+        teacher: TeacherTokens,
         settings: SelfEvolution,
         gamma: float,
         alpha: float,
@@ -263,24 +264,22 @@ class _TokenLoss(torch.autograd.Function):
         overwrite: bool,
     ) -> tuple[Tensor, Tensor]:
         logits = logits.contiguous()
-        ids = teacher["ids"].contiguous()
+        ids = teacher.ids.contiguous()
         positions, slots = ids.shape
         empty = partial(torch.empty, dtype=torch.float32, device=logits.device)
         on_slots = empty(2, positions, slots)  # log q, gradient to it
         columns = empty(6, positions)  # as the kernel fills them
         sums = empty(1 + len(SUMS), positions)
-        epsilon = label_smoothing / (logits.size(1) - 1)
-        stored = teacher.get("difficulty")
+        stored = teacher.difficulty
         if positions:
             with torch.cuda.device_of(logits):
                 _token_loss[(positions,)](
                     logits,
                     rows,
                     ids,
-                    teacher["size"],
-                    teacher["log_p"].contiguous(),
-                    teacher["gold_log_p"],
-                    teacher["outside_mass"],
+                    teacher.valid.contiguous(),
+                    teacher.log_p.contiguous(),
+                    teacher.log_outside,
                     columns if stored is None else stored,
                     on_slots,
                     columns,
@@ -289,8 +288,7 @@ class _TokenLoss(torch.autograd.Function):
                     slots,
                     positions,
                     alpha,
-                    (1.0 - alpha) * (1.0 - label_smoothing - epsilon),
-                    -(1.0 - alpha) * epsilon,
+                    *cross_entropy_weights(alpha, label_smoothing, logits.size(1)),
                     gamma,
                     settings.lambda_max,
                     0.0 if settings.beta is None else settings.beta,

@@ -18,11 +18,17 @@ from torch import Tensor
 
 from analysis.terminal import suggested
 from sekd_fairseq.criterions.distillation import DistillationCriterion
-from sekd_fairseq.datasets import StableOrderDataset, StoredDifficulty, TeacherDataset
+from sekd_fairseq.datasets import (
+    StableOrderDataset,
+    StoredDifficulty,
+    TeacherDataset,
+    teacher_tokens,
+)
 from sekd_fairseq.devices import half_precision
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.llm.bpe import HFTokenizerBPE, LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
+from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
 from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
 from sekd_fairseq.splits import read_whole, readable
@@ -116,9 +122,6 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         #: What the criterion of a loaded checkpoint had learnt, for the one that is built next.
         self._learnt: dict[str, Any] = {}
         self.online_teacher: OnlineTeacher | None = None
-        #: Temperature of the teacher's distributions; the caches', once one is open.
-        self.teacher_temperature = 1.0
-        self._temperature_from: Path | None = None
         self._tail_law: Tensor | None = None
         #: Prompts and translations of a language model, once a command needs text.
         self.text: LanguageModelText | None = None
@@ -163,6 +166,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     ) -> None:
         """Load a split, with its teacher cache if there is one."""
         data = paths(self.cfg.data)
+        earlier = [one for one in self.datasets.values() if isinstance(one, TeacherDataset)]
         turn = (epoch - 1) % len(data) if split == self.cfg.train_subset else 0
         with readable(self.cfg, data[turn], split):
             super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
@@ -191,6 +195,9 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 )
             stored = paths(self.cfg.stored_difficulty)[turn]
             difficulty = [StoredDifficulty(Path(stored))]
+        for other in earlier:
+            for cache in caches:
+                other.check_temperature(cache)
         self.datasets[split] = TeacherDataset(dataset, caches, where, difficulty)
         logger.info(
             "teacher cache %s: %d sentences, %d tokens",
@@ -217,14 +224,6 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             )
         cache = TeacherCache.open(root / split)
         cache.check_dictionary(self.tgt_dict.symbols)
-        temperature = cache.manifest.temperature
-        if self._temperature_from is not None and temperature != self.teacher_temperature:
-            raise CacheError(
-                f"{cache.directory}: expected temperature {self.teacher_temperature:g}, as of "
-                f"{self._temperature_from}, found {temperature:g}; build both with the same "
-                "--temperature"
-            )
-        self.teacher_temperature, self._temperature_from = temperature, cache.directory
         return cache
 
     @one_line_errors()
@@ -233,10 +232,12 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         is not there of the split's."""
         if self._tail_law is None:
             directory = Path(paths(self.cfg.teacher_cache)[0]) / self.cfg.train_subset
-            if not (directory / MANIFEST).exists():
-                assert self._temperature_from is not None, "asked for before a cache is open"
-                directory = self._temperature_from
-            self._tail_law = torch.from_numpy(TeacherCache.open(directory).tail_law())
+            if (directory / MANIFEST).exists():
+                cache = TeacherCache.open(directory)
+            else:
+                loaded = (d for d in self.datasets.values() if isinstance(d, TeacherDataset))
+                cache = next(loaded).caches[0]
+            self._tail_law = torch.from_numpy(cache.tail_law())
         self._tail_law = self._tail_law.to(device)
         return self._tail_law
 
@@ -304,13 +305,12 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             self.online_teacher = OnlineTeacher(self.cfg.teacher_path, data, dtype)
         return self.criterion
 
-    def teacher_at(self, sample: dict[str, Any], rows: Tensor) -> dict[str, Tensor] | DenseTeacher:
+    def teacher_at(self, sample: dict[str, Any], positions: Tensor) -> TeacherTokens | DenseTeacher:
         """The teacher at a batch's target tokens that are not padding, whose places in the flattened
-        target are ``rows``, (N,): the batch's entry, or the teacher beside the student."""
+        target are ``positions``, (N,): from the batch, or the teacher beside the student."""
         if self.online_teacher is not None:
-            return self.online_teacher.at(sample, rows)
-        entry: dict[str, Tensor] = sample["teacher"]
-        return entry
+            return self.online_teacher.at(sample, positions)
+        return teacher_tokens(sample["teacher"])
 
     @one_line_errors()
     def train_step(

@@ -7,15 +7,15 @@
 
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache.format import Manifest, hash_symbols, hash_targets
-from sekd_fairseq.teacher_cache.reader import TeacherCache, TeacherRow
-from sekd_fairseq.teacher_cache.writer import SentenceRows, write_shard
+from sekd_fairseq.teacher_cache.reader import CachedSentence, TeacherCache
+from sekd_fairseq.teacher_cache.writer import SentenceColumns, write_shard
 
 __all__ = [
     "CacheError",
+    "CachedSentence",
     "Manifest",
-    "SentenceRows",
+    "SentenceColumns",
     "TeacherCache",
-    "TeacherRow",
     "hash_symbols",
     "hash_targets",
     "write_shard",

@@ -23,7 +23,7 @@ from sekd_fairseq.teacher_cache.tail import read_tail
 from sekd_fairseq.teacher_cache.writer import payload_crc
 
 
-class TeacherRow(NamedTuple):
+class CachedSentence(NamedTuple):
     """One sentence of a cache: ``T`` target tokens, ``E`` support entries in all.
 
     ``support_size``, ``gold_logprob``, ``outside_mass`` and ``entropy`` are ``(T,)``; ``token_id``
@@ -75,7 +75,7 @@ class _MappedShard:
             raise ValueError("the column target_hash does not match its checksum")
 
 
-class TeacherCache(Sequence[TeacherRow]):
+class TeacherCache(Sequence[CachedSentence]):
     """The cache of one split, by sentence number.
 
     >>> cache = TeacherCache.open("cache/train")
@@ -146,7 +146,7 @@ class TeacherCache(Sequence[TeacherRow]):
                 "manifest.json and run its build_cache command again"
             )
         columns["logprob"] = decode_logprob(columns["logprob"])
-        return TeacherRow(int(shard.target_hash[row]), **columns)
+        return CachedSentence(int(shard.target_hash[row]), **columns)
 
     def target_hashes(self) -> NDArray[np.uint64]:
         """The target hash of every sentence, in order; (sentences,)."""

@@ -20,7 +20,7 @@ from sekd_fairseq.teacher_cache.format import (
 
 
 @dataclass(frozen=True)
-class SentenceRows:
+class SentenceColumns:
     """The teacher at one sentence's ``T`` target tokens, ``E`` support entries in all.
 
     Attributes
@@ -36,7 +36,7 @@ class SentenceRows:
 def write_shard(
     directory: Path,
     index: int,
-    sentences: list[SentenceRows],
+    sentences: list[SentenceColumns],
     target_hash: NDArray[np.uint64],
     dtypes: dict[str, np.dtype[Any]],
 ) -> Path:

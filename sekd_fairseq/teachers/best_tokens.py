@@ -11,7 +11,7 @@ from sekd_fairseq.checkpoints import language_model_config
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary
 from sekd_fairseq.models.hf_causal_lm import prompt_mask
-from sekd_fairseq.teacher_cache.writer import SentenceRows
+from sekd_fairseq.teacher_cache.writer import SentenceColumns
 from sekd_fairseq.teachers.truncation import Truncation, best_columns
 
 
@@ -62,7 +62,7 @@ class BestTokensEngine(ABC):
 
     def sentences(
         self, sample: dict[str, Any], truncation: Truncation, temperature: float
-    ) -> dict[int, SentenceRows]:
+    ) -> dict[int, SentenceColumns]:
         """Truncated distributions of a batch, by sentence id."""
         pad, eos = self.task.target_dictionary.pad(), self.task.target_dictionary.eos()
         targets = [row[row.ne(pad)].tolist() for row in sample["target"]]

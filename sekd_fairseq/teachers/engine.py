@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sekd_fairseq.teacher_cache.writer import SentenceRows
+from sekd_fairseq.teacher_cache.writer import SentenceColumns
 from sekd_fairseq.teachers.truncation import Truncation
 
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     def sentences(
         self, sample: dict[str, Any], truncation: Truncation, temperature: float
-    ) -> dict[int, SentenceRows]:
+    ) -> dict[int, SentenceColumns]:
         """Truncated distributions of a batch, by sentence id."""
 
     @property

@@ -9,7 +9,7 @@ from fairseq import utils
 from torch import Tensor
 
 from sekd_fairseq.checkpoints import load_models
-from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.losses.support import reference_first
 
 
@@ -35,14 +35,14 @@ class OnlineTeacher:
             model.to(dtype).requires_grad_(False)
 
     @torch.no_grad()
-    def at(self, sample: dict[str, Any], rows: Tensor) -> "DenseTeacher":
-        """The teacher at some positions of a batch's target; ``rows`` (N,) counts (B T)."""
+    def at(self, sample: dict[str, Any], positions: Tensor) -> "DenseTeacher":
+        """The teacher at some positions, (N,), of a batch's flattened target, (B T)."""
         logits = []
         for model in self.models:
-            model.to(rows.device)
+            model.to(positions.device)
             found = model(**sample["net_input"])[0]
             logits.append(found.reshape(-1, found.size(-1)))
-        return DenseTeacher(logits, rows, sample["target"].view(-1)[rows])
+        return DenseTeacher(logits, positions, sample["target"].view(-1)[positions])
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DenseTeacher:
     logits
         (M, V) in the teacher's type, of each model of an ensemble.
     positions : (N,) int64
-        Their rows of ``logits``.
+        Where they are in ``logits``.
     target : (N,) int64
         Their reference tokens.
     """
@@ -68,7 +68,7 @@ class DenseTeacher:
         return DenseTeacher(self.logits, self.positions[part], self.target[part])
 
     @torch.no_grad()
-    def rows(self, part: slice) -> TeacherRows:
+    def tokens(self, part: slice) -> TeacherTokens:
         """Distributions of some of these tokens in float32; of an ensemble the mean probability."""
         log_p = [z.index_select(0, self.positions[part]) for z in self.logits]
         log_p = [z.log_softmax(dim=-1, dtype=torch.float32) for z in log_p]
@@ -76,4 +76,4 @@ class DenseTeacher:
         if len(log_p) > 1:
             mean = torch.stack(log_p).logsumexp(dim=0) - math.log(len(log_p))
         target = self.target[part]
-        return TeacherRows.whole(reference_first(mean, target), target)
+        return TeacherTokens.whole(reference_first(mean, target), target)

@@ -13,7 +13,7 @@ from sekd_fairseq.checkpoints import load_models, position_limits
 from sekd_fairseq.devices import to_device
 from sekd_fairseq.logits import token_logits
 from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS
-from sekd_fairseq.teacher_cache.writer import SentenceRows
+from sekd_fairseq.teacher_cache.writer import SentenceColumns
 from sekd_fairseq.teachers.truncation import Truncation, outside_mass, truncate, uniforms
 
 
@@ -48,7 +48,7 @@ class TorchEngine:
 
     def sentences(
         self, sample: dict[str, Any], truncation: Truncation, temperature: float
-    ) -> dict[int, SentenceRows]:
+    ) -> dict[int, SentenceColumns]:
         """Truncated distributions of a batch, by sentence id."""
         pad = self.task.target_dictionary.pad()
         lengths = sample["target"].ne(pad).sum(dim=1).tolist()
@@ -75,7 +75,7 @@ class TorchEngine:
         rows = {}
         for sentence, start, end in zip(sentences, ends - lengths, ends, strict=True):
             tokens, entries = slice(start, end), slice(entry_ends[start], entry_ends[end])
-            rows[sentence] = SentenceRows(
+            rows[sentence] = SentenceColumns(
                 {
                     name: values[entries if name in ENTRY_COLUMNS else tokens]
                     for name, values in columns.items()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
-from sekd_fairseq.teacher_cache.writer import SentenceRows
+from sekd_fairseq.teacher_cache.writer import SentenceColumns
 
 NEG_INF = float("-inf")
 
@@ -242,7 +242,7 @@ def keep_best(log_p: dict[int, float], gold: int, truncation: Truncation) -> lis
 
 def best_columns(
     known: Sequence[dict[int, float]], target: Sequence[int], truncation: Truncation
-) -> SentenceRows:
+) -> SentenceColumns:
     """A sentence's columns from the log-probabilities that are known at each of its tokens, the
     reference's among them.
 
@@ -264,13 +264,13 @@ def best_columns(
             ("logprob", logprob),
         ):
             columns.setdefault(name, []).append(value)
-    return SentenceRows({name: np.concatenate(values) for name, values in columns.items()})
+    return SentenceColumns({name: np.concatenate(values) for name, values in columns.items()})
 
 
-def reference_alone(target: NDArray[np.int64]) -> SentenceRows:
+def reference_alone(target: NDArray[np.int64]) -> SentenceColumns:
     """A sentence that the teacher says nothing of: probability 1 for each reference token."""
     zeros = np.zeros(len(target), np.float32)
-    return SentenceRows(
+    return SentenceColumns(
         {
             "support_size": np.ones(len(target), np.int64),
             "gold_logprob": zeros,

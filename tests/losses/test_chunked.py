@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sekd_fairseq.losses import (
     SelfEvolution,
-    TeacherRows,
+    TeacherTokens,
     build_events,
     chunked_loss,
     self_evolution_kd,
@@ -21,14 +21,14 @@ SETTINGS = SelfEvolution(gamma=2.0, gamma_type="absolute", lambda_max=0.6, sched
 TOKENS, WIDTH, VOCAB = 11, 6, 17
 
 
-def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, TeacherRows]:
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, TeacherTokens]:
     """Features, weight, bias, and the teacher at their tokens."""
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    teacher = TeacherRows.from_top_k(
+    teacher = TeacherTokens.from_top_k(
         (random(TOKENS, VOCAB).double() * 2).log_softmax(-1),
         torch.randint(0, VOCAB, (TOKENS,), generator=generator),
         5,
@@ -36,7 +36,7 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, TeacherRows]:
     return random(TOKENS, WIDTH), random(VOCAB, WIDTH), random(VOCAB), teacher
 
 
-def token_loss(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, dict[str, Tensor]]:
+def token_loss(logits: Tensor, teacher: TeacherTokens) -> tuple[Tensor, dict[str, Tensor]]:
     """SE-KD plus label-smoothed cross entropy, and a sum to log."""
     rows = torch.arange(len(logits))
     student = support_log_probs(logits, rows, teacher.ids, teacher.valid, with_sum=True)
@@ -46,13 +46,13 @@ def token_loss(logits: Tensor, teacher: TeacherRows) -> tuple[Tensor, dict[str, 
 
 
 def plain(
-    features: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherRows
+    features: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherTokens
 ) -> tuple[Tensor, dict[str, Tensor]]:
     return token_loss(nn.functional.linear(features, weight, bias), teacher)
 
 
 def chunked(
-    features: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherRows, chunk: int
+    features: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherTokens, chunk: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     return chunked_loss(
         features, weight, bias, lambda logits, part: token_loss(logits, teacher[part]), chunk

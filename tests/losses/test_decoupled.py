@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sekd_fairseq.losses import TeacherRows, build_events, support_log_probs
+from sekd_fairseq.losses import TeacherTokens, build_events, support_log_probs
 from sekd_fairseq.losses.decoupled import adaptive_teaching, decoupled_kl
 from sekd_fairseq.losses.divergences import forward_kl
 from tests import reference
@@ -16,7 +16,7 @@ def test_adaptive_teaching_is_the_reference(tokens: int, k: int) -> None:
     generator = torch.Generator().manual_seed(11)
     logits, log_p = 2 * torch.randn(2, tokens, 9, generator=generator, dtype=torch.float64)
     log_p, target = log_p.log_softmax(-1), torch.arange(tokens)
-    teacher = TeacherRows.from_top_k(log_p, target, k)
+    teacher = TeacherTokens.from_top_k(log_p, target, k)
     student = support_log_probs(logits, torch.arange(tokens), teacher.ids, teacher.valid)
     events = build_events(teacher, student, "bucket")
     found = adaptive_teaching(events.log_p, events.log_q)

@@ -15,7 +15,7 @@ from sekd_fairseq.losses import (
     DIVERGENCES,
     RunningQuantile,
     SelfEvolution,
-    TeacherRows,
+    TeacherTokens,
     build_events,
     self_evolution_kd,
     support_log_probs,
@@ -46,7 +46,7 @@ def tail_law(vocab: int) -> Tensor:
 
 
 def token_losses(
-    logits: Tensor, teacher: TeacherRows, config: SelfEvolution, **options: Any
+    logits: Tensor, teacher: TeacherTokens, config: SelfEvolution, **options: Any
 ) -> Tensor:
     rows = torch.arange(logits.size(0))
     if config.missing_mass == "tail":
@@ -75,7 +75,7 @@ def as_reference(config: SelfEvolution) -> reference.Settings:
 
 
 def reference_token(
-    logits: Tensor, log_p: Tensor, teacher: TeacherRows, index: int
+    logits: Tensor, log_p: Tensor, teacher: TeacherTokens, index: int
 ) -> reference.Token:
     support = teacher.ids[index][teacher.valid[index]].tolist()
     tail = tail_law(logits.size(1)).numpy()
@@ -117,7 +117,7 @@ GRID = [
 def test_value_and_gradient_equal_the_reference(config: dict[str, Any]) -> None:
     options = SelfEvolution(gamma=0.4, gamma_type="absolute", lambda_max=0.7, scale=1.5, **config)
     logits, log_p, target = random_case(seed=3)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     logits.requires_grad_()
     found = token_losses(logits, teacher, options)
     upstream = torch.linspace(0.5, -2.0, len(found), dtype=torch.float64)
@@ -148,7 +148,7 @@ def test_gradcheck(divergence: str, schedule: str, integration: str) -> None:
         divergence=divergence,
     )
     logits, log_p, target = random_case(seed=1, tokens=3, vocab=7)
-    teacher = TeacherRows.from_top_k(log_p, target, 3)
+    teacher = TeacherTokens.from_top_k(log_p, target, 3)
     # No gradient flows through the difficulty, so it is held fixed.
     difficulty = torch.tensor([0.1, 0.9, 2.0], dtype=torch.float64)
     assert torch.autograd.gradcheck(
@@ -160,7 +160,7 @@ def test_gradcheck(divergence: str, schedule: str, integration: str) -> None:
 def test_gradcheck_of_the_primitive_with_padding_and_forbidden_tokens() -> None:
     logits, log_p, target = random_case(seed=2, tokens=4, vocab=9)
     logits[1, 8] = -INF if target[1] != 8 else 0.0
-    teacher = TeacherRows.from_top_k(log_p, target, 3)
+    teacher = TeacherTokens.from_top_k(log_p, target, 3)
     rows = torch.tensor([0, 1, 3])
     ids, valid = teacher.ids[rows], torch.ones(3, 3, dtype=torch.bool)
     ids[2, 2], valid[2, 2] = ids[2, 0], False  # an unused slot repeats the reference
@@ -181,19 +181,19 @@ def test_dense_teacher_is_a_support_of_the_whole_vocabulary(mode: str) -> None:
     options = SelfEvolution(
         gamma=0.4, gamma_type="absolute", integration="target", missing_mass=mode
     )
-    dense = token_losses(logits, TeacherRows.from_dense(log_p, target), options)
-    full = token_losses(logits, TeacherRows.from_top_k(log_p, target, 12), options)
+    dense = token_losses(logits, TeacherTokens.from_dense(log_p, target), options)
+    full = token_losses(logits, TeacherTokens.from_top_k(log_p, target, 12), options)
     torch.testing.assert_close(dense, full)
     full_kl = (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
     plain = replace(options, lambda_max=0.0)
     torch.testing.assert_close(
-        token_losses(logits, TeacherRows.from_dense(log_p, target), plain), full_kl
+        token_losses(logits, TeacherTokens.from_dense(log_p, target), plain), full_kl
     )
 
 
 def test_no_ratio_is_word_level_kd_and_constant_ratio_is_skew_kl() -> None:
     logits, log_p, target = random_case(seed=6)
-    teacher = TeacherRows.from_top_k(log_p, target, 5)
+    teacher = TeacherTokens.from_top_k(log_p, target, 5)
     plain = token_losses(logits, teacher, SelfEvolution(lambda_max=0.0), gamma=0.0)
     student = support_log_probs(logits, torch.arange(5), teacher.ids, teacher.valid)
     events = build_events(teacher, student, "bucket")
@@ -237,7 +237,7 @@ def test_never_nan_never_negative(
         return  # refused
     logits, log_p, target = random_case(seed, tokens=6, vocab=vocab, sharp=sharp)
     logits = logits.to(dtype).requires_grad_()
-    teacher = TeacherRows.from_top_k(log_p.float(), target, k)
+    teacher = TeacherTokens.from_top_k(log_p.float(), target, k)
     options = SelfEvolution(
         gamma=0.2,
         gamma_type="absolute",
@@ -261,7 +261,7 @@ def test_never_nan_never_negative(
 def test_zero_where_teacher_and_student_agree(divergence: str, mode: str, k: int) -> None:
     _, log_p, target = random_case(seed=8)
     logits = (log_p + 3.0).float()  # softmax undoes the shift
-    teacher = TeacherRows.from_top_k(log_p.float(), target, k)
+    teacher = TeacherTokens.from_top_k(log_p.float(), target, k)
     plain = SelfEvolution(lambda_max=0.0, divergence=divergence, missing_mass=mode)
     loss = token_losses(logits, teacher, plain, gamma=1.0)
     assert loss.abs().max() < 1e-6
@@ -273,11 +273,11 @@ def test_a_tail_that_follows_the_law_is_restored(k: int) -> None:
     where the student forbids a token of the tail."""
     law = tail_law(12)
     logits, _, target = random_case(seed=9)
-    ids = TeacherRows.from_top_k(logits.log_softmax(-1), target, k).ids  # any support
+    ids = TeacherTokens.from_top_k(logits.log_softmax(-1), target, k).ids  # any support
     log_p = law.log().repeat(5, 1).scatter_add(1, ids, torch.ones(5, k, dtype=torch.float64))
     log_p = log_p.log_softmax(-1)
     outside = log_p.exp().scatter(1, ids, 0.0).sum(dim=1)
-    teacher = TeacherRows(ids, torch.ones_like(ids).bool(), log_p.gather(1, ids), outside.log())
+    teacher = TeacherTokens(ids, torch.ones_like(ids).bool(), log_p.gather(1, ids), outside.log())
     options = SelfEvolution(lambda_max=0.0, missing_mass="tail")
     leaf = logits.clone().requires_grad_()
     loss = token_losses(leaf, teacher, options, gamma=1.0)
@@ -296,7 +296,7 @@ def test_a_tail_that_follows_the_law_is_restored(k: int) -> None:
 
 def test_a_tail_needs_a_law() -> None:
     logits, log_p, target = random_case(seed=5)
-    teacher = TeacherRows.from_top_k(log_p, target, 3)
+    teacher = TeacherTokens.from_top_k(log_p, target, 3)
     student = support_log_probs(logits, torch.arange(5), teacher.ids, teacher.valid, True)
     with pytest.raises(ValueError, match="tail law"):
         build_events(teacher, student, "tail")
@@ -310,7 +310,7 @@ def test_bucket_is_a_lower_bound_that_grows_with_the_support(seed: int, k: int) 
     for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd"):
         plain = replace(plain, divergence=divergence)
         small, large, full = (
-            token_losses(logits, TeacherRows.from_top_k(log_p, target, size), plain, gamma=1.0)
+            token_losses(logits, TeacherTokens.from_top_k(log_p, target, size), plain, gamma=1.0)
             for size in (k, k + 1, 12)
         )
         assert (small <= large + 1e-12).all()
@@ -324,7 +324,7 @@ def test_hand_worked_mixture_of_probabilities_not_of_logs() -> None:
     base = SelfEvolution(
         gamma=0.0, gamma_type="absolute", schedule="step", lambda_max=0.5, integration="student"
     )
-    teacher = TeacherRows.from_dense(p.log(), torch.tensor([0]))
+    teacher = TeacherTokens.from_dense(p.log(), torch.tensor([0]))
     by_hand = 0.25 * np.log(0.25 / (5 / 16)) + 0.25 * np.log(0.25 / (3 / 16))
     assert token_losses(q.log(), teacher, base).item() == pytest.approx(by_hand, abs=1e-6)
     by_hand = 5 / 8 * np.log(2.5) + 3 / 16 * np.log(3 / 8) + 3 / 16 * np.log(3 / 4)
@@ -339,7 +339,7 @@ def test_hand_worked_mixture_of_probabilities_not_of_logs() -> None:
 
 def test_student_mode_gradient_starves_what_the_student_does_not_know() -> None:
     logits, log_p, target = random_case(seed=9, tokens=1)
-    teacher = TeacherRows.from_dense(log_p, target)
+    teacher = TeacherTokens.from_dense(log_p, target)
     options = SelfEvolution(
         gamma=0.0, gamma_type="absolute", schedule="step", beta=0.4, integration="student"
     )
@@ -356,7 +356,7 @@ def test_student_mode_gradient_starves_what_the_student_does_not_know() -> None:
 def test_extreme_logits_peaked_teacher_and_exact_outside_mass() -> None:
     # The student's outside mass is e^-30, far below float32's resolution of 1: 1 - sum would be 0.
     logits = torch.tensor([[0.0, -30.0, -1e4, -INF]], requires_grad=True)
-    teacher = TeacherRows(
+    teacher = TeacherTokens(
         ids=torch.tensor([[0]]),
         valid=torch.tensor([[True]]),
         log_p=torch.tensor([[0.0]]),
@@ -373,7 +373,7 @@ def test_extreme_logits_peaked_teacher_and_exact_outside_mass() -> None:
 
 def test_no_outside_mass_on_either_side() -> None:
     logits = torch.tensor([[1.0, 0.0, -INF]], requires_grad=True)
-    teacher = TeacherRows(
+    teacher = TeacherTokens(
         ids=torch.tensor([[0, 1]]),
         valid=torch.ones(1, 2, dtype=torch.bool),
         log_p=torch.tensor([[0.75, 0.25]]).log(),
@@ -398,7 +398,7 @@ def test_a_batch_of_padding_only() -> None:
     logits = torch.randn(4, 9, requires_grad=True)
     none = torch.zeros(0, 3, dtype=torch.long)
     student = support_log_probs(logits, none[:, 0], none, none.bool(), with_sum=True)
-    teacher = TeacherRows(none, none.bool(), none.float(), none[:, 0].float())
+    teacher = TeacherTokens(none, none.bool(), none.float(), none[:, 0].float())
     for kind in ("absolute", "quantile"):
         options = SelfEvolution(gamma=0.5, gamma_type=kind)
         output = self_evolution_kd(build_events(teacher, student, "bucket"), options)
@@ -411,7 +411,7 @@ def test_a_batch_of_padding_only() -> None:
 def test_half_precision_logits(dtype: torch.dtype, tolerance: float) -> None:
     # The logits are rounded (that is the tolerance); arithmetic on them is float32.
     logits, log_p, target = random_case(seed=12, tokens=20, vocab=50)
-    teacher = TeacherRows.from_top_k(log_p.float(), target, 8)
+    teacher = TeacherTokens.from_top_k(log_p.float(), target, 8)
     options = SelfEvolution(gamma=0.5, gamma_type="absolute")
     exact = token_losses(logits.float(), teacher, options)
     rounded = token_losses(logits.to(dtype), teacher, options)
@@ -423,7 +423,7 @@ def test_half_precision_logits(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_accumulation_and_order_do_not_matter() -> None:
     logits, log_p, target = random_case(seed=13, tokens=16)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     options = SelfEvolution(gamma=0.5, gamma_type="absolute")
     whole = token_losses(logits, teacher, options)
     order = torch.randperm(16)
@@ -442,7 +442,7 @@ def test_sampled_support_estimates_the_forward_kl_without_bias() -> None:
     counts = torch.zeros(trials, 8, dtype=torch.float64).scatter_add_(
         1, sampled, torch.ones(trials, draws, dtype=torch.float64)
     )
-    dense = TeacherRows.from_dense(log_p.expand(trials, -1), target.expand(trials))
+    dense = TeacherTokens.from_dense(log_p.expand(trials, -1), target.expand(trials))
     teacher = replace(dense, log_weight=(counts / draws).log().gather(1, dense.ids))
     wide = logits.expand(trials, -1).clone().requires_grad_()
     options = SelfEvolution(lambda_max=0.0, missing_mass="sampled")
@@ -508,7 +508,7 @@ def test_the_largest_ratio_that_is_taken_gives_a_finite_loss() -> None:
     )  # fmt: skip
     logits = torch.tensor([[30.0, 0.0, -30.0]], requires_grad=True)
     log_p = torch.tensor([[0.2, 0.3, 0.5]]).log()
-    loss = token_losses(logits, TeacherRows.from_dense(log_p, torch.tensor([0])), options)
+    loss = token_losses(logits, TeacherTokens.from_dense(log_p, torch.tensor([0])), options)
     loss.sum().backward()
     assert loss.isfinite().all() and logits.grad is not None and logits.grad.isfinite().all()
     assert (logits.grad != 0).any()
@@ -548,7 +548,7 @@ def test_running_quantile_finds_the_quantile() -> None:
 
 def test_batch_quantile_is_numpys() -> None:
     logits, log_p, target = random_case(seed=15, tokens=11)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     student = support_log_probs(logits, torch.arange(11), teacher.ids, teacher.valid)
     options = SelfEvolution(gamma=0.35, gamma_type="quantile")
     output = self_evolution_kd(build_events(teacher, student, "bucket"), options)
@@ -557,7 +557,7 @@ def test_batch_quantile_is_numpys() -> None:
 
 def test_weighted_divergences_take_their_weight() -> None:
     logits, log_p, target = random_case(seed=16)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     for name in WEIGHTED:
         one, other = (
             token_losses(

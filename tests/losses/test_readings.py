@@ -10,7 +10,7 @@ from torch import Tensor
 from sekd_fairseq.losses import (
     DIVERGENCES,
     SelfEvolution,
-    TeacherRows,
+    TeacherTokens,
     build_events,
     chunked_loss,
     self_evolution_kd,
@@ -21,11 +21,11 @@ from sekd_fairseq.losses.integration import READINGS
 from sekd_fairseq.losses.self_evolution import PARTNERS, prior, token_difficulty
 
 VOCAB = 6
-Path = Callable[[Tensor, TeacherRows, SelfEvolution, Tensor], Tensor]
+Path = Callable[[Tensor, TeacherTokens, SelfEvolution, Tensor], Tensor]
 
 
 def plain(
-    logits: Tensor, teacher: TeacherRows, settings: SelfEvolution, difficulty: Tensor
+    logits: Tensor, teacher: TeacherTokens, settings: SelfEvolution, difficulty: Tensor
 ) -> Tensor:
     """The summed loss at these logits, difficulty given."""
     rows = torch.arange(len(logits))
@@ -37,7 +37,7 @@ def plain(
 
 
 def chunked(
-    logits: Tensor, teacher: TeacherRows, settings: SelfEvolution, difficulty: Tensor
+    logits: Tensor, teacher: TeacherTokens, settings: SelfEvolution, difficulty: Tensor
 ) -> Tensor:
     """The same in chunks of two tokens, the logits being features of a projection."""
     identity = torch.eye(logits.size(1), dtype=logits.dtype)
@@ -101,7 +101,7 @@ def gradient(path: Path, logits: Tensor, *rest: object) -> Tensor:
 def test_gradient_is_the_one_the_docstring_says(integration: str, path: Path) -> None:
     logits, log_p, target, difficulty = case()
     settings = settings_of(integration)
-    teacher = TeacherRows.from_dense(log_p, target)
+    teacher = TeacherTokens.from_dense(log_p, target)
     p, q, _, r, lam = distributions(logits, log_p, target, settings, difficulty)
     mixed = (1 - lam) * q + lam * r
 
@@ -134,7 +134,7 @@ def optimum(integration: str, p: Tensor, y: Tensor, r: Tensor, lam: Tensor, beta
 def test_descent_ends_at_the_optimum_the_docstring_says(integration: str) -> None:
     logits, log_p, target, difficulty = case()
     settings = settings_of(integration)
-    teacher = TeacherRows.from_dense(log_p, target)
+    teacher = TeacherTokens.from_dense(log_p, target)
     p, _, y, r, lam = distributions(logits, log_p, target, settings, difficulty)
     logits = (logits / 2).requires_grad_()
     options = {"tolerance_grad": 1e-9, "tolerance_change": 1e-15, "max_iter": 300}
@@ -163,7 +163,7 @@ def test_blend_is_least_where_the_student_is_the_prior(divergence: str) -> None:
     _, log_p, target, difficulty = case(seed=1)
     settings = settings_of("blend", divergence=divergence)
     r = distributions(log_p, log_p, target, settings, difficulty)[3]
-    teacher = TeacherRows.from_dense(log_p, target)
+    teacher = TeacherTokens.from_dense(log_p, target)
     least = plain(r.log(), teacher, settings, difficulty)
     assert 0 <= least < 1e-12
     for seed in range(20):
@@ -177,7 +177,7 @@ def test_target_is_word_level_kd_with_a_weight_a_token(beta: float | None, path:
     """alpha_i = alpha (1 - lambda_i (1 - beta_i)): equal gradients, values apart by a constant."""
     alpha = 0.7
     logits, log_p, target, difficulty = case(seed=2)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     settings = settings_of("target", beta=beta)
     share = log_p.exp().gather(1, target.unsqueeze(1)).squeeze(1) if beta is None else beta
     alpha_i = alpha * (1 - 0.6 * difficulty * (1 - share))
@@ -215,7 +215,7 @@ def test_target_is_word_level_kd_with_a_weight_a_token(beta: float | None, path:
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_evolved_is_target_with_another_ratio_and_heavier_hard_tokens(path: Path) -> None:
     logits, log_p, target, _ = case(seed=4)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     hard = torch.ones(5, dtype=torch.float64)
     evolved = gradient(path, logits, teacher, settings_of("evolved"), hard)
     same = settings_of("target", lambda_max=0.6 / 1.6)
@@ -230,7 +230,7 @@ def test_without_a_ratio_it_is_the_plain_divergence(
 ) -> None:
     """From the teacher, or for blend from the prior; by ``lambda_max`` and by easy tokens alone."""
     logits, log_p, target, difficulty = case(seed=5)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     rows = torch.arange(len(logits))
 
     def divergence_of(z: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ def test_blend_without_a_ratio_is_word_level_kd_with_alpha_beta() -> None:
     found = gradient(
         plain,
         logits,
-        TeacherRows.from_dense(log_p, target),
+        TeacherTokens.from_dense(log_p, target),
         settings_of("blend", lambda_max=0.0),
         difficulty,
     )
@@ -272,7 +272,7 @@ def test_paths_are_alike(integration: str, divergence: str, missing_mass: str) -
     except ValueError:
         return  # has no meaning; test_losses names which do
     logits, log_p, target, difficulty = case(seed=7, vocab=9)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     teacher = replace(teacher, log_weight=teacher.log_p + 0.1)
     if missing_mass == "tail":
         teacher = replace(teacher, tail=torch.linspace(0.1, 5.0, 9, dtype=torch.float64))
@@ -286,7 +286,7 @@ def test_paths_are_alike(integration: str, divergence: str, missing_mass: str) -
 def test_evolved_with_a_bucket_is_a_lower_bound_with_the_exact_gradient_on_the_support() -> None:
     logits, log_p, target, difficulty = case(seed=8, vocab=9)
     settings = settings_of("evolved")
-    dense, cut = TeacherRows.from_dense(log_p, target), TeacherRows.from_top_k(log_p, target, 4)
+    dense, cut = TeacherTokens.from_dense(log_p, target), TeacherTokens.from_top_k(log_p, target, 4)
     assert plain(logits, cut, settings, difficulty) < plain(logits, dense, settings, difficulty)
     full = gradient(plain, logits, dense, settings, difficulty)
     found = gradient(plain, logits, cut, settings, difficulty)
@@ -310,13 +310,13 @@ def test_a_sampled_support_estimates_value_and_gradient_without_bias(integration
     )
     counts = torch.zeros(trials, 8, dtype=torch.float64)
     counts.scatter_add_(1, chosen, torch.ones(trials, draws, dtype=torch.float64))
-    dense = TeacherRows.from_dense(log_p.expand(trials, -1), target.expand(trials))
+    dense = TeacherTokens.from_dense(log_p.expand(trials, -1), target.expand(trials))
     sampled = replace(dense, log_weight=(counts / draws).log().gather(1, dense.ids))
     settings = settings_of(integration, missing_mass="sampled")
     hard = torch.ones(trials, dtype=torch.float64)
     per_draw = gradient(plain, logits.expand(trials, -1), sampled, settings, hard)
     exact_settings = replace(settings, missing_mass="bucket")
-    one = TeacherRows.from_dense(log_p, target)
+    one = TeacherTokens.from_dense(log_p, target)
     exact = gradient(plain, logits, one, exact_settings, hard[:1])
     error = per_draw.std(dim=0) / trials**0.5
     assert ((per_draw.mean(dim=0) - exact[0]).abs() < 4.5 * error + 1e-12).all()
@@ -324,7 +324,7 @@ def test_a_sampled_support_estimates_value_and_gradient_without_bias(integration
 
 def test_difficulty_by_its_three_measures() -> None:
     logits, log_p, target, _ = case(seed=10)
-    teacher = TeacherRows.from_top_k(log_p, target, 4)
+    teacher = TeacherTokens.from_top_k(log_p, target, 4)
     student = support_log_probs(logits, torch.arange(5), teacher.ids, teacher.valid)
     events = build_events(teacher, student, "bucket")
     log_r = prior(events.log_p, 0.3)

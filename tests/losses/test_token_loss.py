@@ -2,14 +2,20 @@
 
 import importlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sekd_fairseq.datasets import teacher_rows
-from sekd_fairseq.losses import SelfEvolution, build_events, self_evolution_kd, support_log_probs
+from sekd_fairseq.losses import (
+    SelfEvolution,
+    TeacherTokens,
+    build_events,
+    self_evolution_kd,
+    support_log_probs,
+)
 from sekd_fairseq.losses.divergences import relative_entropy
 from sekd_fairseq.losses.self_evolution import DIFFICULTIES, INTEGRATIONS, SCHEDULES
 
@@ -32,8 +38,8 @@ def kernel() -> Any:
 
 def problem(
     dtype: torch.dtype = torch.float32, slots: int = SLOTS, sharp: float = 2.0
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Logits, rows of which one is padding, and a batch's entry of supports of different sizes."""
+) -> tuple[Tensor, Tensor, TeacherTokens]:
+    """Logits, rows of which one is padding, and a teacher of supports of different sizes."""
     generator = torch.Generator().manual_seed(11)
     logits = (torch.randn(POSITIONS, VOCABULARY, generator=generator) * sharp).to(dtype)
     rows = torch.tensor([0, 1, 2, 4, 5])
@@ -43,22 +49,18 @@ def problem(
     valid = torch.arange(slots) < size.unsqueeze(1)
     ids = torch.where(valid, ids, ids[:, :1])
     kept = log_p.gather(1, ids).masked_fill(~valid, -torch.inf)
-    entry = {
-        "ids": ids,
-        "size": size,
-        "log_p": kept.half(),
-        "gold_log_p": kept[:, 0].double(),
-        "outside_mass": 1 - kept.double().exp().sum(dim=1),
-    }
-    entry["outside_mass"][3] = 0.0  # of a teacher that is sure
-    moved = {key: value.to(DEVICE) for key, value in entry.items()}
-    return logits.to(DEVICE), rows.to(DEVICE), moved
+    stored = torch.cat([kept[:, :1], kept[:, 1:].half().float()], dim=1)
+    outside = 1 - kept.double().exp().sum(dim=1)
+    outside[3] = 0.0  # of a teacher that is sure
+    columns = (ids, valid, stored, outside.log().float())
+    teacher = TeacherTokens(*(column.to(DEVICE) for column in columns))
+    return logits.to(DEVICE), rows.to(DEVICE), teacher
 
 
 def expected(
     logits: Tensor,
     rows: Tensor,
-    teacher: dict[str, Tensor],
+    teacher: TeacherTokens,
     settings: SelfEvolution,
     alpha: float,
     smoothing: float,
@@ -66,10 +68,9 @@ def expected(
 ) -> tuple[Tensor, dict[str, float], Tensor]:
     """Loss, sums, and the gradient to the logits for an upstream gradient of -2.5."""
     leaf = logits.double().requires_grad_()
-    found = teacher_rows(teacher)
-    student = support_log_probs(leaf, rows, found.ids, found.valid, with_sum=True)
-    events = build_events(found, student, "bucket")
-    output = self_evolution_kd(events, settings, gamma, teacher.get("difficulty"))
+    student = support_log_probs(leaf, rows, teacher.ids, teacher.valid, with_sum=True)
+    events = build_events(teacher, student, "bucket")
+    output = self_evolution_kd(events, settings, gamma, teacher.difficulty)
     nll = -student.log_q[:, 0]
     epsilon = smoothing / (VOCABULARY - 1)
     entropy = (1 - smoothing - epsilon) * nll - epsilon * student.sum_log_q
@@ -80,7 +81,7 @@ def expected(
     size = size[rows].abs().sum(dim=1)
     kl = relative_entropy(*events)
     hard = output.hard
-    best = found.log_p.masked_fill(~found.valid, -torch.inf).argmax(dim=1, keepdim=True)
+    best = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).argmax(dim=1, keepdim=True)
     sums = {
         "nll_loss": nll.sum(),
         "agree": (student.log_q.gather(1, best).squeeze(1) >= student.max_log_q).sum(),
@@ -98,7 +99,7 @@ def expected(
 
 def check(
     kernel: Any,
-    case: tuple[Tensor, Tensor, dict[str, Tensor]],
+    case: tuple[Tensor, Tensor, TeacherTokens],
     settings: SelfEvolution,
     alpha: float = 0.7,
     smoothing: float = 0.0,
@@ -168,14 +169,15 @@ def test_half_precision(kernel: Any, dtype: torch.dtype, tolerance: float) -> No
 
 def test_stored_difficulty(kernel: Any) -> None:
     logits, rows, teacher = problem()
-    teacher["difficulty"] = torch.tensor([0.1, 3.0, 0.2, 1.0, 0.7], device=DEVICE).double()
+    stored = torch.tensor([0.1, 3.0, 0.2, 1.0, 0.7], device=DEVICE).double()
+    teacher = replace(teacher, difficulty=stored)
     sums = check(kernel, (logits, rows, teacher), SelfEvolution())
     assert sums["hard"] == 3 and sums["difficulty"] == pytest.approx(5.0)
 
 
 def test_forbidden_tokens_and_a_sure_student(kernel: Any) -> None:
     logits, rows, teacher = problem(sharp=30.0)
-    outside = [v for v in range(VOCABULARY) if v not in teacher["ids"][0].tolist()]
+    outside = [v for v in range(VOCABULARY) if v not in teacher.ids[0].tolist()]
     logits[0, outside[0]] = -torch.inf
     for integration in INTEGRATIONS:
         check(kernel, (logits, rows, teacher), SelfEvolution(integration=integration))
@@ -183,9 +185,8 @@ def test_forbidden_tokens_and_a_sure_student(kernel: Any) -> None:
 
 def test_no_tokens(kernel: Any) -> None:
     logits, rows, teacher = problem()
-    nothing = {key: value[:0] for key, value in teacher.items()}
     leaf = logits.clone().requires_grad_()
-    value, sums = kernel(leaf, rows[:0], nothing, SelfEvolution(), GAMMA, 0.7, 0.1)
+    value, sums = kernel(leaf, rows[:0], teacher[:0], SelfEvolution(), GAMMA, 0.7, 0.1)
     assert value.item() == 0 and all(float(one) == 0 for one in sums.values())
     (gradient,) = torch.autograd.grad(value, leaf)
     assert not gradient.any()

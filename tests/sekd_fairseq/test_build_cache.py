@@ -166,8 +166,8 @@ def test_spawned_workers_read_the_same(data: Path, teacher: Path, cache: Path) -
         found[context] = [batch["teacher"] for batch in loader]
     for one, other, batch in zip(found["fork"], found["spawn"], batches, strict=True):
         expected = dataset.collater([dataset[i] for i in batch])["teacher"]
-        for key, value in expected.items():
-            assert torch.equal(one[key], value) and torch.equal(other[key], value)
+        for found_in in (one, other):
+            torch.testing.assert_close(found_in, expected, rtol=0, atol=0)
 
 
 def test_parts_make_the_same_bytes_as_one_process(

@@ -13,8 +13,14 @@ from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDConfig,
     SelfEvolutionKDCriterion,
 )
-from sekd_fairseq.datasets import teacher_rows
-from sekd_fairseq.losses import TeacherRows, build_events, chunked_loss, support, support_log_probs
+from sekd_fairseq.datasets import teacher_tokens
+from sekd_fairseq.losses import (
+    TeacherTokens,
+    build_events,
+    chunked_loss,
+    support,
+    support_log_probs,
+)
 from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
 from sekd_fairseq.teachers.online import DenseTeacher
@@ -22,14 +28,13 @@ from sekd_fairseq.teachers.online import DenseTeacher
 TOKENS, VOCABULARY = 9, 31
 
 
-def task(temperature: float = 1.0) -> Any:
+def task() -> Any:
     """What the criterions ask of a task."""
     dictionary = type("Dictionary", (), {"pad": lambda _: 1, "__len__": lambda _: VOCABULARY})
     return SimpleNamespace(
         target_dictionary=dictionary(),
         cfg=SimpleNamespace(teacher_cache="here", stored_difficulty=None),
-        teacher_temperature=temperature,
-        teacher_at=lambda sample, rows: sample["teacher"],
+        teacher_at=lambda sample, positions: teacher_tokens(sample["teacher"]),
         tail_law=lambda device: torch.linspace(0.1, 4.0, VOCABULARY),
     )
 
@@ -46,7 +51,7 @@ class Logits(nn.Module):
         return self.logits, None
 
 
-def batch(slots: int = 4, sampled: bool = False) -> dict[str, Any]:
+def batch(slots: int = 4, sampled: bool = False, temperature: float = 1.0) -> dict[str, Any]:
     """A batch of one sentence with a teacher's entry."""
     generator = torch.Generator().manual_seed(2)
     log_p = (torch.randn(TOKENS, VOCABULARY, generator=generator) * 2).log_softmax(-1)
@@ -60,6 +65,7 @@ def batch(slots: int = 4, sampled: bool = False) -> dict[str, Any]:
         "log_p": kept.half(),
         "gold_log_p": kept[:, 0].double(),
         "outside_mass": 1 - kept.double().exp().sum(dim=1),
+        "temperature": temperature,
     }
     if sampled:
         entry["draws"] = torch.randint(1, 4, ids.shape, generator=generator, dtype=torch.int32)
@@ -72,10 +78,10 @@ def batch(slots: int = 4, sampled: bool = False) -> dict[str, Any]:
     }
 
 
-def self_evolution(temperature: float = 1.0, **options: Any) -> SelfEvolutionKDCriterion:
+def self_evolution(**options: Any) -> SelfEvolutionKDCriterion:
     config = SelfEvolutionKDConfig(sentence_avg=False, gamma=0.5, gamma_type="absolute", **options)
     config._name = "self_evolution_kd"
-    return SelfEvolutionKDCriterion(config, task(temperature))
+    return SelfEvolutionKDCriterion(config, task())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
@@ -84,20 +90,20 @@ def test_logged_gradient_is_the_norm_that_the_logits_receive(
     temperature: float, missing_mass: str
 ) -> None:
     """Of the distillation loss, T^2 D(z / T), by autograd over all of the vocabulary."""
-    sample = batch(sampled=missing_mass == "sampled")
+    sample = batch(sampled=missing_mass == "sampled", temperature=temperature)
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(1, TOKENS, VOCABULARY, generator=generator)
     if missing_mass == "sampled":
         config = CachedKDConfig(sentence_avg=False, missing_mass="sampled", alpha=1.0)
         config._name = "cached_kd"
-        criterion: Any = CachedKDCriterion(config, task(temperature))
+        criterion: Any = CachedKDCriterion(config, task())
         distill = criterion.distill
         # Selective KD does not log the gradient; every token counts as hard here.
         criterion.distill = lambda events, nll, teacher: distill(events, nll, teacher)._replace(
             hard=torch.ones(TOKENS, dtype=torch.bool)
         )
     else:
-        criterion = self_evolution(temperature, missing_mass=missing_mass, alpha=1.0)
+        criterion = self_evolution(missing_mass=missing_mass, alpha=1.0)
     model = Logits(logits.clone())
     loss, _, log = criterion(model, sample)
     loss.backward()  # alpha is 1: the distillation loss alone
@@ -161,7 +167,7 @@ def test_a_sure_student_at_low_temperature(divergence: str) -> None:
     entry["gold_log_p"] = entry["gold_log_p"].fill_(-math.log(31))
     entry["log_p"] = torch.full_like(entry["log_p"], -math.log(31))
     entry["outside_mass"] = entry["outside_mass"].fill_(27 / 31)
-    teacher = teacher_rows(entry)
+    teacher = teacher_tokens(entry)
     logits = torch.full((TOKENS, VOCABULARY), -30.0).scatter(1, entry["ids"][:, :1], 0.0)
     rows = torch.arange(TOKENS)
     results = []
@@ -199,14 +205,7 @@ def test_a_teacher_beside_the_student_is_a_cache_of_every_token(
     logits, teacher = (torch.randn(1, TOKENS, VOCABULARY, generator=generator) for _ in range(2))
     sample = batch()
     target = sample["target"].view(-1)
-    whole = TeacherRows.from_dense(teacher[0].log_softmax(-1), target)
-    entry = {
-        "ids": whole.ids,
-        "size": torch.full_like(target, VOCABULARY),
-        "log_p": whole.log_p,
-        "gold_log_p": whole.log_p[:, 0].double(),
-        "outside_mass": torch.zeros(TOKENS).double(),
-    }
+    whole = TeacherTokens.from_dense(teacher[0].log_softmax(-1), target)
     beside = DenseTeacher([teacher[0]], torch.arange(TOKENS), target)
     se_kd = "gamma_type" in options or "label_smoothing" in options
     kind, config = (
@@ -217,7 +216,7 @@ def test_a_teacher_beside_the_student_is_a_cache_of_every_token(
     config._name = "self_evolution_kd" if se_kd else "cached_kd"
     monkeypatch.setitem(SCRATCH_ELEMENTS, "cpu", 2 * VOCABULARY)  # two tokens a block
     found = []
-    for one in (entry, beside):
+    for one in (whole, beside):
         criterion = kind(config, task())
         criterion.task.teacher_at = lambda sample, rows, one=one: one
         model = Logits(logits.clone())

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from analysis.runs.texts import read_lines
-from sekd_fairseq.losses import TeacherRows
+from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.score import top_overlap
 
 from .conftest import command, error_line, train
@@ -102,7 +102,7 @@ def test_a_carriage_return_within_a_line_does_not_end_it(tmp_path: Path) -> None
 def test_overlap_where_the_cache_holds_fewer_tokens() -> None:
     """A teacher compared with itself overlaps wholly, however few tokens a confident one keeps."""
     log_p = torch.tensor([[0.9, 0.06, 0.04], [0.5, 0.3, 0.2]]).log()
-    teacher = TeacherRows(
+    teacher = TeacherTokens(
         ids=torch.tensor([[3, 1, 7], [2, 5, 2]]),
         valid=torch.tensor([[True, True, True], [True, True, False]]),
         log_p=log_p,
