@@ -241,7 +241,6 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         self._tail_law = self._tail_law.to(device)
         return self._tail_law
 
-    @one_line_errors()
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """Build the model; a language model leaves its configuration in ``cfg``, which fairseq
         keeps in the checkpoint.
@@ -249,6 +248,10 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         One that is loaded takes ``--bf16``, of which fairseq's generation and validation know
         nothing.
         """
+        with one_line_errors():  # not as a decorator, because fairseq reads this signature
+            return self._built(cfg, from_checkpoint)
+
+    def _built(self, cfg: Any, from_checkpoint: bool) -> Any:
         model = super().build_model(cfg, from_checkpoint)
         if from_checkpoint and self.cfg.bf16:
             model.bfloat16()

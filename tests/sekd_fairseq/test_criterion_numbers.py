@@ -119,12 +119,10 @@ def test_equal_weights_are_the_uniform_tail(temperature: float, smoothing: float
     logits = torch.randn(1, TOKENS, VOCABULARY, generator=generator)
     found = []
     for missing_mass in ("uniform", "tail"):
-        criterion = self_evolution(
-            temperature, missing_mass=missing_mass, label_smoothing=smoothing, alpha=0.6
-        )
+        criterion = self_evolution(missing_mass=missing_mass, label_smoothing=smoothing, alpha=0.6)
         criterion.task.tail_law = lambda device: torch.full((VOCABULARY,), 3.0)
         model = Logits(logits.clone())
-        loss, _, log = criterion(model, batch())
+        loss, _, log = criterion(model, batch(temperature=temperature))
         loss.backward()
         sizes = [log["easy_gradient"], log["hard_gradient"]]
         found.append([loss.detach(), model.logits.grad, *sizes])
