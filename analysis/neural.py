@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.quality import Quality
 from analysis.runs.errors import UserError
 from analysis.stats import Floats
+from analysis.sums.direction import Direction, Options
 from analysis.terminal import progress
 
 
@@ -44,19 +44,20 @@ def sentence_scores(
 
 
 def add_comet(
-    results: pd.DataFrame, qualities: Sequence[Quality], model: Any, resamples: int, seed: int
+    results: pd.DataFrame, directions: Sequence[Direction], model: Any, options: Options
 ) -> pd.DataFrame:
     """The results with the columns ``COMET`` (in hundredths), ``COMET_low`` and ``COMET_high``, a
     95 % bootstrap interval over sentences; NaN for runs without source text."""
     found: dict[str, tuple[float, float, float]] = {}
-    for quality in qualities:
-        for run in progress(quality.runs(), desc=f"COMET {quality.direction.name}"):
-            texts = quality.texts(run)
+    for direction in directions:
+        for run in progress(direction.translated, desc=f"COMET {direction.name}"):
+            assert run.translations is not None
+            texts = run.translations.texts
             if texts.sources is None:
                 continue
             scores = sentence_scores(model, texts.sources, texts.hypotheses, texts.references)
-            rng = np.random.default_rng([seed, len(scores)])
-            drawn = rng.integers(0, len(scores), (resamples, len(scores)))
+            rng = np.random.default_rng([options.seed, len(scores)])
+            drawn = rng.integers(0, len(scores), (options.resamples, len(scores)))
             low, high = np.percentile(scores[drawn].mean(axis=1), [2.5, 97.5])
             found[run.label] = float(scores.mean()), float(low), float(high)
     missing = (np.nan, np.nan, np.nan)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis import claims, page
+from analysis import page
+from analysis.claims import verdicts
 from analysis.figures import FIGURES, draw_all
 from analysis.markup import interval, latex_table, markdown_table, number, p_value, percent
 from analysis.runs.methods import label_of, ordered
@@ -90,24 +91,23 @@ def summary(results: "Results") -> str:
         )
     for row in _deciding(results).drop_duplicates(["treatment", "claim"]).to_dict("records"):
         lines.append(f"claim {row['claim']} ({row['treatment']}): {row['verdict']}")
-    lines += [f"left out: {item.label}: {item.reason}" for item in results.study.left_out]
+    lines += [f"left out: {item.label}: {item.reason}" for item in results.left_out]
     return "\n".join(lines)
 
 
 def _scope(results: "Results") -> str:
-    study = results.study
     lines = []
-    for direction in study.directions:
+    for direction in results.directions:
         tokens = direction.tokens
         size = (
             f"{len(tokens.sentences)} sentences, {len(tokens.token)} tokens" if tokens else "none"
         )
         seeds = sorted({run.seed for run in direction.runs})
         lines.append(
-            f"- {direction.name}: {len(direction.runs)} runs, "
-            f"{_count(len(seeds), 'seed')}; token records of `{study.subset}`: {size}"
+            f"- {direction.name}: {_count(len(direction.runs), 'run')}, "
+            f"{_count(len(seeds), 'seed')}; token records of `{results.options.subset}`: {size}"
         )
-    lines += [f"- left out: `{item.label}`: {item.reason}" for item in study.left_out]
+    lines += [f"- left out: `{item.label}`: {item.reason}" for item in results.left_out]
     return "\n".join(lines)
 
 
@@ -136,7 +136,9 @@ def _claims(results: "Results") -> list[str]:
         "Effects above 0 are in the claim's favour; measures in brackets accompany a claim and do not "
         "decide it. `tables/claims.csv` has each direction alone."
     )
-    parts.append("The rule:\n\n" + "\n".join(f"- {line}" for line in claims.rule(results.options)))
+    parts.append(
+        "The rule:\n\n" + "\n".join(f"- {line}" for line in verdicts.rule(results.options))
+    )
     return parts
 
 
@@ -311,13 +313,13 @@ def _method(results: "Results") -> list[str]:
     threshold = options.threshold
     what = "quantile" if threshold.kind == "quantile" else "nats"
     cuts = []
-    for judge in results.judges:
-        seen = {}
-        for run in judge.runs:
-            partition = judge.partition(run)
-            seen[partition.selector] = partition.gamma
-        named = ", ".join(f"`{label}` Γ = {gamma:.4g} nats" for label, gamma in seen.items())
-        cuts.append(f"- {judge.direction.name}: {named}")
+    for direction in results.directions:
+        cut = {run.cut.selector: run.cut.gamma for run in direction.scored}
+        named = ", ".join(
+            f"{' + '.join(f'`{label}`' for label in labels)} Γ = {gamma:.4g} nats"
+            for labels, gamma in cut.items()
+        )
+        cuts.append(f"- {direction.name}: {named}")
     return [
         (
             "That the paper's gain comes from better transfer is the paper's own analysis; how it is "
@@ -325,7 +327,7 @@ def _method(results: "Results") -> list[str]:
         ),
         (
             f"Difficulty is KL(p‖q) of teacher p and student q at a reference token, in nats. A token is "
-            f"hard if its difficulty for the reference run (`{options.reference}`) is above Γ "
+            f"hard if its mean difficulty for the reference runs (`{' '.join(options.references)}`) is above Γ "
             f"({what} {threshold.value:g}):"
         ),
         "\n".join(cuts),

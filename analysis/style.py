@@ -8,10 +8,11 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.runs.methods import ordered
+from analysis.runs.methods import label_of, ordered
 
 COLUMN = 3.03  # inches, one column of the ACL style
 PAGE = 6.3  # both columns
@@ -45,6 +46,9 @@ SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "analysis",  # the same file for the same table
     "figure.constrained_layout.use": True,
 }
+
+
+matplotlib.use("Agg")
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,29 @@ def hide(axes: Sequence[Axes]) -> None:
     """Panels that nothing is drawn in."""
     for axis in axes:
         axis.set_axis_off()
+
+
+def abreast(table: pd.DataFrame) -> int:
+    """How many panels with methods as labels stand in a row: names of variants need the whole width."""
+    return 1 if max(len(label_of(method)) for method in table["method"]) > 20 else 2
+
+
+@contextmanager
+def direction_panels(
+    table: pd.DataFrame, height: float, path: Path, columns: int = 2
+) -> Iterator[list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with a panel of ``height`` inches for each direction, ``columns`` in a row: every panel
+    with its rows of the table. It is saved when all are drawn."""
+    directions = sorted(table["direction"].unique())
+    rows = -(-len(directions) // columns)
+    width = COLUMN if len(directions) == 1 < columns else PAGE
+    with figure(width, height * rows, rows, min(columns, len(directions))) as (drawn, axes):
+        for axis, direction in zip(axes, directions, strict=False):
+            if len(directions) > 1:
+                axis.set_title(direction)
+        hide(axes[len(directions) :])
+        yield [
+            (axis, table[table["direction"] == direction])
+            for axis, direction in zip(axes, directions, strict=False)
+        ]
+        save(drawn, path)

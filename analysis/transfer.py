@@ -11,26 +11,40 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import claims, evolution, examples, neural, quality, report, sensitivity, tables
-from analysis.buckets import Threshold
-from analysis.judge import Judge, Options, load_judges
+from analysis import neural, report
+from analysis.chapters import (
+    difficulty,
+    examples,
+    methods,
+    quality,
+    sensitivity,
+    sentences,
+    training,
+    transfer,
+    transitions,
+)
+from analysis.claims.verdicts import claims_table
 from analysis.runs.errors import UserError, one_line_errors
-from analysis.study import Study, load_study
+from analysis.runs.run_record import LeftOut
+from analysis.runs.texts import read_lines
+from analysis.sums.buckets import Threshold
+from analysis.sums.direction import Direction, Options
+from analysis.sums.loading import load
 
 #: A file of every report; a directory without it is never replaced.
 MARK = "report.md"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Results:
     """Everything that a report shows.
 
     ``tables`` go to ``tables/``, ``figures`` (the tables of the figures) to ``figures/``.
     """
 
-    study: Study
+    directions: list[Direction]
+    left_out: list[LeftOut]
     options: Options
-    judges: list[Judge]
     tables: dict[str, pd.DataFrame]
     figures: dict[str, pd.DataFrame]
     examples: list[examples.Group]
@@ -45,48 +59,57 @@ def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
         Nothing below ``root`` can be compared.
     """
     model = None if comet is None else neural.load_comet(comet)
-    study = load_study(root, options.subset)
-    judges = load_judges(study, options)
-    loaded = (quality.load_quality(direction, options.subset) for direction in study.directions)
-    qualities = {item.direction.name: item for item in loaded if item is not None}
-    history = evolution.History(judges)
-    study.left_out.extend(history.left_out)
-    results = quality.results_table(list(qualities.values()))
+    directions, left_out = load(root, options)
+    results = quality.results_table(directions, options)
     if model is not None and not results.empty:
-        own = list(qualities.values())
-        results = neural.add_comet(results, own, model, options.resamples, options.seed)
-    transfer = tables.transfer_table(judges)
-    training = evolution.training_table(judges, history)
-    found = {
-        "claims": claims.claims_table(judges, qualities, history, options),
+        results = neural.add_comet(results, directions, model, options)
+    claims, relation = claims_table(directions, options)
+    tables = {
+        "claims": claims,
+        "relation": relation,
         "results": results,
-        "methods": quality.methods_table(list(qualities.values()), options),
-        "transfer": transfer,
-        "gain": tables.gain_table(judges),
-        "calibration": tables.calibration_table(judges),
-        "transitions": evolution.transition_table(judges, history),
+        "methods": methods.methods_table(directions, options),
+        "transfer": transfer.transfer_table(directions, options),
+        "gain": transfer.gain_table(directions, options),
+        "calibration": transfer.calibration_table(directions, options),
+        "transitions": transitions.transition_table(directions, options),
     }
     figures = {
-        "difficulty": tables.difficulty_table(judges),
-        "transfer": transfer,
+        "difficulty": difficulty.difficulty_table(directions, options),
+        "transfer": tables["transfer"],
         "quality": results,
-        "methods": found["methods"],
-        "sensitivity": sensitivity.sensitivity_table(judges, qualities, options.baseline),
-        "training": training,
-        "transitions": found["transitions"],
-        "sentences": tables.sentence_table(judges, qualities, options.baseline),
+        "methods": tables["methods"],
+        "sensitivity": sensitivity.sensitivity_table(directions, options),
+        "training": training.training_table(directions, options),
+        "transitions": tables["transitions"],
+        "sentences": sentences.sentence_table(directions, options),
     }
-    shown = examples.example_groups(judges, qualities, options.baseline)
-    return Results(study, options, judges, found, figures, shown)
+    shown = examples.example_groups(directions, options)
+    return Results(directions, left_out, options, tables, figures, shown)
 
 
-def write(results: Results, output: Path) -> None:
-    """Write the report beside ``output`` and put it in its place when it is complete."""
+def check_output(output: Path) -> None:
+    """See, before anything is computed, that a report can be written to ``output``.
+
+    Raises
+    ------
+    UserError
+        There is something else than a report.
+    OSError
+        The directory cannot be written to.
+    """
     if output.exists() and not (output / MARK).exists() and any(output.iterdir()):
         raise UserError(
             f"{output}: expected a report or nothing there, found other files; choose another --output"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent):
+        pass
+
+
+def write(results: Results, output: Path) -> None:
+    """Write the report beside ``output`` and put it in its place when it is complete."""
+    check_output(output)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
         made = Path(name) / "new"
         report.write_report(results, made)
@@ -107,45 +130,54 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", help="where the report goes (default: RUNS/report)")
     add("--subset", default="test", help="split that was scored (default: %(default)s)")
     add(
-        *("--reference",),
-        default="finetune",
+        "--reference",
+        nargs="+",
+        default=["finetune"],
         metavar="WHAT",
-        help="whose difficulty defines easy and hard tokens: a method, a run's path below RUNS, "
-        "'initial' (the first records of the fine-tuned run) or 'self' (default: %(default)s); with a "
-        "run that is itself compared, claims 1 to 3 stay inconclusive",
+        help="whose difficulty defines easy and hard tokens: a method (its runs of other seeds than those "
+        "compared), a run's path below RUNS, 'initial' (the first records of the fine-tuned runs) or "
+        "'self'; of several the mean (default: finetune); with a method that is itself compared, claims "
+        "1 to 3 stay inconclusive",
     )
     add(
-        *("--gamma",),
+        "--gamma",
         type=float,
         default=0.75,
         help="tokens with a difficulty above Γ are hard; a quantile in [0, 1], or nats "
         "(default: %(default)s)",
     )
     add(
-        *("--gamma-type",),
+        "--gamma-type",
         choices=("quantile", "absolute"),
         default="quantile",
         help="whether --gamma is a quantile of the reference's difficulty or nats (default: %(default)s)",
     )
     add(
-        *("--baseline",),
+        "--baseline",
         default="word_kd",
         metavar="METHOD",
         help="claims compare with this method (default: %(default)s); the tables of BLEU and of "
         "gains always have finetune and word_kd",
     )
     add(
-        *("--margin",),
+        "--margin",
         type=float,
         default=0.02,
         help="smallest relative effect that matters, for the verdicts (default: %(default)s)",
     )
     add(
-        *("--comet",),
+        "--comet",
         type=Path,
         metavar="MODEL",
         help="score with this COMET model too: a checkpoint, or the folder that holds "
         "checkpoints/model.ckpt (needs unbabel-comet)",
+    )
+    add(
+        "--documents",
+        type=Path,
+        metavar="FILE",
+        help="a line for each sentence of the test set with the name of its document: resamples then draw "
+        "whole documents, whose sentences are alike",
     )
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
@@ -164,11 +196,12 @@ def read_options(args: argparse.Namespace) -> Options:
     return Options(
         subset=args.subset,
         threshold=Threshold(args.gamma, args.gamma_type),
-        reference=args.reference,
+        references=tuple(args.reference),
         baseline=args.baseline,
         margin=args.margin,
         resamples=args.resamples,
         seed=args.seed,
+        documents=tuple(read_lines(args.documents)) if args.documents else (),
     )
 
 
@@ -178,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         options = read_options(args)
         output = args.output or args.runs / "report"
+        check_output(output)
         results = analyse(args.runs, options, args.comet)
         write(results, output)
         print(report.summary(results))

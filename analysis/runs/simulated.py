@@ -64,15 +64,26 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
 
 
 def student(
-    corpus: Corpus, noise: float, own: float, seed: int, habit: float = 0.0, method: str = ""
+    corpus: Corpus,
+    noise: float,
+    own: float,
+    seed: int,
+    habit: float = 0.0,
+    method: str = "",
+    same_seed: float = 0.0,
+    training_seed: int = 0,
 ) -> NDArray[Any]:
     """A student's log-probabilities: the teacher's, off by an error that all students share, one that
-    the students of a method share (``habit``), and one of its own."""
+    the students of a method share (``habit``), one that those of a training seed share
+    (``same_seed``), and one of its own."""
     rng = np.random.default_rng([11, seed])
     error = noise * corpus.common + own * rng.normal(0, 1, corpus.log_p.shape)
     if habit:
         ours = np.random.default_rng([13, zlib.crc32(method.encode()), *corpus.token[:8].tolist()])
         error += habit * ours.normal(0, 1, corpus.log_p.shape)
+    if same_seed:
+        theirs = np.random.default_rng([23, training_seed, *corpus.token[:8].tolist()])
+        error += same_seed * theirs.normal(0, 1, corpus.log_p.shape)
     return log_softmax(corpus.log_p + error)
 
 
@@ -176,6 +187,7 @@ def write_run_directory(
     noise: dict[int, float] | float = 1.0,
     own: float = 0.1,
     habit: float = 0.0,
+    same_seed: float = 0.0,
     wrong: float | None = 0.2,
     subset: str = "test",
     cache: str = "cache-1",
@@ -191,7 +203,8 @@ def write_run_directory(
     if method != "teacher":
         corpus = make_corpus(sentences, corpus_seed)
         for step, size in steps.items():
-            columns = record_columns(corpus, student(corpus, size, own, run_seed, habit, method))
+            log_q = student(corpus, size, own, run_seed, habit, method, same_seed, seed)
+            columns = record_columns(corpus, log_q)
             write_columns(path / "tokens" / subset / f"{step}.parquet", columns, cache)
     if wrong is not None:
         write_texts(path, subset, make_texts(sentences, corpus_seed, run_seed, wrong))
@@ -205,6 +218,8 @@ def write_study(
     better: float = 0.5,
     directions: tuple[str, ...] = ("en-de",),
     method: str = "se_kd_student",
+    same_seed: float = 0.0,
+    corpus: int = 0,
 ) -> Path:
     """Fine-tuning, word-level KD and a SE-KD method, some seeds each, in some directions; the SE-KD
     student's error is ``better`` where word-level KD's is 0.8, at the end and on the way there."""
@@ -214,8 +229,9 @@ def write_study(
                 "seed": seed,
                 "direction": direction,
                 "sentences": sentences,
-                "corpus_seed": number,
+                "corpus_seed": corpus + number,
                 "own": 0.2,
+                "same_seed": same_seed,
             }
             place = root / direction
             for name, kind, last, wrong in (

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from analysis_nulls import KINDS, rejects, renamed_wins
 from benchmarking import RESULTS, Target, write_results
 
 from analysis import transfer
-from analysis.judge import Options
+from analysis.claims.verdicts import PLACEBO
 from analysis.runs.simulated import PIECES, write_columns, write_run_directory, write_run_record
+from analysis.sums.direction import Options
 from analysis.terminal import progress
 
 TOKENS, LENGTH = 2_500_000, 25
@@ -104,8 +106,23 @@ def judge_claim(better: float, study: int, seeds: int, sentences: int) -> tuple[
         results = transfer.analyse(root, Options(resamples=200, seed=study))
     claims = results.tables["claims"]
     chosen = claims[(claims["scope"] == "all") & claims["decides"].astype(bool)]
+    chosen = chosen[chosen["treatment"] != PLACEBO]
     chosen = chosen[chosen["claim"] == 1]
     return bool((chosen["verdict"] == "supported").all()), float((chosen["p"] <= 0.05).mean())
+
+
+def null_rows(studies: int) -> list[dict[str, Any]]:
+    """The share of studies without an effect in which one is found, by kind."""
+    rows = []
+    for kind in KINDS if studies else ():
+        found = [rejects(kind, i) for i in progress(range(studies), desc=f"null: {kind}")]
+        rows.append({"case": kind, "rejected": float(np.mean(found))})
+    if studies:
+        bar = progress(range(studies), desc="null: error shared with a reference")
+        found = [renamed_wins(study) for study in bar]
+        rows.append({"case": "error shared with a reference", "rejected": float(np.mean(found))})
+    common = {"part": "nulls", "studies": studies}
+    return [common | row for row in rows]
 
 
 def main() -> None:
@@ -113,6 +130,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--studies", type=int, default=500, help="simulated under the null")
+    parser.add_argument(
+        "--nulls",
+        type=int,
+        default=0,
+        metavar="N",
+        help="studies of each of six kinds of null, as well (500 take about half an hour)",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -135,6 +159,8 @@ def main() -> None:
                 "single_tests_rejected": round(single, 4),
             }
         )
+    nulls = null_rows(args.nulls)
+    rows += nulls
     targets = [
         Target("seconds for ten million token records", rows[0]["seconds"], 20),
         Target("peak memory for ten million token records, GiB", rows[0]["peak_gib"], 2),
@@ -151,6 +177,12 @@ def main() -> None:
             *(rows[-1]["supported"], 0.8),
             at_least=True,
         ),
+    ]
+    # Two standard errors of a share of 5 % may come by chance.
+    allowed = 0.05 + 2 * (0.05 * 0.95 / max(args.nulls, 1)) ** 0.5
+    targets += [
+        Target(f"null rejected: {row['case']}, share of studies", row["rejected"], allowed)
+        for row in nulls
     ]
     write_results("bench_analysis", rows, targets, torch.device("cpu"), args.output)
 

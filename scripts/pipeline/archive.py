@@ -109,7 +109,7 @@ def keep_records(path: Path, place: Path, shared_file: Path, earlier: bool) -> N
 
 def markers(pieces: Sequence[str]) -> list[str]:
     """Of each piece what says whether it, or the next, begins a word
-    (:func:`analysis.buckets.by_piece`), and nothing of the text."""
+    (:func:`analysis.sums.buckets.by_piece`), and nothing of the text."""
     found = []
     for piece in pieces:
         end = "@@" if piece.endswith("@@") else ""

@@ -20,7 +20,16 @@ from analysis.runs.simulated import (
 )
 from analysis.runs.texts import read_lines
 from analysis.runs.token_records import iterate_columns, read_columns, read_pieces, read_token_set
-from analysis.study import load_study, partner
+from analysis.sums.direction import Options, ScoredRun
+from analysis.sums.loading import load
+from analysis.sums.pairing import partner
+
+
+def load_study(root: Path) -> tuple[dict[str, ScoredRun], dict[str, str]]:
+    """The runs of a root and why others are left out, by label."""
+    directions, left_out = load(root, Options(resamples=100))
+    runs = {run.label: run for direction in directions for run in direction.runs}
+    return runs, {item.label: item.reason for item in left_out}
 
 
 def columns() -> dict[str, np.ndarray]:
@@ -158,15 +167,14 @@ def test_unfinished_and_broken_runs_are_left_out_and_the_rest_stays(
     write_run(demo, "other_test_set", "word_kd", seed=3, corpus_seed=5)
     write_run(demo, "other_teacher", "word_kd", seed=4, cache="cache-2")
     (write_run(demo, "short", "word_kd", seed=5) / "hyps/test.txt").write_text("one\n")
-    study = load_study(demo, "test")
-    reasons = {item.label: item.reason for item in study.left_out}
+    runs, reasons = load_study(demo)
     assert "no run.json" in reasons.pop("training")
     assert "no token records or translations" in reasons.pop("unscored")
     assert "another test set" in reasons.pop("other_test_set")
     assert "another teacher cache" in reasons.pop("other_teacher")
     assert "expected 1 lines" in reasons.pop("short")
     assert not reasons
-    assert [run.label for run in study.runs] == ["finetune", "se_kd", "teacher", "word_kd"]
+    assert sorted(runs) == ["finetune", "se_kd", "teacher", "word_kd"]
 
 
 def test_nested_roots_and_variants(tmp_path: Path, write_run: WriteRun) -> None:
@@ -179,8 +187,8 @@ def test_nested_roots_and_variants(tmp_path: Path, write_run: WriteRun) -> None:
         )
     write_run(tmp_path, "finetune", "finetune", hyperparameters={"lr": 1})
     write_run(tmp_path, "copy", "finetune", hyperparameters={"lr": 1})
-    study = load_study(tmp_path, "test")
-    assert {run.label: run.method for run in study.runs} == {
+    runs, _ = load_study(tmp_path)
+    assert {label: str(run.method) for label, run in runs.items()} == {
         "copy": "finetune",
         "finetune": "finetune [finetune]",
         "sweep/g0.5": "se_kd_student (gamma=0.5)",
@@ -199,8 +207,9 @@ def test_the_usual_variant_keeps_the_name_and_is_the_baseline(
             tmp_path, f"se_{lam}", "se_kd_student", hyperparameters={"alpha": 0.7, "lambda": lam}
         )
     write_run(tmp_path, "target", "se_kd_target", hyperparameters={"alpha": 0.7, "lambda": 0.5})
-    runs = load_study(tmp_path, "test").runs
-    names = {run.label: run.method for run in runs}
+    found, _ = load_study(tmp_path)
+    runs = list(found.values())
+    names = {run.label: str(run.method) for run in runs}
     assert names == {
         "word_kd_0.3": "word_kd (alpha=0.3)",
         "word_kd_0.7": "word_kd",
@@ -217,12 +226,15 @@ def test_the_usual_variant_keeps_the_name_and_is_the_baseline(
 
 def test_empty_root_and_root_without_records(tmp_path: Path, write_run: WriteRun) -> None:
     with pytest.raises(UserError, match="expected run directories"):
-        load_study(tmp_path, "test")
-    write_run(tmp_path, "teacher", "teacher")
+        load_study(tmp_path)
+    run = write_run(tmp_path, "teacher", "teacher")
+    assert list(load_study(tmp_path)[0]) == ["teacher"]  # translations alone can be compared
+    for path in (run / "hyps").iterdir():
+        path.unlink()
     with pytest.raises(UserError, match="expected at least one run with token records"):
-        load_study(tmp_path, "test")
+        load_study(tmp_path)
     with pytest.raises(UserError, match="expected a directory of runs"):
-        load_study(tmp_path / "nowhere", "test")
+        load_study(tmp_path / "nowhere")
 
 
 def test_simulated_runs_of_two_methods_are_two_runs(tmp_path: Path) -> None:
@@ -267,7 +279,7 @@ def test_files_without_a_checksum_are_read_and_told_once(
     demo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As an earlier version wrote them, and other systems do."""
-    load_study(demo, "test")
+    load_study(demo)
     for path in demo.rglob("*.parquet"):
         table = pq.read_table(path)
         metadata = {**table.schema.metadata, b"sekd.format_version": b"1"}
@@ -278,32 +290,30 @@ def test_files_without_a_checksum_are_read_and_told_once(
         content, _ = read_json(path)
         path.write_text(json.dumps(content | {"format_version": 1}))
     capsys.readouterr()
-    study = load_study(demo, "test")
-    assert not study.left_out and len(study.runs) == 4
+    runs, left_out = load_study(demo)
+    assert not left_out and len(runs) == 4
     told = capsys.readouterr().err
-    assert told.count("warning") == 1 and "4 of 4 runs, finetune the first" in told
+    assert told.count("without a checksum") == 1 and "4 of 4 runs, finetune the first" in told
     # A file of this version has one: it is not taken for an older one where its checksum is lost.
     path = demo / "word_kd/run.json"
     path.write_text(json.dumps(content | {"format_version": 2}))
-    assert (
-        "expected format_version 1 without a checksum"
-        in load_study(demo, "test").left_out[0].reason
-    )
+    assert "expected format_version 1 without a checksum" in load_study(demo)[1]["word_kd"]
 
 
 def test_translations_are_held_against_the_checksums_of_their_scores(demo: Path) -> None:
     run = demo / "se_kd"
     checksums = {path.name: hash_lines(read_lines(path)) for path in (run / "hyps").iterdir()}
     (run / "scores.json").write_bytes(sealed_json({"test": {LINES: checksums}}))
-    assert load_study(demo, "test").directions[0].texts["se_kd"].sealed
+    translations = load_study(demo)[0]["se_kd"].translations
+    assert translations is not None and translations.texts.sealed
     for name in ("test.txt", "test.ref.txt", "test.src.txt"):
         path = run / "hyps" / name
         whole = path.read_text()
         path.write_text(whole.replace(".", "!", 1))
-        (left_out,) = load_study(demo, "test").left_out
-        assert f"{name}: the lines do not match their checksum" in left_out.reason
+        (reason,) = load_study(demo)[1].values()
+        assert f"{name}: the lines do not match their checksum" in reason
         path.write_text(whole.replace("\n", "\r\n"))  # the same lines
-        assert not load_study(demo, "test").left_out
+        assert not load_study(demo)[1]
     path = run / "scores.json"
     path.write_text(path.read_text().replace("test.ref", "test.rex"))
-    assert "scores.json: content does not match" in load_study(demo, "test").left_out[0].reason
+    assert "scores.json: content does not match" in load_study(demo)[1]["se_kd"]

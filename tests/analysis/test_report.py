@@ -123,6 +123,11 @@ def test_several_directions_and_seeds(tmp_path: Path, no_figures: None) -> None:
     root = write_study(tmp_path / "runs", seeds=2, sentences=40, directions=("cs-en", "en-zh"))
     transfer.main([str(root), "--resamples", "100"])
     methods = pd.read_csv(root / "report/tables/methods.csv")
+    placebo = methods["method"] == "placebo"
+    # Each seed against the next: their differences cancel, the interval does not.
+    assert methods.loc[placebo, "gain_over_word_kd"].abs().max() < 1e-9
+    assert methods.loc[placebo, "gain_over_word_kd_low"].max() < 0
+    methods = methods[~placebo]
     assert set(methods["direction"]) == {"cs-en", "en-zh", "all"}
     assert (methods["seeds"] == 2).all()
     bleu = methods[methods["metric"] == "BLEU"].set_index(["direction", "method"])
@@ -194,6 +199,24 @@ def test_interrupted_writing_keeps_the_old_report(
         transfer.main([str(demo), "--resamples", "100"])
     assert files(demo / "report") == before
     assert [path.name for path in demo.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_output_that_cannot_be_written_is_found_before_computing(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "analyse", lambda *_: pytest.fail("computed"))
+    (demo / "locked").mkdir(mode=0o500)
+    with pytest.raises(SystemExit, match="Permission denied"):
+        transfer.main([str(demo), "--output", str(demo / "locked" / "report")])
+
+
+def test_output_that_is_a_file_is_found_before_computing(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "analyse", lambda *_: pytest.fail("computed"))
+    with pytest.raises(SystemExit, match=r"run\.json: File exists"):
+        transfer.main([str(demo), "--output", str(demo / "word_kd" / "run.json" / "report")])
 
 
 def test_a_folder_that_is_no_report_is_never_replaced(demo: Path) -> None:

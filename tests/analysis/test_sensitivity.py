@@ -8,13 +8,16 @@ import pytest
 from conftest import WriteRun
 
 from analysis import transfer
+from analysis.chapters.sensitivity import BASELINE, one_at_a_time, value_key
 from analysis.figures import without_variants
+from analysis.runs.methods import Method
 from analysis.runs.run_record import Run
-from analysis.sensitivity import BASELINE, one_at_a_time, value_key
+from analysis.sums.direction import ScoredRun
 
 
-def run(label: str, **hyperparameters: Any) -> Run:
-    return Run(Path(label), label, "se_kd_student", 1, "en-de", 1, hyperparameters, None)
+def run(label: str, **hyperparameters: Any) -> ScoredRun:
+    record = Run(Path(label), label, "se_kd_student", 1, "en-de", 1, hyperparameters, None)
+    return ScoredRun(record, Method(record.method))
 
 
 def test_one_at_a_time() -> None:

@@ -7,9 +7,13 @@ import pytest
 import scipy.stats
 from conftest import WriteRun
 
-from analysis import tables
-from analysis.aggregate import METRICS, calibration_error, make_partition, sum_records
-from analysis.buckets import (
+from analysis.chapters import transfer
+from analysis.runs import token_records
+from analysis.runs.simulated import write_columns
+from analysis.runs.token_records import read_columns, read_token_set
+from analysis.sums import bucket_sums
+from analysis.sums.bucket_sums import METRICS, calibration_error, make_partition, sum_records
+from analysis.sums.buckets import (
     Threshold,
     by_edges,
     by_piece,
@@ -18,10 +22,9 @@ from analysis.buckets import (
     difficulty_families,
     shared_families,
 )
-from analysis.judge import Judge, Options, load_judges
-from analysis.runs.simulated import write_columns
-from analysis.runs.token_records import read_columns, read_token_set
-from analysis.study import load_study
+from analysis.sums.direction import Direction, Options
+from analysis.sums.loading import load
+from analysis.sums.selection import SAME_METHOD, SAME_SEED, bias
 
 
 def small_records() -> dict[str, np.ndarray]:
@@ -53,8 +56,8 @@ def test_sums_by_bucket_by_hand(tmp_path: Path) -> None:
     tokens = read_token_set(path)
     kl = read_columns(path, ["kl"])["kl"]
     families = [*difficulty_families(kl, 0.25), *shared_families(path, tokens)]
-    partition = make_partition(families, tokens, 0.25, "run")
-    sums = sum_records(path, tokens, partition)
+    partition = make_partition(families, tokens, 0.25, ("run",))
+    (sums,) = sum_records(path, tokens, [partition]).by_partition
     easy, hard = sums.totals[partition.columns("difficulty")]
     assert partition.tokens[partition.columns("difficulty")].tolist() == [3, 2]  # 0.25 is easy
     expected = {
@@ -82,9 +85,10 @@ def test_sums_by_bucket_by_hand(tmp_path: Path) -> None:
 
 
 def test_every_family_is_a_partition(demo: Path) -> None:
-    judge = load_judges(load_study(demo, "test"), Options())[0]
-    partition = judge.partition(judge.runs[0])
-    count = len(judge.tokens.token)
+    (direction,), _ = load(demo, Options(resamples=100))
+    run = direction.scored[0]
+    assert direction.tokens is not None
+    partition, count = run.cut, len(direction.tokens.token)
     names = {family.name for family in partition.families}
     assert names == {
         *("difficulty", "difficulty quantile", "all", "frequency", "teacher entropy"),
@@ -92,29 +96,27 @@ def test_every_family_is_a_partition(demo: Path) -> None:
     }
     for family in partition.families:
         assert partition.tokens[partition.columns(family.name)].sum() == count
-        sums = judge.sums(judge.runs[0], partition)
+        sums = run.under(partition)
         total = sums.totals[partition.columns("all")][0]
         np.testing.assert_allclose(sums.totals[partition.columns(family.name)].sum(axis=0), total)
         np.testing.assert_allclose(sums.kl[:, partition.columns(family.name)].sum(), total[0])
 
 
 def test_blocks_of_rows_do_not_change_the_sums(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from analysis import aggregate
-    from analysis.runs import token_records
-
-    judge = load_judges(load_study(demo, "test"), Options())[0]
-    run = judge.runs[0]
-    partition = judge.partition(run)
-    whole = judge.sums(run, partition)
+    (direction,), _ = load(demo, Options(resamples=100))
+    run = direction.scored[0]
+    assert direction.tokens is not None and run.step is not None and run.kl is not None
+    whole = run.under(run.cut)
     monkeypatch.setattr(
-        aggregate,
+        bucket_sums,
         "iterate_columns",
         lambda path, names: token_records.iterate_columns(path, names, 37),
     )
-    blocks = sum_records(judge.path(run), judge.tokens, partition)
-    np.testing.assert_allclose(blocks.totals, whole.totals, rtol=1e-12)
-    np.testing.assert_allclose(blocks.difficulty, whole.difficulty, rtol=1e-12)
-    np.testing.assert_array_equal(blocks.q_gold, whole.q_gold)
+    blocks = sum_records(run.run.records("test", run.step), direction.tokens, [run.cut] * 2)
+    for sums in blocks.by_partition:
+        np.testing.assert_allclose(sums.totals, whole.totals, rtol=1e-12)
+        np.testing.assert_allclose(sums.difficulty, whole.difficulty, rtol=1e-12)
+    np.testing.assert_array_equal(blocks.kl, run.kl)
 
 
 def test_threshold_kinds_and_edges() -> None:
@@ -153,8 +155,9 @@ def test_word_starts_by_kind_of_vocabulary(
 
 
 def test_transfer_table_against_plain_means(demo: Path) -> None:
-    judges = load_judges(load_study(demo, "test"), Options(resamples=200))
-    table = tables.transfer_table(judges).set_index(["run", "family", "bucket"])
+    options = Options(resamples=200)
+    directions, _ = load(demo, options)
+    table = transfer.transfer_table(directions, options).set_index(["run", "family", "bucket"])
     reference = read_columns(demo / "finetune/tokens/test/100.parquet", ["kl"])["kl"]
     gamma = np.quantile(reference.astype(float), 0.75)
     hard = reference > gamma
@@ -171,7 +174,9 @@ def test_transfer_table_against_plain_means(demo: Path) -> None:
     expected = scipy.stats.spearmanr(-np.log(own["p_gold"][hard]), -np.log(own["q_gold"][hard]))
     assert row["surprise_rank_correlation"] == pytest.approx(expected.statistic)
 
-    gains = tables.gain_table(judges).set_index(["run", "baseline", "family", "bucket"])
+    gains = transfer.gain_table(directions, options).set_index(
+        ["run", "baseline", "family", "bucket"]
+    )
     base = read_columns(demo / "word_kd/tokens/test/100.parquet", ["kl", "q_gold"])
     gain = gains.loc[("se_kd", "word_kd", "difficulty", "hard")]
     difference = base["kl"][hard].astype(float) - own["kl"][hard]
@@ -183,14 +188,14 @@ def test_transfer_table_against_plain_means(demo: Path) -> None:
     closed = (own["q_gold"] - base["q_gold"])[hard].sum()
     assert gain["lead_closed"] == pytest.approx(closed / lead, rel=1e-4)
     assert gain["gain_target"] + gain["gain_nontarget"] == pytest.approx(gain["gain"], abs=1e-5)
-    assert not gain["selected_by_pair"]
+    assert gain["selected_by_pair"]  # the one reference run has the seed of both
     assert gains.loc[("se_kd", "finetune", "difficulty", "hard"), "selected_by_pair"]
     assert not gains.loc[("se_kd", "finetune", "piece", "word start"), "selected_by_pair"]
 
 
 def test_empty_bucket_says_so(demo: Path) -> None:
     options = Options(threshold=Threshold(1e6, "absolute"), resamples=100)
-    table = tables.transfer_table(load_judges(load_study(demo, "test"), options))
+    table = transfer.transfer_table(load(demo, options)[0], options)
     hard = table[(table["family"] == "difficulty") & (table["bucket"] == "hard")]
     assert (hard["tokens"] == 0).all() and (hard["sentences"] == 0).all()
     assert hard[["kl", "kl_low", "kl_high", "agreement"]].isna().all(axis=None)
@@ -198,34 +203,50 @@ def test_empty_bucket_says_so(demo: Path) -> None:
     assert easy["kl"].notna().all()
 
 
-def test_the_reference_run_is_of_the_same_seed(tmp_path: Path, write_run: WriteRun) -> None:
-    for seed in (1, 2):
+def test_reference_runs_are_of_other_seeds(tmp_path: Path, write_run: WriteRun) -> None:
+    """A run shares errors with the others of its seed, and would look worse on what they find hard."""
+    for seed in (1, 2, 3):
         write_run(tmp_path, f"finetune{seed}", "finetune", seed=seed, own=0.5)
         write_run(tmp_path, f"word_kd{seed}", "word_kd", seed=seed)
-    study = load_study(tmp_path, "test")
-    judge = Judge(study.directions[0], Options())
-    chosen = {run.label: judge.selector(run)[0].label for run in judge.runs}
-    assert chosen == {
-        "finetune1": "finetune1",
-        "finetune2": "finetune2",
-        "word_kd1": "finetune1",
-        "word_kd2": "finetune2",
+
+    def chosen(*references: str) -> Direction:
+        (direction,), _ = load(tmp_path, Options(references=references, resamples=100))
+        return direction
+
+    direction = chosen("finetune")
+    runs = {run.label: run for run in direction.scored}
+    assert {label: run.cut.selector for label, run in runs.items()} == {
+        "finetune1": ("finetune2", "finetune3"),
+        "finetune2": ("finetune1", "finetune3"),
+        "finetune3": ("finetune1", "finetune2"),
+        "word_kd1": ("finetune2", "finetune3"),
+        "word_kd2": ("finetune1", "finetune3"),
+        "word_kd3": ("finetune1", "finetune2"),
     }
-    for reference, label in (
-        ("self", "word_kd2"),
-        ("word_kd1", "word_kd1"),
-        ("word_kd", "word_kd2"),
+    paths = [tmp_path / f"finetune{seed}/tokens/test/100.parquet" for seed in (2, 3)]
+    mean = np.mean([read_columns(path, ["kl"])["kl"] for path in paths], axis=0)
+    assert runs["word_kd1"].cut.gamma == pytest.approx(np.quantile(mean, 0.75))
+    # Two runs of different seeds: the third chooses.
+    placebo = direction.cut(runs["word_kd2"], runs["word_kd1"])
+    assert placebo.selector == ("finetune3",)
+    assert bias(direction, runs["word_kd2"], runs["word_kd1"]) == ""
+    assert bias(direction, runs["word_kd1"], runs["finetune1"]) == SAME_METHOD
+    for references, label, selector, reason in (
+        (("self",), "word_kd2", ("word_kd2",), SAME_METHOD),
+        (("word_kd1",), "finetune2", ("word_kd1",), SAME_METHOD),
+        (("finetune1",), "word_kd1", ("finetune1",), SAME_SEED),
+        (("finetune1", "finetune2"), "word_kd1", ("finetune2",), ""),
     ):
-        judge = Judge(study.directions[0], Options(reference=reference))
-        run = next(run for run in judge.runs if run.label == "word_kd2")
-        assert judge.selector(run)[0].label == label
-        assert judge.partition(run).selector == label
+        direction = chosen(*references)
+        run = next(run for run in direction.scored if run.label == label)
+        other = next(item for item in direction.scored if item.label == f"word_kd{run.seed}")
+        assert run.cut.selector == selector
+        assert bias(direction, run, other) == reason
 
 
 def test_initial_student_defines_buckets(demo: Path) -> None:
-    judge = Judge(load_study(demo, "test").directions[0], Options(reference="initial"))
-    run = judge.runs[-1]
-    assert judge.selector(run)[0].label == "finetune"
-    assert judge.selector(run)[1] == 50
+    (direction,), _ = load(demo, Options(references=("initial",), resamples=100))
+    run = direction.scored[-1]
+    assert run.cut.selector == ("finetune",)
     first = read_columns(demo / "finetune/tokens/test/50.parquet", ["kl"])["kl"]
-    assert judge.partition(run).gamma == pytest.approx(np.quantile(first.astype(float), 0.75))
+    assert run.cut.gamma == pytest.approx(np.quantile(first.astype(float), 0.75))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import WriteRun
 
-from analysis.quality import load_quality
-from analysis.study import load_study
+from analysis.sums.direction import Options
+from analysis.sums.loading import load
 
 SYSTEMS = (
     "ALMA-13B-LoRA",
@@ -50,10 +50,10 @@ def test_scores_of_published_systems(write_run: WriteRun, tmp_path: Path, direct
         (run / "hyps" / "test.ref.txt").write_text(
             lines(root / "wmt22" / f"{direction}.{reference}.{target}.gz"), encoding="utf-8"
         )
-    (found,) = load_study(tmp_path, "test").directions
-    quality = load_quality(found, "test")
-    assert quality is not None
+    (found,), _ = load(tmp_path, Options(resamples=100))
+    assert found.corpus is not None
     for seed, expected in enumerate(SCORES[direction]):
-        run = next(run for run in quality.runs() if run.method == f"m{seed}")
-        total = quality.statistics(run, "BLEU").sum(axis=0)
-        assert quality.score("BLEU", total) == pytest.approx(expected, abs=0.005)
+        run = next(run for run in found.translated if run.method.id == f"m{seed}")
+        assert run.translations is not None
+        score = found.corpus.corpus_score(run.translations, "BLEU")
+        assert score == pytest.approx(expected, abs=0.005)

@@ -1,4 +1,4 @@
-"""The figure of how tokens move between easy and hard while a run trains."""
+"""Tokens that move between easy and hard while a run trains."""
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
@@ -9,9 +9,55 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from numpy.typing import NDArray
 
+from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of, ordered
 from analysis.style import COLUMN, PAGE, figure, hide, save
+from analysis.sums.direction import Direction, Options
+
+STATES = ("easy", "hard")
+
+
+def transition_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
+    """One row a run, pair of neighbouring steps (and first to last), and pair of states: tokens, and
+    the share of the tokens of the first state that went to the second."""
+    rows: list[dict[str, Any]] = []
+    for direction in directions:
+        for run in direction.scored:
+            steps = list(run.history)
+            spans = list(itertools.pairwise(steps))
+            if len(steps) > 2:
+                spans.append((steps[0], steps[-1]))
+            for first, second in spans:
+                matrix = transitions(run.history[first], run.history[second], run.cut.gamma)
+                for before in range(2):
+                    total = matrix[before].sum()
+                    for after in range(2):
+                        rows.append(
+                            {
+                                "direction": direction.name,
+                                "method": str(run.method),
+                                "seed": run.seed,
+                                "run": run.label,
+                                "from_step": first,
+                                "to_step": second,
+                                "from": STATES[before],
+                                "to": STATES[after],
+                                "tokens": int(matrix[before, after]),
+                                "share": matrix[before, after] / total if total else np.nan,
+                            }
+                        )
+    names = ["direction", "method", "seed", "run", "from_step", "to_step", "from", "to"]
+    return pd.DataFrame(rows, columns=[*names, "tokens", "share"])
+
+
+def transitions(
+    before: NDArray[np.floating], after: NDArray[np.floating], gamma: float
+) -> NDArray[np.int64]:
+    """Tokens by state before (row) and after (column), easy first, (2, 2)."""
+    codes = (before > gamma).astype(np.int64) * 2 + (after > gamma)
+    return np.bincount(codes, minlength=4).reshape(2, 2)
 
 
 def draw_transitions(table: pd.DataFrame, path: Path) -> None:
@@ -104,9 +150,19 @@ def _flow(axis: Axes, place: int, share: dict[Any, float]) -> None:
         if size:
             low = left[key] + (right[key] - left[key]) * bend
             axis.fill_between(
-                *(place + x, low, low + size),
+                place + x,
+                low,
+                low + size,
                 facecolor=colour,
                 hatch=hatch,
                 edgecolor="black",
                 linewidth=0.2,
             )
+
+
+FIGURE = Figure(
+    "transitions",
+    draw_transitions,
+    "Tokens that move between easy and hard from one scored checkpoint to the next.",
+    by_look=True,
+)

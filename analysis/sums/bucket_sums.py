@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from analysis.buckets import Family
 from analysis.runs.token_records import Columns, TokenSet, iterate_columns
 from analysis.stats import Floats
+from analysis.sums.buckets import Family
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,14 +56,14 @@ class Partition:
     gamma : Γ in nats
     tokens : (K,) tokens of each bucket, families one after another
     by_sentence : (S, K) the same by sentence
-    selector : label of the run whose difficulty cut the tokens
+    selector : labels of the runs whose mean difficulty cut the tokens
     """
 
-    families: list[Family]
+    families: tuple[Family, ...]
     gamma: float
     tokens: Floats
     by_sentence: Floats
-    selector: str
+    selector: tuple[str, ...]
 
     @property
     def names(self) -> list[tuple[str, str]]:
@@ -95,18 +95,36 @@ class RunSums:
     difficulty : (S, 2, M) sums by sentence for easy and hard tokens
     calibration : (2, bins, 3) teacher's and student's tokens, confidence and right choices by
         confidence
-    q_gold : (N,) float32, the student's probability of each reference token
     """
 
     totals: Floats
     kl: Floats
     difficulty: Floats
     calibration: Floats
+
+    def total(self, metric: str) -> Floats:
+        """The sum of one of :data:`METRICS` by bucket, (K,)."""
+        return self.totals[:, METRICS.index(metric)]
+
+
+@dataclass(frozen=True)
+class RecordSums:
+    """What is kept of a run's token records.
+
+    Attributes
+    ----------
+    by_partition : sums under each partition, in the order given
+    kl : (N,) KL of each token, nats
+    q_gold : (N,) the student's probability of each reference token
+    """
+
+    by_partition: list[RunSums]
+    kl: NDArray[np.float32]
     q_gold: NDArray[np.float32]
 
 
 def make_partition(
-    families: Sequence[Family], tokens: TokenSet, gamma: float, selector: str
+    families: Sequence[Family], tokens: TokenSet, gamma: float, selector: tuple[str, ...]
 ) -> Partition:
     """Count the tokens of every bucket."""
     sentences = len(tokens.sentences)
@@ -117,31 +135,41 @@ def make_partition(
         counts = np.bincount(cells, minlength=sentences * width)
         parts.append(counts.reshape(sentences, width).astype(np.float64))
     by_sentence = np.concatenate(parts, axis=1)
-    return Partition(list(families), gamma, by_sentence.sum(axis=0), by_sentence, selector)
+    return Partition(tuple(families), gamma, by_sentence.sum(axis=0), by_sentence, selector)
 
 
-def sum_records(path: Path, tokens: TokenSet, partition: Partition) -> RunSums:
-    """Read a run's records once and sum them."""
-    sentences, width = partition.by_sentence.shape
-    totals = np.zeros((width, len(METRICS)))
-    kl = np.zeros((sentences, width))
-    difficulty = np.zeros((sentences, 2, len(METRICS)))
-    calibration = np.zeros((2, CALIBRATION_BINS, 3))
-    q_gold = np.empty(len(tokens.token), dtype=np.float32)
+def sum_records(path: Path, tokens: TokenSet, partitions: Sequence[Partition]) -> RecordSums:
+    """Read a run's records once and sum them under each partition."""
+    sums = []
+    for partition in partitions:
+        sentences, width = partition.by_sentence.shape
+        sums.append(
+            RunSums(
+                totals=np.zeros((width, len(METRICS))),
+                kl=np.zeros((sentences, width)),
+                difficulty=np.zeros((sentences, 2, len(METRICS))),
+                calibration=np.zeros((2, CALIBRATION_BINS, 3)),
+            )
+        )
+    kept = {name: np.empty(len(tokens.token), dtype=np.float32) for name in ("kl", "q_gold")}
 
-    def summed(block: tuple[slice, Columns]) -> tuple[slice, slice, tuple[Floats, ...], Any]:
+    def summed(block: tuple[slice, Columns]) -> tuple[slice, list[tuple[Floats, ...]]]:
         rows, columns = block
+        for name, values in kept.items():
+            values[rows] = columns[name]
         inside = slice(tokens.sentence[rows.start], tokens.sentence[rows.stop - 1] + 1)
-        return rows, inside, _block_sums(columns, rows, inside, tokens, partition), columns
+        values = token_metrics(columns, tokens.token[rows])  # (rows, M)
+        parts = [_block_sums(values, rows, inside, tokens, partition) for partition in partitions]
+        return inside, parts
 
     # Added up in the order of the file, so that threads do not change the result.
-    for rows, inside, parts, columns in ordered_map(summed, _blocks(path)):
-        totals += parts[0]
-        kl[inside] += parts[1]
-        difficulty[inside] += parts[2]
-        calibration += parts[3]
-        q_gold[rows] = columns["q_gold"]
-    return RunSums(totals, kl, difficulty, calibration, q_gold)
+    for inside, parts in ordered_map(summed, _blocks(path, len(tokens.token))):
+        for own, (totals, kl, difficulty, calibration) in zip(sums, parts, strict=True):
+            own.totals[:] += totals
+            own.kl[inside] += kl
+            own.difficulty[inside] += difficulty
+            own.calibration[:] += calibration
+    return RecordSums(sums, kept["kl"], kept["q_gold"])
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -160,20 +188,20 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield waiting.popleft().result()
 
 
-def _blocks(path: Path) -> Iterator[tuple[slice, Columns]]:
+def _blocks(path: Path, tokens: int) -> Iterator[tuple[slice, Columns]]:
     start = 0
     for columns in iterate_columns(path, READ):
         end = start + len(columns["kl"])
+        assert end <= tokens  # the token set of the file was compared
         yield slice(start, end), columns
         start = end
 
 
 def _block_sums(
-    columns: Columns, rows: slice, inside: slice, tokens: TokenSet, partition: Partition
+    values: Floats, rows: slice, inside: slice, tokens: TokenSet, partition: Partition
 ) -> tuple[Floats, ...]:
-    """What some rows, of the sentences ``inside``, add to the arrays of :class:`RunSums`."""
+    """What the (rows, M) values of some rows, of the sentences ``inside``, add to a :class:`RunSums`."""
     sentences = inside.stop - inside.start
-    values = token_metrics(columns, tokens.token[rows])  # (rows, M)
     codes = [family.codes[rows] for family in partition.families]
     totals = _bucket_sums(values, codes, partition)
     local = tokens.sentence[rows].astype(np.int64) - inside.start

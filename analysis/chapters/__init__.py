@@ -1,0 +1,13 @@
+"""Chapters of the report: each owns its tables, its figure and its caption.
+
+===============  ==================================================================================
+quality          BLEU, chrF and COMET, by run and over seeds
+transfer         KL to the teacher by bucket, gains over the baselines, calibration
+difficulty       how hard the tokens are for each method
+training         easy and hard tokens while a run trains
+transitions      tokens that move between easy and hard
+sensitivity      one hyper-parameter at a time
+sentences        quality gained against transfer gained
+examples         sentences, token by token
+===============  ==================================================================================
+"""

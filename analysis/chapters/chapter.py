@@ -1,0 +1,25 @@
+"""What a chapter's figure consists of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure: a function of a saved table, which lies beside it under the same name.
+
+    Attributes
+    ----------
+    name : of the files
+    draw : draws a table at a path without suffix; draws nothing where nothing can be shown
+    caption : says what is seen without the text around it
+    by_look : methods are told apart by their look, so not more of them are drawn than there are looks
+    """
+
+    name: str
+    draw: Callable[[pd.DataFrame, Path], None]
+    caption: str
+    by_look: bool = False

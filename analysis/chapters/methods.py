@@ -1,0 +1,199 @@
+"""Translation quality over seeds: means, and gains with intervals that hold training and sentences."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.chapters.chapter import Figure
+from analysis.chapters.quality import RUN_COLUMNS
+from analysis.claims.verdicts import PLACEBO
+from analysis.runs.methods import label_of, ordered
+from analysis.stats import LEVEL, Floats, hierarchical, holm
+from analysis.style import abreast, direction_panels, looks
+from analysis.sums.direction import Direction, Options, ScoredRun
+from analysis.sums.pairing import BASELINES, couples, placebo_couples
+from analysis.sums.translations import Corpus
+
+Couple = tuple[ScoredRun, ScoredRun]
+
+
+def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
+    """One row a direction, method, metric: mean over seeds, and gains with hierarchical intervals;
+    where there are several directions, also their mean (direction ``all``).
+
+    The interval holds the error from sentences and, with several seeds, from training (see
+    :func:`analysis.stats.hierarchical`); with one seed the latter is missing. ``*_p_holm`` is
+    corrected for the methods that stand beside each other in a direction; ``gain_over_*_seeds`` counts
+    the couples of runs with a baseline's run of their own (:func:`analysis.sums.pairing.couples`);
+    ``*_detectable`` is the smallest gain that these runs could tell from 0.
+
+    The method ``placebo`` is each baseline's seeds against its own next ones. Its mean is 0 by design;
+    how wide its interval is says how far apart equal runs are.
+    """
+    compared = [
+        _Compared(direction, direction.corpus)
+        for direction in directions
+        if direction.corpus is not None
+    ]
+    rows: list[dict[str, Any]] = []
+    groups = [[item] for item in compared]
+    if len(groups) > 1:
+        groups.append(compared)
+    for group in groups:
+        methods = [{str(run.method) for run in item.direction.translated} for item in group]
+        for method in sorted(set.intersection(*methods)):
+            for metric in group[0].corpus.metrics:
+                rows.append(_method_row(group, method, metric))
+        for metric in group[0].corpus.metrics:
+            row = _placebo_row(group, metric)
+            if any(row[f"gain_over_{baseline}_seeds"] for baseline in BASELINES):
+                rows.append(row)
+    table = pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
+    for baseline in BASELINES if rows else ():
+        column = f"gain_over_{baseline}_p"
+        tested = table[column].where(table["method"] != PLACEBO)
+        corrected = tested.groupby([table["direction"], table["metric"]]).transform(
+            lambda values: holm(values.tolist())
+        )
+        table.insert(table.columns.tolist().index(column) + 1, f"{column}_holm", corrected)
+    return table
+
+
+class _Compared:
+    """One direction's scores in resamples of its sentences, computed once."""
+
+    def __init__(self, direction: Direction, corpus: Corpus) -> None:
+        self.direction = direction
+        self.corpus = corpus
+        self._drawn: dict[tuple[str, str], Floats] = {}
+
+    def score(self, run: ScoredRun, metric: str) -> float:
+        """A run's score."""
+        assert run.translations is not None
+        return self.corpus.corpus_score(run.translations, metric)
+
+    def drawn(self, run: ScoredRun, metric: str) -> Floats:
+        """Corpus scores of every resample, (B,)."""
+        key = (run.label, metric)
+        if key not in self._drawn:
+            assert run.translations is not None
+            self._drawn[key] = self.corpus.resampled_scores(run.translations, metric)
+        return self._drawn[key]
+
+    def runs(self, method: str) -> list[ScoredRun]:
+        """The runs of a method."""
+        return [run for run in self.direction.translated if str(run.method) == method]
+
+
+def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]:
+    scores = [[item.score(run, metric) for run in item.runs(method)] for item in group]
+    over_seeds = _seed_means(scores)
+    row = _row(group, method, metric) | {
+        "seeds": min(len(values) for values in scores),
+        "mean": float(np.mean([np.mean(values) for values in scores])),
+        "sd_over_seeds": float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else np.nan,
+    }
+    for baseline in BASELINES:
+        compared = method not in ("teacher", baseline)
+        found = [
+            couples(item.runs(method), item.direction.translated, baseline) if compared else []
+            for item in group
+        ]
+        row |= _gain(group, found, baseline, metric)
+    return row
+
+
+def _seed_means(scores: Sequence[Sequence[float]]) -> list[float]:
+    """Means over directions by seed, for as many seeds as every direction has."""
+    return [float(np.mean(values)) for values in zip(*scores, strict=False)]
+
+
+def _placebo_row(group: Sequence[_Compared], metric: str) -> dict[str, Any]:
+    row = _row(group, PLACEBO, metric) | {"seeds": 0, "mean": np.nan, "sd_over_seeds": np.nan}
+    for baseline in BASELINES:
+        found = [placebo_couples(item.direction.translated, baseline) for item in group]
+        row |= _gain(group, found, baseline, metric)
+        row["seeds"] = max(row["seeds"], row[f"gain_over_{baseline}_seeds"])
+    return row
+
+
+def _row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]:
+    return {
+        "direction": group[0].direction.name if len(group) == 1 else "all",
+        "method": method,
+        "metric": metric,
+        "seeds": 0,
+        "sentences": sum(item.corpus.sentences for item in group),
+    }
+
+
+def _gain(
+    group: Sequence[_Compared], found: Sequence[Sequence[Couple]], baseline: str, metric: str
+) -> dict[str, Any]:
+    prefix = f"gain_over_{baseline}"
+    names = ("", "_low", "_high", "_p", "_detectable")
+    row: dict[str, Any] = {f"{prefix}{name}": np.nan for name in names}
+    row[f"{prefix}_seeds"] = min(len(both) for both in found)
+    if not row[f"{prefix}_seeds"]:
+        return row
+    observed, drawn = [], []
+    for item, both in zip(group, found, strict=True):
+        gains = [item.score(run, metric) - item.score(other, metric) for run, other in both]
+        observed.append(np.array(gains))
+        drawn.append(
+            np.stack([item.drawn(run, metric) - item.drawn(other, metric) for run, other in both])
+        )
+    estimate = hierarchical(observed, drawn, [item.corpus.resamples.units for item in group])
+    values = (estimate.effect, estimate.low, estimate.high, estimate.p, estimate.detectable)
+    return row | dict(zip([f"{prefix}{name}" for name in names], values, strict=True))
+
+
+def draw_methods(table: pd.DataFrame, path: Path) -> None:
+    """The results table as a figure: BLEU gained over word-level KD (or, where there is none, over
+    fine-tuning) by method and direction, with hierarchical 95 % intervals and the mean BLEU."""
+    table = table[(table["metric"] == "BLEU") & ~table["method"].isin(["teacher", PLACEBO])]
+    over = "word_kd" if table["gain_over_word_kd"].notna().any() else "finetune"
+    gain = f"gain_over_{over}"
+    if table[gain].isna().all():
+        return
+    height = 0.55 + 0.2 * max(table.groupby("direction").size())
+    with direction_panels(table, height, path, abreast(table)) as panels:
+        for axis, part in panels:
+            methods = ordered(part["method"])
+            for place, method in enumerate(methods):
+                row = part[part["method"] == method].iloc[0]
+                look = looks(table["method"])[method]
+                value = 0.0 if pd.isna(row[gain]) else row[gain]
+                reach = [[value - row[f"{gain}_low"]], [row[f"{gain}_high"] - value]]
+                axis.errorbar(
+                    [value],
+                    [place],
+                    xerr=None if pd.isna(row[gain]) else np.abs(reach),
+                    fmt=look.marker,
+                    color=look.colour,
+                    elinewidth=0.9,
+                    capsize=1.8,
+                )
+                axis.annotate(
+                    f"{row['mean']:.2f}",
+                    (1.01, place),
+                    xycoords=("axes fraction", "data"),
+                    va="center",
+                    fontsize=6,
+                )
+            axis.axvline(0, color="0.6", linewidth=0.6)
+            axis.set_yticks(range(len(methods)), [label_of(method) for method in methods])
+            axis.invert_yaxis()
+            axis.grid(axis="x", linewidth=0.3, color="0.85")
+            axis.margins(y=0.12)
+            axis.set_xlabel(f"BLEU over {label_of(over)}")
+
+
+FIGURE = Figure(
+    "methods",
+    draw_methods,
+    f"BLEU over the baseline, {LEVEL:.0%} intervals over sentences and seeds; BLEU itself on the right.",
+)

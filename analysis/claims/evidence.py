@@ -1,0 +1,309 @@
+"""What decides, or accompanies, each claim: measured by seed, observed and resampled."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.stats import Floats, partial_spearman, ratio
+from analysis.sums.bucket_sums import METRICS
+from analysis.sums.buckets import EASY, HARD
+from analysis.sums.direction import Direction, ScoredRun
+from analysis.sums.pairing import couples, placebo_couples
+from analysis.sums.selection import bias
+
+#: A rank correlation below this is too weak to matter.
+CORRELATION_MARGIN = 0.1
+Couple = tuple[ScoredRun, ScoredRun]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measure in one direction: its value by seed, observed and resampled.
+
+    Attributes
+    ----------
+    effect : (S,) by seed; above 0 is in favour of the claim
+    drawn : (S, B) in every resample
+    base : (S,) the baseline's own value, which margins are relative to
+    base_drawn : (S, B)
+    tokens, sentences : that the measure is made of
+    units : sentences or documents that resamples draw
+    bias : why the tokens do not suit the comparison; "" where they do
+    """
+
+    effect: Floats
+    drawn: Floats
+    base: Floats
+    base_drawn: Floats
+    tokens: int
+    sentences: int
+    units: int
+    bias: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the claims of one direction are computed from: runs of a method, or of the baseline as if
+    it were one (the placebo), each with the baseline's run that it is compared with.
+
+    Attributes
+    ----------
+    couples : (run, baseline's run), by seed
+    chance : the baseline's runs, each with another of its own
+    """
+
+    direction: Direction
+    couples: Sequence[Couple]
+    chance: Sequence[Couple]
+
+    @classmethod
+    def of(cls, direction: Direction, treatment: str, baseline: str) -> "Evidence":
+        """Of a method."""
+        own = [run for run in direction.scored if str(run.method) == treatment]
+        found = couples(own, direction.scored, baseline)
+        return cls(direction, found, placebo_couples(direction.scored, baseline))
+
+    @classmethod
+    def placebo(cls, direction: Direction, baseline: str) -> "Evidence":
+        """Of the baseline against itself."""
+        chance = placebo_couples(direction.scored, baseline)
+        return cls(direction, chance, chance)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What decides, or accompanies, a claim.
+
+    ``margin`` is the smallest effect that matters, as a share of the baseline's value; a
+    ``non_inferior`` measure claims an effect above ``-margin``, the others one above 0.
+    """
+
+    claim: int
+    name: str
+    sample: Callable[[Evidence], Sample | None]
+    missing: str
+    decides: bool = True
+    non_inferior: bool = False
+    margin: float | None = None
+
+
+def bucket_sample(evidence: Evidence, metric: str, bucket: int, sign: float = 1.0) -> Sample | None:
+    """Baseline minus treatment (times ``sign``) of a mean over easy or hard tokens; None where the
+    bucket is empty."""
+    direction, column = evidence.direction, METRICS.index(metric)
+    parts = []
+    reason = ""
+    for run, other in evidence.couples:
+        partition = direction.cut(run, other)
+        reason = reason or bias(direction, run, other)
+        counts = partition.by_sentence[:, partition.columns("difficulty")][:, [bucket]]
+        own, base = (item.under(partition).difficulty[:, bucket, [column]] for item in (run, other))
+        parts.append(np.concatenate([counts, sign * own, sign * base], axis=1))  # (S, 3)
+    return _mean_difference(direction, parts, reason, sign)
+
+
+def easy_time_sample(evidence: Evidence) -> Sample | None:
+    """How much sooner tokens that are hard for both turn easy, as a share of the observed span; None
+    with fewer than two common steps or without such tokens."""
+    parts = []
+    for run, other in evidence.couples:
+        sums = easy_times(evidence.direction, run, other)
+        if sums is None:
+            return None
+        parts.append(sums)
+    return _mean_difference(evidence.direction, parts)
+
+
+def _mean_difference(
+    direction: Direction, parts: Sequence[Floats], reason: str = "", sign: float = 1.0
+) -> Sample | None:
+    """Mean of the baseline less mean of the run, from (S, 3) sums by sentence for each couple: tokens,
+    the run's values, the baseline's."""
+    assert direction.resamples is not None
+    totals = np.array([sums.sum(axis=0) for sums in parts])
+    if (totals[:, 0] == 0).any():
+        return None
+    drawn = np.array([direction.resamples.sums(sums) for sums in parts])  # (couples, B, 3)
+    return Sample(
+        effect=(totals[:, 2] - totals[:, 1]) / totals[:, 0],
+        drawn=ratio(drawn[:, :, 2] - drawn[:, :, 1], drawn[:, :, 0]),
+        base=sign * totals[:, 2] / totals[:, 0],
+        base_drawn=sign * ratio(drawn[:, :, 2], drawn[:, :, 0]),
+        tokens=int(totals[:, 0].min()),
+        sentences=min(int((sums[:, 0] > 0).sum()) for sums in parts),
+        units=direction.resamples.units,
+        bias=reason,
+    )
+
+
+def easy_times(direction: Direction, run: ScoredRun, other: ScoredRun) -> Floats | None:
+    """Time until a token that is hard for both runs at their first common step turns easy, summed by
+    sentence: tokens, times of the run, times of the other, (S, 3); None with fewer than two common
+    steps.
+
+    A token that is hard at one step and easy at the next (KL at most Γ) turned easy between them, and
+    counts with the middle; one that stays hard counts with the whole span (a restricted mean, so that
+    censored tokens are not dropped). The times are counted from the first common step and divided by
+    the span.
+    """
+    steps = sorted(set(run.history) & set(other.history))
+    if len(steps) < 2:
+        return None
+    assert direction.tokens is not None
+    gamma = direction.cut(run, other).gamma
+    chosen = (run.history[steps[0]] > gamma) & (other.history[steps[0]] > gamma)
+    count = len(direction.tokens.sentences)
+    sentence = direction.tokens.sentence[chosen]
+    columns = [np.bincount(sentence, minlength=count).astype(np.float64)]
+    for item in (run, other):
+        times = np.ones(len(sentence))
+        waiting = np.ones(len(sentence), dtype=np.bool_)
+        for before, step in itertools.pairwise(steps):
+            easy = waiting & (item.history[step][chosen] <= gamma)
+            times[easy] = ((before + step) / 2 - steps[0]) / (steps[-1] - steps[0])
+            waiting &= ~easy
+        columns.append(np.bincount(sentence, times, count).astype(np.float64))
+    return np.stack(columns, axis=1)
+
+
+def correlation_sample(evidence: Evidence, given_others: bool) -> Sample | None:
+    """Spearman's correlation over sentences of the gain in KL and the gain in chrF, beyond the one that
+    the baseline's runs show among themselves; None without translations or a second baseline run.
+
+    Of two runs of one method, whichever is nearer to the teacher in a sentence by chance also
+    translates it better by chance: that much says nothing of a method.
+    """
+    direction = evidence.direction
+    own = _correlations(direction, evidence.couples, given_others)
+    chance = _correlations(direction, evidence.chance, given_others)
+    if own is None or chance is None or not chance:
+        return None
+    placebo = {
+        other.label: found for (_, other), found in zip(evidence.chance, chance, strict=True)
+    }
+    effect, drawn = [], []
+    for (_, other), (value, values) in zip(evidence.couples, own, strict=True):
+        without, without_drawn = placebo[other.label]
+        effect.append(value - without)
+        drawn.append(values - without_drawn)
+    return _correlation_sample(direction, effect, drawn)
+
+
+def plain_correlation_sample(evidence: Evidence) -> Sample | None:
+    """Spearman's correlation over sentences of the gain in KL and the gain in chrF, chance included."""
+    found = _correlations(evidence.direction, evidence.couples, given_others=False)
+    if found is None:
+        return None
+    return _correlation_sample(evidence.direction, *zip(*found, strict=True))
+
+
+def _correlation_sample(
+    direction: Direction, effect: Sequence[float], drawn: Sequence[Floats]
+) -> Sample:
+    assert direction.tokens is not None and direction.resamples is not None
+    draws = np.stack(drawn)
+    return Sample(
+        effect=np.array(effect),
+        drawn=draws,
+        base=np.ones(len(effect)),
+        base_drawn=np.ones_like(draws),
+        tokens=len(direction.tokens.token),
+        sentences=len(direction.tokens.sentences),
+        units=direction.resamples.units,
+    )
+
+
+def _correlations(
+    direction: Direction, found: Sequence[Couple], given_others: bool
+) -> list[tuple[float, Floats]] | None:
+    """Of each couple the correlation and, (B,), that of every resample; None without translations of
+    both runs or where their scores do not vary."""
+    assert direction.resamples is not None
+    values = []
+    for run, other in found:
+        if run.translations is None or other.translations is None:
+            return None
+        gain, better, length, score = sentence_gains(direction, run, other)
+        given = [length, score] if given_others else []
+        observed = float(partial_spearman(gain, better, given)[0])
+        blocks = direction.resamples.blocks()
+        drawn = [partial_spearman(gain, better, given, block) for block in blocks]
+        values.append((observed, np.concatenate(drawn)))
+    return values if np.isfinite([observed for observed, _ in values]).all() else None
+
+
+def sentence_gains(
+    direction: Direction, run: ScoredRun, other: ScoredRun
+) -> tuple[Floats, Floats, Floats, Floats]:
+    """Of each sentence: gain in mean KL (nats), gain in sentence chrF, tokens, baseline's chrF."""
+    assert direction.tokens is not None and direction.corpus is not None
+    assert run.translations is not None and other.translations is not None
+    partition = direction.cut(run, other)
+    column = partition.columns("all")
+    own, base = (item.under(partition).kl[:, column].sum(axis=1) for item in (run, other))
+    length = partition.by_sentence[:, column].sum(axis=1)
+    lines = direction.tokens.sentences
+    scores, reference = (
+        direction.corpus.sentence_scores(translations, "chrF")[lines]
+        for translations in (run.translations, other.translations)
+    )
+    return (base - own) / length, scores - reference, length, reference
+
+
+_EMPTY = "no token in the bucket"
+_TEXTS = (
+    "no translations of both runs and of a second run of the baseline, or scores that do not vary"
+)
+MEASURES = (
+    Measure(1, "KL on hard tokens (nats)", lambda e: bucket_sample(e, "kl", HARD), _EMPTY),
+    Measure(
+        1,
+        "agreement on hard tokens",
+        lambda e: bucket_sample(e, "agreement", HARD, -1.0),
+        _EMPTY,
+        decides=False,
+    ),
+    Measure(
+        2,
+        "KL on easy tokens (nats)",
+        lambda e: bucket_sample(e, "kl", EASY),
+        _EMPTY,
+        non_inferior=True,
+    ),
+    Measure(
+        3,
+        "non-target KL on hard tokens (nats)",
+        lambda e: bucket_sample(e, "kl_nontarget", HARD),
+        _EMPTY,
+    ),
+    Measure(
+        3,
+        "target KL on hard tokens (nats)",
+        lambda e: bucket_sample(e, "kl_target", HARD),
+        _EMPTY,
+        decides=False,
+    ),
+    Measure(
+        4,
+        "partial rank correlation beyond the placebo's, given length and baseline's chrF",
+        lambda e: correlation_sample(e, True),
+        _TEXTS,
+        margin=CORRELATION_MARGIN,
+    ),
+    Measure(
+        4,
+        "rank correlation of KL gain and chrF gain, chance included",
+        plain_correlation_sample,
+        _TEXTS,
+        decides=False,
+        margin=CORRELATION_MARGIN,
+    ),
+    Measure(
+        5,
+        "time until hard tokens turn easy (share of training)",
+        easy_time_sample,
+        "fewer than two common steps with records, or no token hard for both at the first",
+    ),
+)

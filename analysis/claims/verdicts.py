@@ -1,0 +1,267 @@
+"""The claims about better transfer, each with effect, interval, corrected p-value and verdict."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.claims.across import across_runs
+from analysis.claims.evidence import CORRELATION_MARGIN, MEASURES, Evidence, Measure, Sample
+from analysis.claims.relation import relation_table
+from analysis.runs.methods import Method
+from analysis.stats import LEVEL, hierarchical, holm
+from analysis.sums.direction import Direction, Options
+
+ALPHA = 1 - LEVEL
+MIN_SEEDS = 3
+MIN_SENTENCES = 100
+#: The baseline's runs, judged against others of their own as if they were a method.
+PLACEBO = "placebo"
+
+CLAIMS = {
+    1: "On hard tokens the student is closer to the teacher",
+    2: "Easy tokens lose nothing for it",
+    3: "It is the teacher's knowledge, not the label: the non-target part of KL falls too",
+    4: "Sentences that gain more transfer gain more quality than chance explains",
+    5: "Over training, hard tokens turn easy faster",
+}
+COLUMNS = [
+    "treatment",
+    "baseline",
+    "claim",
+    "statement",
+    "scope",
+    "family",
+    "measure",
+    "decides",
+    "effect",
+    "low",
+    "high",
+    "relative_effect",
+    "detectable",
+    "p",
+    "p_holm",
+    "seeds",
+    "sentences",
+    "tokens",
+    "verdict",
+    "reason",
+]
+
+
+def claims_table(
+    directions: Sequence[Direction], options: Options
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Test every claim for every SE-KD method, and for the placebo, against the baseline.
+
+    Scope ``all`` pools the directions and carries the verdict; with several directions each is
+    tested too. ``family`` says which p-values Holm's correction took together: those of all methods and
+    claims of the scope ``all``, those of all single directions, those of the placebo in each. The
+    second table is that of :func:`analysis.claims.relation.relation_table`. Nothing is tested on a
+    training subset.
+    """
+    scored = [direction for direction in directions if direction.scored]
+    methods = {str(run.method) for direction in scored for run in direction.scored}
+    treatments = sorted(method for method in methods if Method.of(method).is_treatment)
+    if options.subset.startswith("train") or not treatments:
+        return pd.DataFrame(columns=COLUMNS), relation_table({}, options)
+    groups = {
+        treatment: [Evidence.of(direction, treatment, options.baseline) for direction in scored]
+        for treatment in treatments
+    }
+    groups[PLACEBO] = [Evidence.placebo(direction, options.baseline) for direction in scored]
+    groups = {name: [item for item in group if item.couples] for name, group in groups.items()}
+    relation = relation_table(groups, options)
+    rows: list[dict[str, Any]] = []
+    for treatment, group in groups.items():
+        for measure in MEASURES:
+            samples = {item.direction.name: measure.sample(item) for item in group}
+            rows.extend(_rows(treatment, measure, samples, options))
+        rows.extend(_row(treatment, 4, "all", options) | found for found in across_runs(group))
+    unequal = set(relation.loc[relation["unequal"].astype(bool), "treatment"])
+    for row in rows:
+        if row["treatment"] in unequal and row["claim"] in (1, 2, 3) and not row["reason"]:
+            row["reason"] = "the compared runs relate unequally to those that chose the tokens"
+    return _judge_rows(rows), relation
+
+
+def _row(treatment: str, claim: int, scope: str, options: Options) -> dict[str, Any]:
+    family = "directions" if scope != "all" else "all"
+    return {
+        "treatment": treatment,
+        "baseline": options.baseline,
+        "claim": claim,
+        "statement": CLAIMS[claim],
+        "scope": scope,
+        "family": f"{family}, placebo" if treatment == PLACEBO else family,
+        "seeds": 0,
+        "sentences": 0,
+        "tokens": 0,
+        "reason": "",
+        "verdict": "inconclusive",
+    }
+
+
+def _rows(
+    treatment: str, measure: Measure, samples: dict[str, Sample | None], options: Options
+) -> list[dict[str, Any]]:
+    found = {name: sample for name, sample in samples.items() if sample is not None}
+    scopes: dict[str, list[Sample]] = {"all": list(found.values())}
+    if len(samples) > 1:
+        scopes |= {name: [sample] for name, sample in found.items()}
+    rows = []
+    for scope, group in scopes.items():
+        row = _row(treatment, measure.claim, scope, options) | {
+            "measure": measure.name,
+            "decides": measure.decides,
+        }
+        if not samples:
+            second = "a second run" if treatment == PLACEBO else "run"
+            row["reason"] = f"no {second} of {options.baseline} to compare with"
+        elif not group:
+            row["reason"] = measure.missing
+        else:
+            row.update(_estimate(measure, group, options))
+        rows.append(row)
+    return rows
+
+
+def _estimate(measure: Measure, group: Sequence[Sample], options: Options) -> dict[str, Any]:
+    sentences = [sample.sentences for sample in group]
+    units = [min(sample.sentences, sample.units) for sample in group]
+    gain = hierarchical(
+        [sample.effect for sample in group], [sample.drawn for sample in group], units
+    )
+    margin = options.margin if measure.margin is None else measure.margin
+    base = float(np.mean([sample.base.mean() for sample in group]))
+    tested = gain
+    if measure.non_inferior:
+        tested = hierarchical(
+            [sample.effect + margin * sample.base for sample in group],
+            [sample.drawn + margin * sample.base_drawn for sample in group],
+            units,
+        )
+    seeds = min(len(sample.effect) for sample in group)
+    smallest = -margin * base if measure.non_inferior else margin * base
+    reason = next((sample.bias for sample in group if sample.bias), "")
+    if seeds < MIN_SEEDS:
+        reason = f"{seeds} seed{'s' if seeds > 1 else ''}, {MIN_SEEDS} needed"
+    elif min(sentences) < MIN_SENTENCES:
+        reason = reason or f"{min(sentences)} sentences, {MIN_SENTENCES} needed"
+    return {
+        "effect": gain.effect,
+        "low": gain.low,
+        "high": gain.high,
+        "relative_effect": gain.effect / base if base > 0 else np.nan,
+        "detectable": gain.detectable,
+        "p": tested.p,
+        "seeds": seeds,
+        "sentences": sum(sentences),
+        "tokens": sum(sample.tokens for sample in group),
+        "reason": reason,
+        "in_favour": tested.effect > 0,
+        "against": gain.high < smallest,
+    }
+
+
+def _judge_rows(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Correct the p-values and give each claim its verdict, by the rule of :func:`rule`."""
+    families: dict[str, dict[tuple[str, str, int], list[dict[str, Any]]]] = {}
+    for row in rows:
+        if row["decides"]:
+            claims = families.setdefault(row["family"], {})
+            claims.setdefault((row["scope"], row["treatment"], row["claim"]), []).append(row)
+    verdicts: dict[tuple[str, str, int], str] = {}
+    for claims in families.values():
+        # A claim that needs all its measures is as improbable as its least certain one.
+        p_values = [max(row.get("p", np.nan) for row in group) for group in claims.values()]
+        for (key, group), corrected in zip(claims.items(), holm(p_values), strict=True):
+            for row in group:
+                row["p_holm"] = corrected
+            verdicts[key] = _verdict(group, corrected)
+    reasons = _overruled(verdicts)
+    for row in rows:
+        key = row["scope"], row["treatment"], row["claim"]
+        row["verdict"] = "inconclusive" if key in reasons else verdicts[key]
+        row["reason"] = row["reason"] or reasons.get(key, "")
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _overruled(verdicts: dict[tuple[str, str, int], str]) -> dict[tuple[str, str, int], str]:
+    """Claims that their own measures support and that nevertheless show nothing, with the reason."""
+    reasons = {}
+    for (scope, treatment, claim), verdict in verdicts.items():
+        if verdict != "supported":
+            continue
+        key = scope, treatment, claim
+        if claim == 2 and verdicts[scope, treatment, 1] != "supported":
+            reasons[key] = "nothing certain is gained on hard tokens that easy ones could pay for"
+        elif treatment != PLACEBO and _wins(verdicts, scope, claim):
+            reasons[key] = "the baseline shows it against itself too (placebo)"
+    return reasons
+
+
+def _wins(verdicts: dict[tuple[str, str, int], str], scope: str, claim: int) -> bool:
+    """Whether the placebo wins a claim; easy tokens (2) count only together with hard ones (1)."""
+    needed = (1, 2) if claim == 2 else (claim,)
+    return all(verdicts.get((scope, PLACEBO, one)) == "supported" for one in needed)
+
+
+def _verdict(deciding: Sequence[dict[str, Any]], corrected: float) -> str:
+    if any(row["reason"] for row in deciding):
+        return "inconclusive"
+    if any(row["against"] for row in deciding):
+        return "not supported"
+    certain = corrected <= ALPHA and all(row["in_favour"] for row in deciding)
+    return "supported" if certain else "inconclusive"
+
+
+def rule(options: Options) -> list[str]:
+    """How a verdict is made, in sentences for the report."""
+    return [
+        (
+            f"Each claim compares a SE-KD method with {options.baseline}, seed by seed, on the same "
+            "tokens; effects are averaged over seeds, then over directions with equal weight."
+        ),
+        (
+            "The error comes from a bootstrap over sentences (shared by all seeds and runs) and from the "
+            "spread of the seeds, joined as crossed random effects; intervals are "
+            f"{LEVEL:.0%} t-intervals with Satterthwaite's degrees of freedom, never narrower than the "
+            "t-interval over the seeds alone; p-values two-sided."
+        ),
+        (
+            "A claim with several deciding measures needs all of them, so its p-value is the largest. "
+            "Holm's correction runs over all methods and claims of the pooled scope; the single directions "
+            "are corrected as a second family, and the placebo apart (column family of "
+            "tables/claims.csv)."
+        ),
+        (
+            "Which tokens are hard is decided by the reference runs of all seeds but those compared: runs "
+            "of one seed share errors, and one that shares them with what chose its hard tokens looks worse "
+            "on them than it is. Whether the compared runs relate equally to the reference runs is checked "
+            "(tables/relation.csv)."
+        ),
+        (
+            f"The placebo is {options.baseline} against itself, each seed against the next, judged like a "
+            "method. A claim that it wins as well is inconclusive, and claim 4 is the correlation beyond "
+            "the one that it shows."
+        ),
+        (
+            f"supported: corrected p at most {ALPHA:.2f} and every deciding effect in the claim's favour "
+            f"(claim 2: above a loss of {options.margin:.1%} of the baseline's KL, and only where claim 1 is "
+            "supported)."
+        ),
+        (
+            "not supported: the interval of a deciding measure lies below the smallest effect that "
+            f"matters ({options.margin:.1%} of the baseline's value; for claim 4 a correlation of "
+            f"{CORRELATION_MARGIN}; for claim 2 a loss of more than {options.margin:.1%}), even where "
+            "the effect is certain."
+        ),
+        (
+            f"inconclusive: everything else, and always with fewer than {MIN_SEEDS} seeds or "
+            f"{MIN_SENTENCES} sentences, or where the compared runs share a method or a seed with what "
+            "decides which tokens are hard (--reference)."
+        ),
+        "No claim is computed from the training set.",
+    ]

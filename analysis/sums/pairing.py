@@ -1,0 +1,135 @@
+"""Variants of methods, and which run is compared with which."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from analysis.runs.methods import Method
+from analysis.runs.run_record import Run
+
+#: What every table of gains compares with, besides the baseline of the claims.
+BASELINES = ("finetune", "word_kd")
+
+
+class Named(Protocol):
+    """What pairing needs to know of a run."""
+
+    @property
+    def label(self) -> str:
+        """Unique."""
+
+    @property
+    def seed(self) -> int:
+        """Of the training."""
+
+    @property
+    def method(self) -> Method:
+        """With its variant."""
+
+
+R = TypeVar("R", bound=Named)
+
+
+def name_variants(runs: Sequence[Run]) -> dict[str, Method]:
+    """The method of each run, by label: runs of one method, direction and seed are told apart by the
+    hyper-parameters that differ.
+
+    ``se_kd_student`` becomes ``se_kd_student (gamma=0.9)``, unless its Γ is the usual one: the value
+    that most runs of all methods have. So the usual variant of a method keeps the method's name. Where
+    nothing differs but the directory, the later ones take their label.
+    """
+    groups: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.method, run.direction, run.seed].append(run)
+    differing: dict[str, set[str]] = defaultdict(set)
+    for (method, _, _), group in groups.items():
+        flat = [flatten(run.hyperparameters) for run in group]
+        for key in {key for item in flat for key in item}:
+            if len({repr(item.get(key)) for item in flat}) > 1:
+                differing[method].add(key)
+    usual = _usual_values(runs)
+    named: dict[str, Method] = {}
+    taken: set[tuple[str, str, str, int]] = set()
+    for run in sorted(runs, key=lambda run: run.label):
+        flat_run = flatten(run.hyperparameters)
+        shown = [
+            f"{key.rsplit('.', 1)[-1]}={flat_run[key]}"
+            for key in sorted(differing[run.method])
+            if key in flat_run and repr(flat_run[key]) != usual.get(key)
+        ]
+        variant = f"({', '.join(shown)})" if shown else ""
+        if (run.method, variant, run.direction, run.seed) in taken:
+            variant = f"{variant} [{run.label}]".strip()
+        taken.add((run.method, variant, run.direction, run.seed))
+        named[run.label] = Method(run.method, variant)
+    return named
+
+
+def _usual_values(runs: Sequence[Run]) -> dict[str, str]:
+    """The most frequent value of each hyper-parameter, as its repr; none where two are as frequent."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in runs:
+        for key, value in flatten(run.hyperparameters).items():
+            counts[key][repr(value)] += 1
+    usual = {}
+    for key, found in counts.items():
+        (first, count), *others = found.most_common(2)
+        if not others or others[0][1] < count:
+            usual[key] = first
+    return usual
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def of_method(runs: Sequence[R], name: str) -> list[R]:
+    """The runs of a method of one direction; of one with several variants the usual, else the first."""
+    same = [run for run in runs if name in (str(run.method), run.method.id)]
+    exact = [run for run in same if str(run.method) == name]
+    first = min((str(run.method) for run in same), default="")
+    return exact or [run for run in same if str(run.method) == first]
+
+
+def partner(run: Named, candidates: Sequence[R], method: str) -> R | None:
+    """The run of ``method``, of the same direction, that ``run`` is compared with: the only one there
+    is, else the one of the same seed, else None."""
+    same = of_method(candidates, method)
+    if len(same) == 1:
+        return same[0]
+    return next((other for other in same if other.seed == run.seed), None)
+
+
+def couples(runs: Sequence[R], candidates: Sequence[R], baseline: str) -> list[tuple[R, R]]:
+    """Runs of a method, each with the run of ``baseline`` that it is compared with, by seed.
+
+    A baseline's run stands in one couple only, with the run of its own seed if there is one: its error
+    from training would otherwise be in all of them, and three couples would count as three seeds.
+    """
+    found: dict[str, tuple[R, R]] = {}
+    for run in sorted(runs, key=lambda run: (run.seed, run.label)):
+        other = partner(run, candidates, baseline)
+        if other is None or other.label == run.label:
+            continue
+        if other.label not in found or (
+            run.seed == other.seed != found[other.label][0].seed  # its own seed's comes first
+        ):
+            found[other.label] = (run, other)
+    return sorted(found.values(), key=lambda couple: (couple[0].seed, couple[0].label))
+
+
+def placebo_couples(runs: Sequence[R], baseline: str) -> list[tuple[R, R]]:
+    """The runs of ``baseline``, each with the one of its next seed, the last with the first: what any
+    claim must not find a difference between. None with fewer than two seeds."""
+    by_seed = {run.seed: run for run in reversed(of_method(runs, baseline))}
+    own = [by_seed[seed] for seed in sorted(by_seed)]
+    if len(own) < 2:
+        return []
+    return list(zip([*own[1:], own[0]], own, strict=True))
