@@ -50,8 +50,8 @@ class ResampledKL:
         for selector, own in parts.items():
             columns = [partitions[selector].by_sentence, *own.values()]
             drawn = direction.resamples.sums(np.concatenate(columns, axis=1))
-            tokens, *sums = np.split(drawn, len(columns), axis=1)
-            for label, values in zip(own, sums, strict=True):
+            tokens, *means = np.split(drawn, len(columns), axis=1)
+            for label, values in zip(own, means, strict=True):
                 self._means[label, selector] = ratio(values, tokens)
 
     def of(self, run: ScoredRun, partition: Partition) -> Floats:

@@ -1,100 +1,104 @@
-"""Whether compared runs relate equally to the runs that chose the tokens they are compared on.
+"""Whether runs share errors with the reference runs of their own seed, or with those of another.
 
-Runs of one seed share some of their errors. A run and the baseline's run of its seed share as much with
-the reference run of that seed, so it does not matter to their difference whether that one or the others
-choose the hard tokens. Where it matters, one of the two shares errors with another seed than the other
-one: a run under a wrong seed, or trained from another run's checkpoint.
+Runs of one seed (the same initial weights, the same order of sentences) share some of their errors, so a
+run's KL is higher on tokens that the reference run of its seed finds hard than on those that another one
+does; of runs that share nothing it is as high. Lower it is only where a run shares errors with the
+reference run of another seed, which is among those that choose the tokens it is compared on: a run under a
+wrong seed, or trained from another seed's checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.claims.evidence import Couple, Evidence, Sample
-from analysis.stats import hierarchical, ratio
-from analysis.sums.direction import Direction, Options
+from analysis.claims.evidence import Evidence
+from analysis.stats import Floats, hierarchical, ratio
+from analysis.sums.direction import Direction, Options, ScoredRun
 
 #: The check is made for every method, and a false alarm costs verdicts.
 ALPHA = 0.01
-COLUMNS = ["treatment", "baseline", "effect", "low", "high", "p", "couples", "unequal"]
+COLUMNS = ["method", "effect", "low", "high", "p", "runs", "unequal"]
 
 
-def relation_table(groups: dict[str, Sequence[Evidence]], options: Options) -> pd.DataFrame:
-    """One row a method: how much more it gains on hard tokens, as a share of the baseline's KL, where
-    the reference run of its own seed chooses them than where those of other seeds do.
+def relation_table(
+    groups: Mapping[str, Sequence[Evidence]], options: Options
+) -> tuple[pd.DataFrame, set[str]]:
+    """One row a method, and the baseline: how much higher a run's KL is, relatively, on tokens that the
+    reference run of its own seed finds hard than on those of the reference runs of other seeds.
 
-    ``unequal`` where that is certain and above the smallest effect that matters. Methods without
-    couples of one seed, or without reference runs of that and of another seed, have no row.
+    ``unequal`` where it is certainly lower, by more than the smallest effect that matters. A method has
+    no row where there are no reference runs of its seeds and of others. The set has the names in
+    ``groups`` that are compared in spite of an unequal relation of theirs or of the baseline.
     """
     rows: list[dict[str, Any]] = []
-    for treatment, evidence in groups.items():
-        samples = [sample for item in evidence if (sample := relation_sample(item, options))]
-        if not samples:
-            continue
-        estimate = hierarchical(
-            [sample.effect for sample in samples],
-            [sample.drawn for sample in samples],
-            [sample.units for sample in samples],
-        )
-        unequal = estimate.p <= ALPHA and abs(estimate.effect) > options.margin
-        rows.append(
-            {
-                "treatment": treatment,
-                "baseline": options.baseline,
-                "effect": estimate.effect,
-                "low": estimate.low,
-                "high": estimate.high,
-                "p": estimate.p,
-                "couples": sum(len(sample.effect) for sample in samples),
-                "unequal": unequal,
-            }
-        )
-    return pd.DataFrame(rows, columns=COLUMNS)
+    unequal: dict[str, set[str]] = {}
+    for name, group in groups.items():
+        for side in (0, 1):
+            parts = [(item.direction, [couple[side] for couple in item.couples]) for item in group]
+            methods = {str(run.method) for _, runs in parts for run in runs}
+            for method in methods - {row["method"] for row in rows}:
+                if row := _row(method, parts, options):
+                    rows.append(row)
+            unequal[name] = unequal.get(name, set()) | methods
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    found = set(table.loc[table["unequal"].astype(bool), "method"])
+    return table, {name for name, methods in unequal.items() if methods & found}
 
 
-def relation_sample(evidence: Evidence, options: Options) -> Sample | None:
-    """The difference of the two relative gains by seed; None where it cannot be made."""
-    direction = evidence.direction
+def _row(
+    method: str, parts: Sequence[tuple[Direction, Sequence[ScoredRun]]], options: Options
+) -> dict[str, Any] | None:
+    samples = [
+        (direction, found)
+        for direction, runs in parts
+        if (found := [item for run in runs if (item := excess(direction, run, options))])
+    ]
+    if not samples:
+        return None
+    estimate = hierarchical(
+        [np.array([value for value, _ in found]) for _, found in samples],
+        [np.stack([drawn for _, drawn in found]) for _, found in samples],
+        [direction.resamples.units for direction, _ in samples if direction.resamples],
+    )
+    return {
+        "method": method,
+        "effect": estimate.effect,
+        "low": estimate.low,
+        "high": estimate.high,
+        "p": estimate.p,
+        "runs": sum(len(found) for _, found in samples),
+        "unequal": estimate.p <= ALPHA and estimate.effect < -options.margin,
+    }
+
+
+def excess(direction: Direction, run: ScoredRun, options: Options) -> tuple[float, Floats] | None:
+    """The relative excess of a run's KL on its own seed's hard tokens, and in every resample, (B,);
+    None without reference runs of its seed and of another."""
     if set(options.references) & {"self", "initial"} or direction.resamples is None:
         return None
-    labels = {label for run in direction.scored for label in run.cut.selector}
-    references = [run for run in direction.scored if run.label in labels]
-    effect, drawn = [], []
-    for run, other in evidence.couples:
-        own = [item for item in references if item.seed == run.seed == other.seed]
-        rest = [item for item in references if item.seed not in (run.seed, other.seed)]
-        if not own or not rest:
-            continue
-        sums = np.concatenate(
-            [_sums(direction, (run, other), chosen, options) for chosen in (own, rest)], axis=1
-        )
-        totals, resampled = sums.sum(axis=0), direction.resamples.sums(sums)
-        effect.append(1 - totals[0] / totals[1] - (1 - totals[2] / totals[3]))
-        drawn.append(
-            ratio(resampled[:, 2], resampled[:, 3]) - ratio(resampled[:, 0], resampled[:, 1])
-        )
-    if not effect or not np.isfinite(effect).all():
+    labels = {label for item in direction.scored for label in item.cut.selector}
+    references = [item for item in direction.scored if item.label in labels]
+    own = [item for item in references if item.seed == run.seed]
+    rest = [item for item in references if item.seed != run.seed]
+    if not own or not rest or run.label in labels:
         return None
-    ones = np.ones(len(effect))
-    assert direction.tokens is not None
-    sentences = len(direction.tokens.sentences)
-    draws = np.stack(drawn)
-    return Sample(
-        np.array(effect), draws, ones, np.ones_like(draws), 0, sentences, direction.resamples.units
-    )
+    sums = np.stack([_hard_sums(direction, run, item, options) for item in (*own, *rest)], axis=1)
+    means = ratio(sums[:, :, 0].sum(axis=0), sums[:, :, 1].sum(axis=0))
+    drawn = ratio(direction.resamples.sums(sums[:, :, 0]), direction.resamples.sums(sums[:, :, 1]))
+    value = means[: len(own)].mean() / means[len(own) :].mean() - 1
+    values = drawn[:, : len(own)].mean(axis=1) / drawn[:, len(own) :].mean(axis=1) - 1
+    return (float(value), values) if np.isfinite(value) else None
 
 
-def _sums(direction: Direction, couple: Couple, chosen: Sequence[Any], options: Options) -> Any:
-    """KL of the run and of the baseline by sentence on the tokens that ``chosen`` find hard, (S, 2)."""
-    assert direction.tokens is not None
-    difficulty = np.mean([item.kl for item in chosen], axis=0, dtype=np.float32)
-    hard = difficulty > options.threshold.nats(difficulty)
+def _hard_sums(
+    direction: Direction, run: ScoredRun, reference: ScoredRun, options: Options
+) -> Floats:
+    """By sentence the run's KL on the tokens that a reference finds hard, and their number, (S, 2)."""
+    assert direction.tokens is not None and run.kl is not None and reference.kl is not None
+    hard = reference.kl > options.threshold.nats(reference.kl)
     sentence = direction.tokens.sentence[hard]
-    count = len(direction.tokens.sentences)
-    columns = []
-    for run in couple:
-        assert run.kl is not None
-        columns.append(np.bincount(sentence, run.kl[hard], count))
-    return np.stack(columns, axis=1)
+    size = len(direction.tokens.sentences)
+    columns = [np.bincount(sentence, weights, size) for weights in (run.kl[hard], None)]
+    return np.stack(columns, axis=1).astype(np.float64)

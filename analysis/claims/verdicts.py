@@ -19,6 +19,9 @@ MIN_SENTENCES = 100
 #: The baseline's runs, judged against others of their own as if they were a method.
 PLACEBO = "placebo"
 
+#: Why a claim about hard or easy tokens has no verdict where a run shares errors with what chose them.
+UNEQUAL = "a compared run shares errors with a reference run of another seed (tables/relation.csv)"
+
 CLAIMS = {
     1: "On hard tokens the student is closer to the teacher",
     2: "Easy tokens lose nothing for it",
@@ -65,24 +68,23 @@ def claims_table(
     methods = {str(run.method) for direction in scored for run in direction.scored}
     treatments = sorted(method for method in methods if Method.of(method).is_treatment)
     if options.subset.startswith("train") or not treatments:
-        return pd.DataFrame(columns=COLUMNS), relation_table({}, options)
+        return pd.DataFrame(columns=COLUMNS), relation_table({}, options)[0]
     groups = {
         treatment: [Evidence.of(direction, treatment, options.baseline) for direction in scored]
         for treatment in treatments
     }
     groups[PLACEBO] = [Evidence.placebo(direction, options.baseline) for direction in scored]
     groups = {name: [item for item in group if item.couples] for name, group in groups.items()}
-    relation = relation_table(groups, options)
+    relation, unequal = relation_table(groups, options)
     rows: list[dict[str, Any]] = []
     for treatment, group in groups.items():
         for measure in MEASURES:
             samples = {item.direction.name: measure.sample(item) for item in group}
             rows.extend(_rows(treatment, measure, samples, options))
         rows.extend(_row(treatment, 4, "all", options) | found for found in across_runs(group))
-    unequal = set(relation.loc[relation["unequal"].astype(bool), "treatment"])
     for row in rows:
         if row["treatment"] in unequal and row["claim"] in (1, 2, 3) and not row["reason"]:
-            row["reason"] = "the compared runs relate unequally to those that chose the tokens"
+            row["reason"] = UNEQUAL
     return _judge_rows(rows), relation
 
 
@@ -239,8 +241,8 @@ def rule(options: Options) -> list[str]:
         (
             "Which tokens are hard is decided by the reference runs of all seeds but those compared: runs "
             "of one seed share errors, and one that shares them with what chose its hard tokens looks worse "
-            "on them than it is. Whether the compared runs relate equally to the reference runs is checked "
-            "(tables/relation.csv)."
+            "on them than it is. Whether a compared run shares errors with a reference run of another seed "
+            "is checked (tables/relation.csv)."
         ),
         (
             f"The placebo is {options.baseline} against itself, each seed against the next, judged like a "

@@ -220,6 +220,7 @@ def write_study(
     method: str = "se_kd_student",
     same_seed: float = 0.0,
     corpus: int = 0,
+    texts: bool = True,
 ) -> Path:
     """Fine-tuning, word-level KD and a SE-KD method, some seeds each, in some directions; the SE-KD
     student's error is ``better`` where word-level KD's is 0.8, at the end and on the way there."""
@@ -240,7 +241,8 @@ def write_study(
                 ("treatment", method, better, 0.25 * better / 0.8),
             ):
                 noise = {50: 2.0, 75: last * 1.4, 100: last}
+                share = wrong if texts else None
                 write_run_directory(
-                    place, f"{name}{seed}", kind, noise=noise, wrong=wrong, **common
+                    place, f"{name}{seed}", kind, noise=noise, wrong=share, **common
                 )
     return root

@@ -155,8 +155,8 @@ def sum_records(path: Path, tokens: TokenSet, partitions: Sequence[Partition]) -
 
     def summed(block: tuple[slice, Columns]) -> tuple[slice, list[tuple[Floats, ...]]]:
         rows, columns = block
-        for name, values in kept.items():
-            values[rows] = columns[name]
+        for name, whole in kept.items():
+            whole[rows] = columns[name]
         inside = slice(tokens.sentence[rows.start], tokens.sentence[rows.stop - 1] + 1)
         values = token_metrics(columns, tokens.token[rows])  # (rows, M)
         parts = [_block_sums(values, rows, inside, tokens, partition) for partition in partitions]

@@ -170,7 +170,8 @@ def _most_common(digests: Mapping[str, str], runs: Mapping[str, Run]) -> str | N
 def _read(found: Found, methods: Mapping[str, Method], options: Options, bar: Any) -> Direction:
     """Read the token records and the translations of a direction, each once."""
     runs = [ScoredRun(run, methods[run.label], found.steps.get(run.label)) for run in found.runs]
-    tokens, cuts, drawn = found.tokens, {}, None
+    tokens, drawn = found.tokens, None
+    cuts: dict[tuple[str, str], Partition] = {}
     if tokens is not None:
         drawn = make_resamples(tokens.sentences, options)
         try:

@@ -110,7 +110,8 @@ class Cutter:
     def _make(self, chosen: Sequence[Reference]) -> Partition:
         key = tuple(item.label for item in chosen)
         if key not in self.made:
-            difficulty = np.mean([item.difficulty for item in chosen], axis=0, dtype=np.float32)
+            stacked = np.stack([item.difficulty for item in chosen])
+            difficulty: NDArray[np.float32] = np.asarray(stacked.mean(axis=0), np.float32)
             gamma = self.options.threshold.nats(difficulty)
             self._shared = self._shared or shared_families(self.shared_by, self.tokens)
             families = [*difficulty_families(difficulty, gamma), *self._shared]

@@ -37,6 +37,7 @@ from snakemake.utils import update_config
 
 from analysis.runs.files import DamagedFile, is_sealed, read_json, sealed_parquet
 from analysis.runs.languages import languages_of
+from analysis.runs.run_record import FORMAT_VERSION
 from analysis.runs.token_records import COLUMNS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -131,7 +132,9 @@ def restore_records(place: Path, shared: pa.Table) -> None:
                 columns[name] = pa.array(np.full(len(kept), empty[column.kind], dtype))
     columns |= {name: shared.column(name) for name in shared.column_names}
     table = pa.table({name: columns[name] for name in COLUMNS})
-    write_compressed(table.replace_schema_metadata(kept.schema.metadata), place)
+    # Kept by an earlier version or not, what is written now carries a checksum.
+    version = {b"sekd.format_version": str(FORMAT_VERSION).encode()}
+    write_compressed(table.replace_schema_metadata(kept.schema.metadata | version), place)
 
 
 def read_whole(path: Path) -> pa.Table:

@@ -25,9 +25,11 @@ from analysis.sums.loading import load
 from analysis.sums.pairing import partner
 
 
-def load_study(root: Path) -> tuple[dict[str, ScoredRun], dict[str, str]]:
+def load_study(
+    root: Path, reference: str = "finetune"
+) -> tuple[dict[str, ScoredRun], dict[str, str]]:
     """The runs of a root and why others are left out, by label."""
-    directions, left_out = load(root, Options(resamples=100))
+    directions, left_out = load(root, Options(references=(reference,), resamples=100))
     runs = {run.label: run for direction in directions for run in direction.runs}
     return runs, {item.label: item.reason for item in left_out}
 
@@ -207,7 +209,7 @@ def test_the_usual_variant_keeps_the_name_and_is_the_baseline(
             tmp_path, f"se_{lam}", "se_kd_student", hyperparameters={"alpha": 0.7, "lambda": lam}
         )
     write_run(tmp_path, "target", "se_kd_target", hyperparameters={"alpha": 0.7, "lambda": 0.5})
-    found, _ = load_study(tmp_path)
+    found, _ = load_study(tmp_path, "word_kd")
     runs = list(found.values())
     names = {run.label: str(run.method) for run in runs}
     assert names == {
