@@ -422,8 +422,8 @@ def same_teacher(one: dict[str, Any], other: Any) -> bool:
     differ as much as the kernels of a GPU do from run to run."""
     if not isinstance(other, dict) or {**one, "probe": 0} != {**other, "probe": 0}:
         return False
-    probes = [np.array(record.get("probe", []), dtype=np.float64) for record in (one, other)]
-    return probes[0].shape == probes[1].shape and np.allclose(*probes, rtol=0.02, atol=0.1)
+    mine, theirs = (np.array(record.get("probe", []), np.float64) for record in (one, other))
+    return mine.shape == theirs.shape and bool(np.allclose(mine, theirs, rtol=0.02, atol=0.1))
 
 
 if __name__ == "__main__":

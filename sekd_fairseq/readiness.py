@@ -18,7 +18,7 @@ from sekd_fairseq.checkpoints import language_model_config, load_models
 from sekd_fairseq.datasets import target_hashes
 from sekd_fairseq.devices import to_device
 from sekd_fairseq.errors import CacheError, UserError
-from sekd_fairseq.llm.tokenizer import load_tokenizer
+from sekd_fairseq.llm.tokenizer import SENTENCEPIECE, load_tokenizer
 from sekd_fairseq.llm.vocabulary import FILE, TOKENIZER, Vocabulary
 from sekd_fairseq.logits import flat_logits
 from sekd_fairseq.splits import load_split, token_batches
@@ -173,7 +173,7 @@ def template(student: Student) -> Check:
         return Check("template", True, "none in the data")
     kind = "a chat template" if prompt.chat else "plain text"
     shots = f", {len(prompt.shots)} examples" if prompt.shots else ""
-    if Path(student.path).is_dir() and any(Path(student.path).glob("*token*")):
+    if has_tokenizer(Path(student.path)):
         own, theirs = load_tokenizer(student.path), load_tokenizer(str(folder / TOKENIZER))
         if own.pieces != theirs.pieces:
             return Check(
@@ -190,6 +190,11 @@ def template(student: Student) -> Check:
                     "the data again with this model's tokenizer",
                 )  # fmt: skip
     return Check("template", True, f"{kind}{shots}, as in the data")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer beside it."""
+    return (folder / SENTENCEPIECE).is_file() or any(folder.glob("tokenizer*"))
 
 
 def shift(seen: Seen) -> Check:
@@ -238,9 +243,8 @@ def cost(
         sample = to_device(dataset.collater([dataset[i] for i in batch]), device)
         logits = flat_logits(student.model(**sample["net_input"])[0], sample["target"])
         pad = student.task.target_dictionary.pad()
-        functional.cross_entropy(
-            logits.float(), sample["target"].view(-1), ignore_index=pad
-        ).backward()
+        loss = functional.cross_entropy(logits.float(), sample["target"].view(-1), ignore_index=pad)
+        torch.autograd.backward(loss)
         student.model.zero_grad()
         tokens += int(sample["ntokens"])
         if device.type == "cuda":

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sekd_fairseq.llm.tokenizer import SENTENCEPIECE, load_tokenizer, sentencepiece_proto
 from sekd_fairseq.readiness import Seen, shift
 
 from .conftest import binarise, command, error_line, sentence_pairs, write_text
+from .test_llm import llm_data, llm_text, pretrained, tokenizer  # noqa: F401 (fixtures)
 
 
 def inspect(cache: Path, student: Path, data: Path, check: bool = True) -> str:
@@ -56,3 +58,33 @@ def test_a_teacher_off_by_a_token_is_seen(off: int) -> None:
     assert shift(Seen(reference, reference, end, gold)).good
     found = shift(Seen(reference, np.roll(reference, off), end, gold))
     assert not found.good and "off by a token" in found.found
+
+
+def test_a_language_model(
+    llm_data: Path,  # noqa: F811
+    tokenizer: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    rows = len(load_tokenizer(str(tokenizer)).pieces)
+    model = pretrained(tmp_path / "model", "llama", rows)
+    command("sekd_fairseq.import_hf", model, "--data", llm_data, "--output", tmp_path / "t.pt")
+    command(
+        "sekd_fairseq.build_cache", llm_data, "--path", tmp_path / "t.pt", "--cpu", "--output",
+        tmp_path / "cache", "--subset", "valid", "--top-k", "4", "--allow-implausible",
+    )  # fmt: skip
+    # A random teacher does not rank references first; the rest fits.
+    printed = inspect(tmp_path / "cache" / "valid", model, llm_data, check=False)
+    assert "ok            vocabulary: " in printed and "ok            cost: " in printed
+    assert "ok            template: plain text, as in the data" in printed
+    assert "FIX           ranks first: " in printed
+    # The model's own tokenizer beside it, and another's.
+    load_tokenizer(str(tokenizer)).save(model)
+    assert "template: plain text, as in the data" in inspect(
+        tmp_path / "cache" / "valid", model, llm_data, check=False
+    )
+    other = (llm_data / "tokenizer" / SENTENCEPIECE).read_bytes()
+    content = sentencepiece_proto(other)
+    content.pieces[-1].piece = "another"
+    (model / SENTENCEPIECE).write_bytes(content.SerializeToString())
+    printed = inspect(tmp_path / "cache" / "valid", model, llm_data, check=False)
+    assert "FIX           template: " in printed and "align_cache" in printed
