@@ -4,9 +4,9 @@
 
 DATA and the teachers are those of a real task (scripts/configs/multi30k.yaml makes them). Measured:
 bytes a token against the KL divergence from the dense teacher to what the cache restores, its
-outside mass spread evenly and by the tail law (drawn), for several rules; the speed of building against that of the forward pass alone; the time of training
-with the loader reading a cache against without; opening a cache of ten million tokens. Writes
-results/bench_cache.csv, .json and .png.
+outside mass spread evenly and by the tail law (drawn), for several rules; the speed of building
+against that of the forward pass alone; the time of training with the loader reading a cache against
+without; opening a cache of ten million tokens. Writes results/bench_cache.csv, .json and .png.
 """
 
 import argparse

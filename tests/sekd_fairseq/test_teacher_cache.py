@@ -228,7 +228,9 @@ def test_restoration_error_is_the_kl_from_the_dense_teacher(
     out = command(
         "sekd_fairseq.inspect_cache", cache, "--verify", "--against", teacher, "--data", data
     )
-    assert out.count("KL from the dense teacher") == 3 and "is not the cache's" not in out
+    assert "is not the cache's" not in out
+    for how in ("evenly", "by the tail law"):  # once for each of three splits
+        assert out.count(f"KL from the dense teacher, outside mass spread {how}") == 3
     other = tmp_path / "again.pt"
     torch.save(torch.load(teacher, map_location="cpu") | {"note": "saved again"}, other)
     out = command(
@@ -241,6 +243,12 @@ def test_restoration_error_is_the_kl_from_the_dense_teacher(
     dense = dense_row(row, vocab)
     np.testing.assert_allclose(dense.sum(axis=1), 1.0, atol=1e-12)
     # Spread evenly: the tokens outside a support are alike.
+    law = TeacherCache.open(cache / "valid").tail_law()
+    by_law = dense_row(row, vocab, law)
+    np.testing.assert_allclose(by_law.sum(axis=1), 1.0, atol=1e-12)
+    support = row.token_id.reshape(-1, 6)[0]
+    ratio = np.delete(by_law[0], support) / np.delete(law, support)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)
     outside = np.delete(dense[0], row.token_id.reshape(-1, 6)[0])
     np.testing.assert_allclose(
         outside, row.outside_mass[0] / (vocab - 6), rtol=2e-3
