@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 import sekd_fairseq
 from analysis.terminal import progress
-from sekd_fairseq.build_cache import hash_of
 from sekd_fairseq.datasets import target_hashes
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.inspect_cache import describe, split_directories
@@ -36,6 +35,7 @@ from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dt
 from sekd_fairseq.teacher_cache.reader import CachedSentence, TeacherCache
 from sekd_fairseq.teacher_cache.writer import SentenceColumns, write_shard
 from sekd_fairseq.teachers.alignment import END, Known, Pieces, Reader, carry_over, spans
+from sekd_fairseq.teachers.caching import hash_of
 from sekd_fairseq.teachers.truncation import Truncation, best_columns, reference_alone
 
 #: The least log-probability that is no zero as a product of parts.

@@ -70,7 +70,7 @@ def load_models(
     return models, config, task
 
 
-def add_hf_model(parser: argparse.ArgumentParser) -> None:
+def add_hf_model(parser: argparse._ActionsContainer) -> None:
     """``--hf-model``, for commands that load checkpoints (:func:`load_models`)."""
     parser.add_argument(
         "--hf-model",

@@ -22,7 +22,8 @@ import hashlib
 import json
 import random
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,78 +44,139 @@ SUBSETS = ("train", "valid", "test")
 EOS = 2
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
         description="Parallel text to a fairseq data directory whose ids are the rows of a "
         "language model."
     )
-    parser.add_argument(
+    out.add_argument(
         "--tokenizer",
         required=True,
         metavar="PATH",
         help="folder (or hub id) of a Hugging Face tokenizer, or a SentencePiece model file",
     )
-    parser.add_argument("--gguf-file", help="take the tokenizer of this GGUF file in --tokenizer")
+    out.add_argument("--gguf-file", help="take the tokenizer of this GGUF file in --tokenizer")
     for subset in SUBSETS:
-        parser.add_argument(
+        out.add_argument(
             f"--{subset}", required=True, metavar="PREFIX", help="prefixes, joined with ','"
         )
-    parser.add_argument("--source-lang", required=True)
-    parser.add_argument("--target-lang", required=True)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    for whose, prefix in (("the student's", ""), ("the teacher's", "teacher-")):
-        group = parser.add_argument_group(
-            f"prompts, {whose}",
-            "in OUTPUT/teacher; made where one of these is given" if prefix else "in OUTPUT/bin",
-        )
-        group.add_argument(
-            f"--{prefix}template",
-            type=Path,
-            metavar="FILE",
-            help="prompt with the fields {src}, {src_lang}, {tgt_lang} (default: "
-            + ("the student's)" if prefix else f"{DEFAULT!r})"),
-        )
-        group.add_argument(
-            f"--{prefix}shots",
-            type=int,
-            default=0,
-            metavar="N",
-            help="examples from the training text in every prompt",
-        )
-        group.add_argument(
-            f"--{prefix}chat",
-            action="store_true",
-            help="the prompt is a user's turn in the tokenizer's own chat template, examples are "
-            "earlier turns",
-        )
-        group.add_argument(
-            f"--{prefix}end",
-            default="",
-            metavar="TEXT",
-            help="the token that ends a translation, '\\n' for a line end (default: with --chat "
-            "the end of the turn, with --shots what follows an example, else the tokenizer's end)",
-        )
+    out.add_argument("--source-lang", required=True)
+    out.add_argument("--target-lang", required=True)
+    out.add_argument("--output", required=True, type=Path, metavar="DIR")
+    add_prompts(out, "the student's", "in OUTPUT/bin", "")
+    add_prompts(
+        out, "the teacher's", "in OUTPUT/teacher; made where one of these is given", "teacher-"
+    )
     for subset in SUBSETS:
-        parser.add_argument(
+        out.add_argument(
             f"--{subset}-limit",
             type=int,
             default=0,
             metavar="N",
             help=f"use the first N pairs of {subset} (0: all)",
         )
-    parser.add_argument(
+    out.add_argument(
         "--prune-vocab",
         action="store_true",
         help="keep only the tokens that this text and single bytes need; export restores the rest",
     )
-    return parser.parse_args(arguments)
+    return out
 
 
-def read_subset(prefixes: str, languages: tuple[str, str]) -> list[Pair]:
+def add_prompts(parser: argparse.ArgumentParser, whose: str, where: str, prefix: str) -> None:
+    """The options of a :class:`PromptChoice`."""
+    group = parser.add_argument_group(f"prompts, {whose}", where)
+    group.add_argument(
+        f"--{prefix}template",
+        type=Path,
+        metavar="FILE",
+        help="prompt with the fields {src}, {src_lang}, {tgt_lang} (default: "
+        + ("the student's)" if prefix else f"{DEFAULT!r})"),
+    )
+    group.add_argument(
+        f"--{prefix}shots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="examples from the training text in every prompt",
+    )
+    group.add_argument(
+        f"--{prefix}chat",
+        action="store_true",
+        help="the prompt is a user's turn in the tokenizer's own chat template, examples are "
+        "earlier turns",
+    )
+    group.add_argument(
+        f"--{prefix}end",
+        default="",
+        metavar="TEXT",
+        help="the token that ends a translation, '\\n' for a line end (default: with --chat "
+        "the end of the turn, with --shots what follows an example, else the tokenizer's end)",
+    )
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """What is asked of the prompts of one data directory."""
+
+    template: Path | None
+    shots: int
+    chat: bool
+    end: str
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, prefix: str) -> "PromptChoice":
+        """From the options that begin with ``prefix``."""
+        return cls(**{field.name: getattr(args, prefix + field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the data are made of; ``text`` has the prefixes of each split's files."""
+
+    tokenizer: str
+    gguf_file: str | None
+    languages: tuple[str, str]
+    text: dict[str, list[str]]
+    limits: dict[str, int]
+    prune_vocab: bool
+    prompts: dict[str, PromptChoice]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Settings":
+        """From the command line."""
+        prompts = {"bin": PromptChoice.of(args, ""), "teacher": PromptChoice.of(args, "teacher_")}
+        if not any(getattr(prompts["teacher"], field.name) for field in fields(PromptChoice)):
+            del prompts["teacher"]
+        return cls(
+            tokenizer=args.tokenizer,
+            gguf_file=args.gguf_file,
+            languages=(args.source_lang, args.target_lang),
+            text={subset: getattr(args, subset).split(",") for subset in SUBSETS},
+            limits={subset: getattr(args, f"{subset}_limit") for subset in SUBSETS},
+            prune_vocab=args.prune_vocab,
+            prompts=prompts,
+        )
+
+    def templates(self) -> dict[str, PromptSettings]:
+        """What the prompts of each data directory are made of, but for the examples; a teacher without a
+        template of its own has the student's."""
+        text = read_template(self.prompts["bin"].template)
+        return {
+            name: PromptSettings(
+                *self.languages,
+                read_template(choice.template) if choice.template else text,
+                choice.chat,
+            )
+            for name, choice in self.prompts.items()
+        }
+
+
+def read_subset(prefixes: list[str], languages: tuple[str, str]) -> list[Pair]:
     """Aligned lines of one or several pairs of files, as they are."""
     pairs: list[Pair] = []
-    for prefix in prefixes.split(","):
+    for prefix in prefixes:
         source, target = read_aligned(*(Path(f"{prefix}.{language}") for language in languages))
         for number, pair in enumerate(zip(source, target, strict=True), start=1):
             if not all(side.strip() for side in pair):
@@ -158,21 +220,11 @@ def write_binary(path: Path, sentences: Tokens, size: int) -> None:
     builder.finalize(f"{path}.idx")
 
 
-def prompt_settings(args: argparse.Namespace) -> dict[str, PromptSettings]:
-    """What the prompts of each data directory are made of, but for the examples."""
-    text = read_template(args.template)
-    settings = {"bin": PromptSettings(args.source_lang, args.target_lang, text, args.chat)}
-    if args.teacher_template or args.teacher_shots or args.teacher_chat or args.teacher_end:
-        own = read_template(args.teacher_template) if args.teacher_template else text
-        settings["teacher"] = replace(settings["bin"], template=own, chat=args.teacher_chat)
-    return settings
-
-
 class Kept:
     """What of the text could not be kept exactly, and where first."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self.counts: Counter[str] = Counter()
         self.notes: list[str] = []
         self._first: dict[str, str] = {}
@@ -185,9 +237,9 @@ class Kept:
 
     def place(self, subset: str, pair: Pair, side: int) -> str:
         """File and line of one side of a pair."""
-        languages = self._args.source_lang, self._args.target_lang
-        for prefix in getattr(self._args, subset).split(","):
-            pairs = read_subset(prefix, languages)
+        languages = self._settings.languages
+        for prefix in self._settings.text[subset]:
+            pairs = read_subset([prefix], languages)
             if pair in pairs:
                 return f"{prefix}.{languages[side]}, line {pairs.index(pair) + 1}"
         raise AssertionError("every pair comes from a file")
@@ -244,39 +296,68 @@ def write_directory(
                     )
 
 
-def prepare(args: argparse.Namespace, building: Path) -> tuple[dict[str, Any], list[str]]:
-    """Write everything below ``building``; returns the content of data.json, and what people should
-    know."""
-    languages = (args.source_lang, args.target_lang)
-    settings = prompt_settings(args)
-    subsets = {subset: read_subset(getattr(args, subset), languages) for subset in SUBSETS}
-    subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
-    tokenizer = load_tokenizer(args.tokenizer, args.gguf_file)
-    shots = choose_shots(subsets, max(args.shots, args.teacher_shots))
-    counts = {"bin": args.shots, "teacher": args.teacher_shots}
-    prompts = {
-        name: Prompts(replace(setting, shots=shots[: counts[name]]), tokenizer)
-        for name, setting in settings.items()
-    }
-    for subset in SUBSETS:
-        subsets[subset] = subsets[subset][: getattr(args, f"{subset}_limit") or None]
-    encoded = {subset: encode(prompts, pairs, subset) for subset, pairs in subsets.items()}
-    given = {"bin": args.end, "teacher": args.teacher_end}
-    ends = {name: maker.end(given[name].replace("\\n", "\n")) for name, maker in prompts.items()}
-    keep = None
-    if args.prune_vocab:
-        keep = tokenizer.single_bytes() | {end for end in ends.values() if end is not None}
-        for sources, targets in encoded.values():
+@dataclass(frozen=True)
+class Encoded:
+    """The text as token ids.
+
+    Attributes
+    ----------
+    subsets
+        The pairs of each split.
+    prompts
+        What makes the prompts of each data directory.
+    tokens
+        By split: the prompts by data directory, and the translations.
+    ends
+        The token that ends a translation in each data directory, if any.
+    """
+
+    subsets: dict[str, list[Pair]]
+    prompts: dict[str, Prompts]
+    tokens: dict[str, tuple[dict[str, Tokens], Tokens]]
+    ends: dict[str, int | None]
+
+    def used(self, tokenizer: Tokenizer) -> set[int]:
+        """The tokens that this text and single bytes need."""
+        used = tokenizer.single_bytes() | {end for end in self.ends.values() if end is not None}
+        for sources, targets in self.tokens.values():
             for sentences in (*sources.values(), targets):
-                keep.update(token for tokens in sentences for token in tokens)
-    dictionary, rows = make_dictionary(tokenizer, ends["bin"], keep)
-    kept = Kept(args)
-    for name, maker in prompts.items():
-        end, folder = ends[name], building / name
+                used.update(token for tokens in sentences for token in tokens)
+        return used
+
+
+def encode_text(
+    templates: dict[str, PromptSettings],
+    settings: Settings,
+    tokenizer: Tokenizer,
+    subsets: dict[str, list[Pair]],
+    shots: list[Pair],
+) -> Encoded:
+    """Make the prompts and encode all text."""
+    prompts = {
+        name: Prompts(replace(one, shots=shots[: settings.prompts[name].shots]), tokenizer)
+        for name, one in templates.items()
+    }
+    tokens = {subset: encode(prompts, pairs, subset) for subset, pairs in subsets.items()}
+    ends = {
+        name: maker.end(settings.prompts[name].end.replace("\\n", "\n"))
+        for name, maker in prompts.items()
+    }
+    return Encoded(subsets, prompts, tokens, ends)
+
+
+def write_directories(
+    building: Path, settings: Settings, tokenizer: Tokenizer, text: Encoded, kept: Kept
+) -> Dictionary:
+    """Write the data directories, which share a dictionary."""
+    keep = text.used(tokenizer) if settings.prune_vocab else None
+    dictionary, rows = make_dictionary(tokenizer, text.ends["bin"], keep)
+    for name, maker in text.prompts.items():
+        end, folder = text.ends[name], building / name
         used = rows if end in (None, rows[EOS]) else with_end(rows, end)
         dictionary_hash = hash_symbols(dictionary.symbols)
         vocabulary = Vocabulary(
-            used, args.tokenizer, maker.settings, dictionary_hash, args.gguf_file
+            used, settings.tokenizer, maker.settings, dictionary_hash, settings.gguf_file
         )
         lacking = vocabulary.symbols(maker.tokens(""), tokenizer).count(UNK)
         if lacking:
@@ -285,27 +366,55 @@ def prepare(args: argparse.Namespace, building: Path) -> tuple[dict[str, Any], l
                 f"{name}: the tokenizer lacks what they are written in"
             )
         folder.mkdir()
-        sides = {subset: (sources[name], targets) for subset, (sources, targets) in encoded.items()}
-        write_directory(folder, vocabulary, tokenizer, dictionary, subsets, sides, kept)
-    for subset, pairs in subsets.items():
-        for pair, tokens in zip(pairs, encoded[subset][1], strict=True):
+        sides = {
+            subset: (sources[name], targets) for subset, (sources, targets) in text.tokens.items()
+        }
+        write_directory(folder, vocabulary, tokenizer, dictionary, text.subsets, sides, kept)
+    return dictionary
+
+
+def write_text(
+    building: Path, languages: tuple[str, str], tokenizer: Tokenizer, text: Encoded, kept: Kept
+) -> None:
+    """Write the text of each split; count what its tokens do not give back."""
+    for subset, pairs in text.subsets.items():
+        for pair, tokens in zip(pairs, text.tokens[subset][1], strict=True):
             inexact = tokenizer.decode(tokens) != pair[1]
             kept.add("translations_not_given_back_exactly", inexact, subset, pair, 1)
         for side, language in enumerate(languages):
             lines = "".join(f"{pair[side]}\n" for pair in pairs)
             (building / f"{subset}.{language}").write_bytes(lines.encode("utf-8"))
+
+
+def prepare(settings: Settings, building: Path) -> tuple[dict[str, Any], list[str]]:
+    """Write everything below ``building``; returns the content of data.json, and what people should
+    know."""
+    templates = settings.templates()  # read first, so that a bad one is named before the work
+    subsets = {
+        subset: read_subset(prefixes, settings.languages)
+        for subset, prefixes in settings.text.items()
+    }
+    subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
+    tokenizer = load_tokenizer(settings.tokenizer, settings.gguf_file)
+    shots = choose_shots(subsets, max(choice.shots for choice in settings.prompts.values()))
+    for subset, limit in settings.limits.items():
+        subsets[subset] = subsets[subset][: limit or None]
+    text = encode_text(templates, settings, tokenizer, subsets, shots)
+    kept = Kept(settings)
+    dictionary = write_directories(building, settings, tokenizer, text, kept)
+    write_text(building, settings.languages, tokenizer, text, kept)
     summary = {
         "sentences": {subset: len(pairs) for subset, pairs in subsets.items()},
         "in_held_out_text": leaked,
         "target_tokens": {
             subset: sum(len(tokens) + 1 for tokens in targets)
-            for subset, (_, targets) in encoded.items()
+            for subset, (_, targets) in text.tokens.items()
         },
         "vocabulary": len(dictionary),
         "tokenizer_tokens": len(tokenizer.pieces),
         **kept.counts,
         "ends_of_translation": {
-            name: None if end is None else tokenizer.pieces[end] for name, end in ends.items()
+            name: None if end is None else tokenizer.pieces[end] for name, end in text.ends.items()
         },
         "shots": shots,
         "fingerprint": fingerprint(building),
@@ -322,11 +431,11 @@ def fingerprint(building: Path) -> str:
 
 
 @one_line_errors()
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; the output appears when it is complete."""
-    args = parse(arguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare the data; the output appears when it is complete."""
+    args = parser().parse_args(argv)
     with atomic_directory(args.output) as building:
-        summary, notes = prepare(args, building)
+        summary, notes = prepare(Settings.of(args), building)
         (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
     for note in notes:
         print(f"{args.output}: {note}")

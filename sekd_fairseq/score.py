@@ -19,25 +19,20 @@ import torch
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
-from torch import Tensor
 
 import sekd_fairseq
 from analysis.runs.files import hash_file
 from analysis.runs.run_record import RunRecord, write_run
 from analysis.runs.token_records import write_records
-from analysis.terminal import progress, warn
+from analysis.terminal import warn
 from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits
+from sekd_fairseq.comparison import compare_split
 from sekd_fairseq.criterions.self_evolution_kd import partners
-from sekd_fairseq.datasets import TeacherDataset, teacher_tokens
-from sekd_fairseq.devices import default_device, half_precision, to_device
+from sekd_fairseq.datasets import TeacherDataset
+from sekd_fairseq.devices import default_device, half_precision
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.logits import flat_logits
-from sekd_fairseq.losses import TeacherTokens, build_events, support_log_probs
-from sekd_fairseq.losses.decoupled import decoupled_kl
-from sekd_fairseq.losses.divergences import forward_kl
-from sekd_fairseq.losses.events import log_sum_exp
 from sekd_fairseq.plugin import quiet_fairseq
-from sekd_fairseq.splits import load_split, token_batches, too_long, train_targets
+from sekd_fairseq.splits import load_split, too_long, train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 
 
@@ -83,20 +78,45 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What the checkpoints of a run are scored on and how; attributes are named as the options are."""
+
+    data: str
+    teacher_cache: Path | None
+    run: Path
+    subset: str
+    method: str | None
+    max_tokens: int
+    hf_model: str | None
+    device: torch.device
+    dtype: torch.dtype
+
+
+@one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Score the checkpoints of one run on one split."""
     args = parser().parse_args(argv)
     quiet_fairseq()
-    with one_line_errors():
-        if args.earlier and not args.teacher_cache:
-            raise UserError("--earlier expects --teacher-cache CACHE beside it, found none")
-        args.run.mkdir(parents=True, exist_ok=True)  # before the work, if it cannot be
-        device = default_device(args.cpu)
-        record, scored = score_checkpoint(args.path, args, device)
-        for step, path in earlier_checkpoints(args.path).items() if args.earlier else ():
-            if step != record.updates:
-                score_checkpoint(path, args, device, scored)
-        write_run(args.run, record)
+    if args.earlier and not args.teacher_cache:
+        raise UserError("--earlier expects --teacher-cache CACHE beside it, found none")
+    scoring = Scoring(
+        data=args.data,
+        teacher_cache=args.teacher_cache,
+        run=args.run,
+        subset=args.subset,
+        method=args.method,
+        max_tokens=args.max_tokens,
+        hf_model=args.hf_model,
+        device=default_device(args.cpu),
+        dtype=half_precision(args.fp16, args.bf16),
+    )
+    scoring.run.mkdir(parents=True, exist_ok=True)  # before the work, if it cannot be
+    record, split = score_checkpoint(args.path, scoring)
+    for step, path in earlier_checkpoints(args.path).items() if args.earlier else ():
+        if step != record.updates:
+            score_checkpoint(path, scoring, split)
+    write_run(scoring.run, record)
 
 
 def earlier_checkpoints(path: Path) -> dict[int, Path]:
@@ -110,7 +130,7 @@ def earlier_checkpoints(path: Path) -> dict[int, Path]:
 
 @dataclass(frozen=True)
 class ScoredSplit:
-    """What every checkpoint of a run is scored on, read once: the sentences with their teacher rows,
+    """What every checkpoint of a run is scored on, read once: the sentences with their teacher,
     and how often each token occurs in the training targets, (V,)."""
 
     cache: TeacherCache
@@ -119,9 +139,8 @@ class ScoredSplit:
     frequencies: NDArray[np.int64]
 
     @classmethod
-    def open(cls, task: Any, args: argparse.Namespace) -> "ScoredSplit":
+    def open(cls, task: Any, cache: TeacherCache, scoring: Scoring) -> "ScoredSplit":
         """Of the task of a run's checkpoint."""
-        cache = TeacherCache.open(args.teacher_cache / args.subset)
         symbols = task.target_dictionary.symbols
         cache.check_dictionary(symbols)
         if "samples" in cache.manifest.truncation:
@@ -129,139 +148,51 @@ class ScoredSplit:
                 f"{cache.directory}: holds tokens drawn from the teacher (--sample); KL on them is a lower "
                 "bound that depends on the draw, a cache of the best tokens (--top-k) gives a surer one"
             )
-        sentences = load_split(task, args.subset, args.data)
-        dataset = TeacherDataset(sentences, [cache], f"{args.subset} ({args.data})")
+        sentences = load_split(task, scoring.subset, scoring.data)
+        dataset = TeacherDataset(sentences, [cache], f"{scoring.subset} ({scoring.data})")
         return cls(cache, dataset, symbols, train_frequencies(task))
 
 
 def score_checkpoint(
-    path: Path, args: argparse.Namespace, device: torch.device, scored: ScoredSplit | None = None
+    path: Path, scoring: Scoring, split: ScoredSplit | None = None
 ) -> tuple[RunRecord, ScoredSplit | None]:
     """Write the token records of one checkpoint; returns the content of ``run.json`` and, for the
     run's other checkpoints, what it was scored on (None without ``--teacher-cache``)."""
-    models, config, task = load_models([str(path)], args.data, device, args.hf_model)
-    models[0].to(half_precision(args.fp16, args.bf16))
+    models, config, task = load_models([str(path)], scoring.data, scoring.device, scoring.hf_model)
+    models[0].to(scoring.dtype)
     checkpoint = torch.load(path, map_location="cpu")
     step = int(checkpoint["optimizer_history"][-1]["num_updates"])
-    record = run_record(config, models[0], args, step, task)
+    record = run_record(config, models[0], scoring, step, task)
     # Of what it was trained with; the loaded configuration forgets the caches and their like.
     if (checkpoint.get("cfg") or {}).get("task", {}).get("stored_difficulty"):
         record.hyperparameters["criterion"]["difficulty"] = "stored"
-    if args.teacher_cache:
-        scored = scored or ScoredSplit.open(task, args)
-        record = replace(record, teacher_cache=cache_record(scored.cache))
-        too_long(scored.dataset, position_limits(models), args.subset)
-        columns = score_split(models[0], scored.dataset, device, args.max_tokens, args.subset)
-        columns["frequency"] = scored.frequencies[columns["token"]]
-        output = args.run / "tokens" / args.subset / f"{step}.parquet"
-        write_records(
-            output,
-            columns,
-            scored.symbols,
-            teacher=scored.cache.manifest.fingerprint,
-            checkpoint=hash_file(path),
-        )
-        tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
-        print(f"{output}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
-    return record, scored
+    if scoring.teacher_cache:
+        if split is None:
+            cache = TeacherCache.open(scoring.teacher_cache / scoring.subset)
+            split = ScoredSplit.open(task, cache, scoring)
+        record = replace(record, teacher_cache=cache_record(split.cache))
+        too_long(split.dataset, position_limits(models), scoring.subset)
+        output = scoring.run / "tokens" / scoring.subset / f"{step}.parquet"
+        write_tokens(output, models[0], split, scoring, hash_file(path))
+    return record, split
 
 
-def score_split(
-    model: Any, dataset: TeacherDataset, device: torch.device, max_tokens: int, name: str
-) -> dict[str, NDArray[Any]]:
-    """Token records of a split as columns, sorted by sentence and position (no pieces yet)."""
-    parts: list[dict[str, NDArray[Any]]] = []
-    lengths = dataset.sizes[:, 1]
-    temperature = dataset.caches[0].manifest.temperature
-    symbols = dataset.caches[0].manifest.vocab_size
-    with progress(
-        total=int(lengths.sum()), unit="tok", unit_scale=True, desc=f"score {name}"
-    ) as bar:
-        for batch in token_batches(dataset, np.arange(len(dataset)), max_tokens):
-            sample = dataset.collater([dataset[i] for i in batch])
-            part = token_columns(
-                model, to_device(sample, device), dataset.pad, temperature, symbols
-            )
-            ids = sample["id"].numpy()
-            rows = [dataset.caches[0][int(i)] for i in ids]
-            sizes = [len(row.entropy) for row in rows]
-            part["sentence"] = np.repeat(ids, sizes)
-            part["position"] = np.concatenate([np.arange(size) for size in sizes])
-            part["p_entropy"] = np.concatenate([row.entropy for row in rows])
-            parts.append(part)
-            bar.update(int(lengths[batch].sum()))
-    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    order = np.lexsort((columns["position"], columns["sentence"]))
-    return {key: values[order] for key, values in columns.items()}
-
-
-@torch.no_grad()
-def token_columns(
-    model: Any,
-    sample: dict[str, Any],
-    pad: int,
-    temperature: float = 1.0,
-    symbols: int | None = None,
-) -> dict[str, NDArray[Any]]:
-    """Teacher and student at the target tokens of a batch, in the batch's order.
-
-    Both at the teacher's temperature, which is 1 unless its cache was built with another.
-    ``p_of_q_top1`` of a token outside the teacher's support is the outside mass spread evenly.
-    """
-    logits = model(**sample["net_input"])[0].float() / temperature
-    logits = flat_logits(logits, sample["target"], symbols)
-    target = sample["target"].view(-1)
-    rows = target.ne(pad).nonzero().squeeze(1)
-    teacher = teacher_tokens(sample["teacher"])
-    events = build_events(
-        teacher, support_log_probs(logits, rows, teacher.ids, teacher.valid), "bucket"
+def write_tokens(
+    output: Path, model: Any, split: ScoredSplit, scoring: Scoring, checkpoint: str
+) -> None:
+    """Write the token records of a model (of a checkpoint with this hash), and say what they hold."""
+    device, max_tokens = scoring.device, scoring.max_tokens
+    columns = compare_split(model, split.dataset, device, max_tokens, scoring.subset)
+    columns["frequency"] = split.frequencies[columns["token"]]
+    write_records(
+        output,
+        columns,
+        split.symbols,
+        teacher=split.cache.manifest.fingerprint,
+        checkpoint=checkpoint,
     )
-    kl = forward_kl(events.log_p, events.log_q)
-    kl_target, others = decoupled_kl(events.log_p, events.log_q)
-    kl_nontarget = log_sum_exp(events.log_p[:, 1:]).exp() * others
-    log_q = torch.log_softmax(logits[rows], dim=-1)
-    q_max, q_top = log_q.max(dim=-1)
-    best_p, best_slot = teacher.log_p.masked_fill(~teacher.valid, -torch.inf).max(dim=1)
-    return {
-        name: values.cpu().numpy()
-        for name, values in {
-            "token": target[rows],
-            "p_gold": events.log_p[:, 0].exp(),
-            "q_gold": events.log_q[:, 0].exp(),
-            "kl": kl,
-            "kl_target": kl_target,
-            "kl_nontarget": kl_nontarget,
-            "q_entropy": -(log_q.exp() * log_q.clamp_min(torch.finfo(log_q.dtype).min)).sum(-1),
-            "p_top1": teacher.ids.gather(1, best_slot.unsqueeze(1)).squeeze(1),
-            "q_top1": q_top,
-            "p_max": best_p.exp(),
-            "q_max": q_max.exp(),
-            "p_of_q_top1": probability_of(teacher, q_top, log_q.size(-1)),
-            "overlap_top5": top_overlap(teacher, log_q, 5),
-        }.items()
-    }
-
-
-def probability_of(teacher: TeacherTokens, token: Tensor, vocab_size: int) -> Tensor:
-    """The teacher's probability of one token a row, (N,); outside the support the mean there."""
-    found = (teacher.ids == token.unsqueeze(1)) & teacher.valid
-    inside = (teacher.log_p.exp() * found).sum(dim=1)
-    outside = teacher.log_outside.exp() / (vocab_size - teacher.valid.sum(dim=1)).clamp_min(1)
-    return torch.where(found.any(dim=1), inside, outside)
-
-
-def top_overlap(teacher: TeacherTokens, log_q: Tensor, n: int) -> Tensor:
-    """How many of the teacher's ``n`` best tokens are among the student's, (N,), int8.
-
-    Where the cache holds fewer, the same share of those that it holds, rounded to a whole of ``n``.
-    """
-    log_p = teacher.log_p.masked_fill(~teacher.valid, -torch.inf)
-    slots = log_p.topk(min(n, log_p.size(1)), dim=1)
-    best_p = teacher.ids.gather(1, slots.indices).masked_fill(slots.values.isinf(), -1)
-    best_q = log_q.topk(min(n, log_q.size(1)), dim=1).indices
-    found = (best_p.unsqueeze(2) == best_q.unsqueeze(1)).any(dim=2).sum(dim=1)
-    known = slots.values.isfinite().sum(dim=1)
-    return (found * n / known).round().to(torch.int8)
+    tokens, mean = len(columns["kl"]), float(columns["kl"].mean())
+    print(f"{output}: {tokens} tokens, mean KL to the teacher {mean:.4f} nats")
 
 
 def train_frequencies(task: Any) -> NDArray[np.int64]:
@@ -287,17 +218,15 @@ def cache_record(cache: TeacherCache) -> dict[str, Any]:
     }
 
 
-def run_record(
-    config: Any, model: Any, args: argparse.Namespace, step: int, task: Any
-) -> RunRecord:
+def run_record(config: Any, model: Any, scoring: Scoring, step: int, task: Any) -> RunRecord:
     """The content of ``run.json``, without a teacher cache."""
     optimisation = OmegaConf.to_container(config.optimization, resolve=False)
     criterion = OmegaConf.to_container(config.criterion, resolve=False)
     if config.criterion._name == "self_evolution_kd":
         criterion |= partners(config.criterion)
     return RunRecord(
-        name=args.run.name,
-        method=args.method or method_id(config.criterion, bool(args.teacher_cache)),
+        name=scoring.run.name,
+        method=scoring.method or method_id(config.criterion, bool(scoring.teacher_cache)),
         seed=int(config.common.seed),
         direction=f"{task.cfg.source_lang}-{task.cfg.target_lang}",
         updates=step,

@@ -33,12 +33,12 @@ from analysis.runs.run_record import LINES, read_run, read_scores, write_scores
 from analysis.runs.simulated import write_run_directory
 from analysis.runs.texts import read_texts, write_texts
 from analysis.runs.token_records import COLUMNS, read_columns, read_pieces, read_token_set
-from sekd_fairseq.build_cache import SETTINGS, read_settings
 from sekd_fairseq.llm.prompts import PromptSettings
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary
 from sekd_fairseq.teacher_cache import SentenceColumns, TeacherCache, hash_symbols, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import MANIFEST, payload_dtypes
+from sekd_fairseq.teachers.caching import SETTINGS, read_settings
 
 OUTCOMES = ("refused", "unchanged", "changed", "other", "killed")
 SYMBOLS = [f"symbol{i}" for i in range(20)]

@@ -62,15 +62,15 @@ class DistillationConfig(FairseqDataclass):
         default=0.0, metadata={"help": "label smoothing of the cross entropy; 0 is off"}
     )
     divergence: ChoiceEnum(tuple(DIVERGENCES)) = field(  # type: ignore[valid-type]
-        default="forward_kl",
+        default=SelfEvolution.divergence,
         metadata={"help": "divergence between teacher and student inside the loss"},
     )
     divergence_weight: float = field(
-        default=0.5,
+        default=SelfEvolution.divergence_weight,
         metadata={"help": "weight inside jsd and the skew divergences, above 0 and below 1"},
     )
     missing_mass: ChoiceEnum(MISSING_MASS) = field(  # type: ignore[valid-type]
-        default="bucket",
+        default=SelfEvolution.missing_mass,
         metadata={
             "help": "what is done with the teacher's mass outside the cached support: one event "
             "(bucket), spread evenly (uniform) or as the teacher's mass is on average (tail), ignored "

@@ -56,7 +56,7 @@ class SelfEvolutionKDConfig(DistillationConfig):
         },
     )
     lambda_max: float = field(
-        default=0.5,
+        default=SelfEvolution.lambda_max,
         metadata={
             "help": "largest ratio of prior knowledge mixed in at a hard token, 0 or more and "
             "below 1; 0 is plain word-level distillation"
@@ -71,25 +71,26 @@ class SelfEvolutionKDConfig(DistillationConfig):
         },
     )
     gamma: float = field(
-        default=0.5,
+        default=SelfEvolution.gamma,
         metadata={
             "help": "threshold of difficulty above which a token is hard: a quantile above 0 and "
             "below 1, or nats (0 or more) with --gamma-type absolute"
         },
     )
     gamma_type: ChoiceEnum(GAMMA_TYPES) = field(  # type: ignore[valid-type]
-        default="running_quantile",
+        default=SelfEvolution.gamma_type,
         metadata={
             "help": "absolute: gamma is in nats; quantile: of the batch at hand; "
             "running_quantile: tracked over updates, independent of how batches are split"
         },
     )
     schedule: ChoiceEnum(SCHEDULES) = field(  # type: ignore[valid-type]
-        default="linear",
+        default=SelfEvolution.schedule,
         metadata={"help": "how the ratio grows with difficulty above gamma, up to lambda_max"},
     )
     schedule_scale: float = field(
-        default=1.0, metadata={"help": "width of the linear and exp schedules, nats, above 0"}
+        default=SelfEvolution.scale,
+        metadata={"help": "width of the linear and exp schedules, nats, above 0"},
     )
     beta: Optional[str] = field(  # noqa: UP045
         default=None,
@@ -100,7 +101,7 @@ class SelfEvolutionKDConfig(DistillationConfig):
         },
     )
     integration: ChoiceEnum(INTEGRATIONS) = field(  # type: ignore[valid-type]
-        default="target",
+        default=SelfEvolution.integration,
         metadata={
             "help": "a reading of the paper's abstract. With D the divergence, p teacher, q student, r "
             "prior, l the ratio and q' = (1-l) q + l r: blend is D(r || q'), evolved D(p || q) + D(q' "

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import torch
 
 from analysis.runs.texts import read_lines
+from sekd_fairseq.comparison import top_overlap
 from sekd_fairseq.losses import TeacherTokens
-from sekd_fairseq.score import top_overlap
 
 from .conftest import command, error_line, train
 

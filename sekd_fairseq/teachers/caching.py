@@ -1,0 +1,221 @@
+"""Building the teacher cache of a split, shard by shard, so that an interrupted build resumes."""
+
+import hashlib
+import operator
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import sekd_fairseq
+from analysis.runs.files import DamagedFile, atomic_write, read_json, sealed_json
+from analysis.terminal import progress
+from sekd_fairseq.datasets import target_hashes
+from sekd_fairseq.errors import CacheError, UserError
+from sekd_fairseq.splits import load_split, token_batches, too_long
+from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
+from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
+from sekd_fairseq.teacher_cache.reader import TeacherCache
+from sekd_fairseq.teacher_cache.tail import TAIL, write_tail
+from sekd_fairseq.teacher_cache.writer import write_shard
+from sekd_fairseq.teachers.engine import Engine
+from sekd_fairseq.teachers.truncation import (
+    Truncation,
+    reference_alone,
+    truncation_of,
+)
+
+#: In the folder of an unfinished build: what it is of.
+SETTINGS = "build.json"
+#: Tokens, about, from which a tail law is measured.
+TAIL_TOKENS = 5000
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the cache of every split is built; attributes are named as the options are."""
+
+    data: str
+    output: Path
+    top_k: int
+    top_p: float | None
+    top_p_floor: int
+    sample: int
+    logprob_bits: int
+    temperature: float
+    max_tokens: int | None
+    shard_sentences: int
+    num_shards: int
+    shard_id: int
+    skip_too_long: bool
+    allow_implausible: bool
+
+    def truncation(self, vocab_size: int) -> Truncation:
+        """What is kept of each distribution."""
+        return truncation_of(self.top_k, self.top_p, self.top_p_floor, self.sample, vocab_size)
+
+
+def build_split(engine: Engine, build: Build, split: str) -> TeacherCache | None:
+    """Build (or finish) the cache of one split and open it; None while others have to finish."""
+    directory = build.output / split
+    dataset = load_split(engine.task, split, build.data)
+    symbols = engine.task.target_dictionary.symbols
+    hashes = target_hashes(dataset.tgt, engine.task.target_dictionary.pad())
+    truncation = build.truncation(len(symbols))
+    dtypes = payload_dtypes(len(symbols), build.logprob_bits, counts=bool(build.sample))
+    settings = {
+        "split": split,
+        "vocab_size": len(symbols),
+        "dictionary_hash": hash_symbols(symbols),
+        "dataset_hash": hash_of(hashes),
+        "sentences": len(dataset),
+        "shard_sentences": build.shard_sentences,
+        "temperature": build.temperature,
+        "truncation": truncation.record(),
+        "teacher": engine.identity,
+    }
+    wanted = {**settings, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}
+    if (directory / MANIFEST).exists():
+        cache = TeacherCache.open(directory)
+        _check_same(directory, wanted, {key: getattr(cache.manifest, key) for key in wanted})
+        return cache
+    split_to_cache = Sentences(
+        dataset, hashes, too_long(dataset, engine.limits(), split, allow=build.skip_too_long)
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    settings["teacher"] = _begin(directory, wanted)["teacher"]
+    measure_tail(engine, dataset, truncation, settings, directory)
+    shards = list(shard_range(settings)[build.shard_id :: build.num_shards])
+    build_shards(engine, build, directory, shards, split_to_cache, dtypes)
+    missing = missing_shards(directory, settings)
+    if missing:
+        print(
+            f"{directory}: part {build.shard_id} of {build.num_shards} is built; shards of other "
+            f"parts are still missing ({len(missing)})"
+        )
+        return None
+    versions = {
+        "sekd_fairseq": sekd_fairseq.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    cache = finish_cache(directory, settings, dtypes, versions, build.allow_implausible)
+    (directory / SETTINGS).unlink(missing_ok=True)
+    return cache
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """A split to cache: its dataset, the hash of each target, and which the teacher cannot read."""
+
+    dataset: Any
+    hashes: NDArray[np.uint64]
+    skipped: frozenset[int]
+
+
+def build_shards(
+    engine: Engine,
+    build: Build,
+    directory: Path,
+    shards: Sequence[int],
+    split: Sentences,
+    dtypes: dict[str, np.dtype[Any]],
+) -> None:
+    """Write those of some shards that are not there yet."""
+    dataset = split.dataset
+    truncation = build.truncation(len(engine.task.target_dictionary))
+    lengths = dataset.sizes[:, 1].astype(np.int64)
+    size = build.shard_sentences
+    spans = {index: np.arange(len(dataset))[index * size :][:size] for index in shards}
+    total = int(sum(lengths[sentences].sum() for sentences in spans.values()))
+    with progress(total=total, unit="tok", unit_scale=True, desc=directory.name) as bar:
+        for index, sentences in spans.items():
+            if (directory / shard_name(index)).exists():
+                bar.update(int(lengths[sentences].sum()))
+                continue
+            skipped = [i for i in sentences if i in split.skipped]
+            found = {i: reference_alone(dataset.tgt[i].numpy()) for i in skipped}
+            readable = np.array([i for i in sentences if i not in found], dtype=np.int64)
+            for batch in token_batches(dataset, readable, build.max_tokens or engine.batch_tokens):
+                sample = dataset.collater([dataset[i] for i in batch])
+                found.update(engine.sentences(sample, truncation, build.temperature))
+                bar.update(int(lengths[batch].sum()))
+            try:
+                ordered = [found[i] for i in sentences]
+                write_shard(directory, index, ordered, split.hashes[sentences], dtypes)
+            except OSError as error:
+                raise UserError(f"{directory}: cannot write shard {index} ({error})") from error
+
+
+def measure_tail(
+    engine: Engine, dataset: Any, truncation: Truncation, settings: dict[str, Any], directory: Path
+) -> None:
+    """Write the teacher's tail law, from some sentences, where the engine gives whole distributions
+    and the cache has supports of the best tokens."""
+    if engine.outside is None or truncation.rule == "sample" or (directory / TAIL).exists():
+        return
+    lengths = dataset.sizes[:, 1].astype(np.int64)
+    count = max(1, min(len(dataset), int(TAIL_TOKENS / max(lengths.mean(), 1.0))))
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
+    total = np.zeros(settings["vocab_size"])
+    for batch in token_batches(dataset, chosen, engine.batch_tokens):
+        sample = dataset.collater([dataset[i] for i in batch])
+        total += engine.outside(sample, truncation, settings["temperature"])
+    write_tail(directory, total, settings)
+
+
+def hash_of(hashes: NDArray[np.uint64]) -> str:
+    """Identifies a split by the hashes of its target sentences."""
+    return hashlib.sha256(hashes.tobytes()).hexdigest()
+
+
+def _begin(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Record what is being built, so that another build cannot go on in the same directory; returns
+    the record, which an earlier run may have made."""
+    path = directory / SETTINGS
+    if path.exists():
+        found = read_settings(directory)
+        _check_same(directory, settings, found)
+        return found
+    with atomic_write(path) as stream:
+        stream.write(sealed_json(settings))
+    return settings
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What an unfinished build in ``directory`` is of; ``CacheError`` where that is damaged."""
+    path = directory / SETTINGS
+    try:
+        settings, sealed = read_json(path)
+    except DamagedFile as error:
+        raise CacheError(f"{error}; delete {directory} and build it again") from error
+    if not sealed:
+        raise CacheError(
+            f"{path}: expected settings with a checksum, found none (an earlier version began "
+            f"here); delete {directory} and build it again"
+        )
+    return settings
+
+
+def _check_same(directory: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    for key, value in wanted.items():
+        same = same_teacher if key == "teacher" else operator.eq
+        if not same(value, found.get(key)):
+            raise CacheError(
+                f"{directory}: holds a cache with another {key.replace('_', ' ')} (expected "
+                f"{value}, found {found.get(key)}); give another --output or delete the directory"
+            )
+
+
+def same_teacher(one: dict[str, Any], other: Any) -> bool:
+    """Whether two records are of one teacher. What a served one says of a known text (``probe``) may
+    differ as much as the kernels of a GPU do from run to run."""
+    if not isinstance(other, dict) or {**one, "probe": 0} != {**other, "probe": 0}:
+        return False
+    mine, theirs = (np.array(record.get("probe", []), np.float64) for record in (one, other))
+    return mine.shape == theirs.shape and bool(np.allclose(mine, theirs, rtol=0.02, atol=0.1))
