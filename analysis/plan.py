@@ -85,7 +85,9 @@ def kl_gains(direction: Direction, method: str, baseline: str) -> Gains | None:
     sample = bucket_sample(evidence, "kl", HARD) if evidence.couples else None
     if sample is None or len(sample.effect) < MIN_SEEDS:
         return None
-    return Gains(sample.effect, sample.drawn, float(sample.base.mean()), sample.sentences)
+    assert direction.tokens is not None
+    sentences = len(direction.tokens.sentences)
+    return Gains(sample.effect, sample.drawn, float(sample.base.mean()), sentences)
 
 
 @dataclass(frozen=True)
@@ -110,16 +112,30 @@ class Pilot:
     methods: Sequence[str]
     base: float
 
+    def smallest_detectable(self, power: float = 0.8, alpha: float = 0.05) -> float:
+        """The smallest gain that the runs as they are detect, mean of the directions."""
+        return smallest_detectable(self.spread, self.seeds, self.spread.sentences, power, alpha)
 
-def pilot(
+
+def bleu_pilot(directions: Sequence[Direction], baseline: str) -> Pilot | None:
+    """The spread of gains in BLEU; None where no method has two seeds in each direction."""
+    return _pilot(directions, baseline, "BLEU", "", bleu_gains)
+
+
+def kl_pilot(directions: Sequence[Direction], baseline: str) -> Pilot | None:
+    """The spread of falls of KL on hard tokens; None as in :func:`bleu_pilot`."""
+    return _pilot(directions, baseline, "KL on hard tokens", "nats", kl_gains)
+
+
+def _pilot(
     directions: Sequence[Direction],
     baseline: str,
     measure: str,
     unit: str,
     gains: Callable[[Direction, str, str], Gains | None],
 ) -> Pilot | None:
-    """The spread of the gains over the baseline, the mean over the methods under test (all others,
-    where there are none) that are there in all directions; None where none has two seeds in each."""
+    """The mean spread of the methods under test (all others, where there are none) that are there in
+    all directions."""
     methods = {run.method for direction in directions for run in direction.runs}
     compared = {method for method in methods if method.id not in ("teacher", baseline)}
     compared = {method for method in compared if method.is_treatment} or compared
@@ -278,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
         options = Options(subset=args.subset, baseline=args.baseline, resamples=args.resamples)
         directions, _ = load(args.runs, options)
-        bleu = pilot(directions, args.baseline, "BLEU", "", bleu_gains)
-        kl = pilot(directions, args.baseline, "KL on hard tokens", "nats", kl_gains)
+        bleu = bleu_pilot(directions, args.baseline)
+        kl = kl_pilot(directions, args.baseline)
         if bleu is None and kl is None:
             raise UserError(
                 f"{args.runs}: expected a method with {MIN_SEEDS} seeds in every direction, and as many "

@@ -10,6 +10,8 @@ from conftest import WriteRun
 from analysis import plan
 from analysis.power import Spread, power, seeds_needed, smallest_detectable
 from analysis.stats import Floats, Resamples, hierarchical
+from analysis.sums.direction import Options
+from analysis.sums.loading import load
 
 
 def study(
@@ -156,6 +158,9 @@ def test_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nan" not in text
     rows = [line for line in text.splitlines() if line.startswith("| 3 |")]
     assert len(rows) == 2
+    directions, _ = load(runs, Options(resamples=200))
+    found = plan.bleu_pilot(directions, "word_kd")
+    assert found is not None and f"**{found.smallest_detectable():.2f}**" in text
     # The table's cell for the runs as they are is the figure in bold.
     assert f"**{rows[0].split(' | ')[1]}**" in text
 
