@@ -56,6 +56,7 @@ setup(
             "protobuf>=4",  # SentencePiece's model format, for transformers and for GGUF files
         ],
         "served": ["httpx>=0.27"],  # teachers behind a server: parallel requests, timeouts
+        "storage": ["fsspec>=2024.6", "s3fs>=2024.6"],  # caches in object storage (copy_cache)
         "workflow": ["snakemake>=9,<10"],  # scripts/Snakefile: restarts, parallel jobs, clusters
         "dev": [
             "pytest>=8",
@@ -81,6 +82,7 @@ setup(
             "sekd-export-hf = sekd_fairseq.export_hf:main",
             "sekd-build-cache = sekd_fairseq.build_cache:main",
             "sekd-align-cache = sekd_fairseq.align_cache:main",
+            "sekd-copy-cache = sekd_fairseq.copy_cache:main",
             "sekd-inspect-cache = sekd_fairseq.inspect_cache:main",
             "sekd-distilled-data = sekd_fairseq.distilled_data:main",
             "sekd-score = sekd_fairseq.score:main",

@@ -1,0 +1,153 @@
+"""Caches in object storage: whole there and whole back, whatever stops a copy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sekd_fairseq import copy_cache
+from sekd_fairseq.copy_cache import fetch, publish, remote_splits, storage
+from sekd_fairseq.errors import CacheError, UserError
+from sekd_fairseq.teacher_cache import SentenceColumns, TeacherCache, write_shard
+from sekd_fairseq.teacher_cache.finish import finish_cache
+from sekd_fairseq.teacher_cache.format import payload_dtypes
+from sekd_fairseq.teacher_cache.tail import write_tail
+
+pytest.importorskip("fsspec")
+
+
+def built(folder: Path, seed: int = 0) -> Path:
+    """A cache of made-up rows in three shards, with a tail law."""
+    generator = np.random.default_rng(seed)
+    dtypes = payload_dtypes(50)
+    settings: dict[str, Any] = {
+        "split": folder.name,
+        "vocab_size": 50,
+        "dictionary_hash": "",
+        "dataset_hash": "",
+        "sentences": 8,
+        "shard_sentences": 3,
+        "temperature": 1.0,
+        "truncation": {"rule": "top_k", "k": 2},
+        "teacher": {"files": [], "arch": "", "parameters": []},
+    }
+    folder.mkdir(parents=True)
+    for index in range(3):
+        rows = [
+            SentenceColumns(
+                {
+                    "support_size": np.full(4, 2),
+                    "gold_logprob": np.full(4, -0.5),
+                    "outside_mass": np.full(4, 0.1),
+                    "entropy": np.full(4, 0.5),
+                    "logprob": np.full(8, -1.0),
+                    "token_id": generator.integers(4, 50, 8),
+                }
+            )
+            for _ in range(3 if index < 2 else 2)
+        ]
+        write_shard(folder, index, rows, np.arange(len(rows)).astype(np.uint64), dtypes)
+    write_tail(folder, generator.random(50), settings)
+    finish_cache(folder, settings, dtypes, {}, allow_implausible=True)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(params=["memory", "s3"])
+def address(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An address to copy to: in this process, or of moto's S3 server."""
+    if request.param == "memory":
+        with storage("memory://bucket") as (system, root):
+            if system.exists(root):
+                system.rm(root, recursive=True)
+        yield "memory://bucket/cache"
+        return
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket/cache"
+    server.stop()
+
+
+def test_there_and_back(address: str, tmp_path: Path) -> None:
+    train, valid = built(tmp_path / "here" / "train"), built(tmp_path / "here" / "valid", 1)
+    copy_cache.main([str(tmp_path / "here"), address])
+    assert [name for _, name in remote_splits(address)] == ["train", "valid"]
+    copy_cache.main([address, str(tmp_path / "back")])
+    for split in (train, valid):
+        assert content(split) == content(tmp_path / "back" / split.name)
+    TeacherCache.open(tmp_path / "back" / "train").verify()
+    # Nothing is left to do; of one split's own address only that is copied.
+    assert publish(train, f"{address}/train") == 0
+    assert fetch(f"{address}/train", tmp_path / "back" / "train") == 0
+    copy_cache.main([f"{address}/valid", str(tmp_path / "one")])
+    assert content(tmp_path / "one") == content(valid)
+    other = built(tmp_path / "other" / "train", 2)
+    with pytest.raises(CacheError, match="another cache"):
+        publish(other, f"{address}/train")
+    with pytest.raises(CacheError, match="another cache"):
+        fetch(f"{address}/train", other)
+
+
+def test_a_stopped_copy_goes_on(address: str, tmp_path: Path) -> None:
+    train = built(tmp_path / "train")
+    url = f"{address}/train"
+    whole = publish(train, url)
+    with storage(url) as (system, root):  # as after a kill: a shard and the manifest are missing
+        system.rm_file(f"{root}/manifest.json")
+        system.rm_file(f"{root}/shard-00001.arrow")
+    with pytest.raises(CacheError, match="expected a teacher cache"):
+        fetch(url, tmp_path / "early")
+    size = (train / "shard-00001.arrow").stat().st_size
+    assert publish(train, url) == size + (train / "manifest.json").stat().st_size < whole
+    back = tmp_path / "back"
+    fetch(url, back)
+    (back / "manifest.json").unlink()
+    (back / "shard-00002.arrow").write_bytes(b"half")
+    fetch(url, back)
+    assert content(back) == content(train)
+
+
+def test_damage_is_seen(address: str, tmp_path: Path) -> None:
+    train = built(tmp_path / "train")
+    url = f"{address}/train"
+    publish(train, url)
+    with storage(url) as (system, root):
+        damaged = bytearray(system.cat_file(f"{root}/shard-00000.arrow"))
+        damaged[len(damaged) // 2] ^= 1
+        system.pipe_file(f"{root}/shard-00000.arrow", bytes(damaged))
+    with pytest.raises(CacheError, match=r"shard-00000.arrow: does not match"):
+        fetch(url, tmp_path / "back")
+    assert not (tmp_path / "back" / "manifest.json").exists()
+    assert not list((tmp_path / "back").glob("*00000*"))
+    with storage(url) as (system, root):
+        system.pipe_file(f"{root}/manifest.json", b"{}")
+    with pytest.raises(CacheError, match="not a manifest"):
+        fetch(url, tmp_path / "back")
+    (train / "shard-00001.arrow").write_bytes(damaged)
+    with pytest.raises(CacheError, match="does not match"):
+        publish(train, f"{address}/again")
+
+
+def test_what_is_no_address_is_refused(tmp_path: Path) -> None:
+    for words in (["a", "b"], ["memory://a", "memory://b"]):
+        with pytest.raises(SystemExit, match="an address"):
+            copy_cache.main(words)
+    with pytest.raises(UserError, match="fsspec"), storage("nowhere://x"):
+        pass
+    with pytest.raises(CacheError, match="expected a teacher cache"):
+        remote_splits("memory://empty")
