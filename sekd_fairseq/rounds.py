@@ -24,21 +24,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from fairseq.data import Dictionary, indexed_dataset
-from numpy.typing import NDArray
 
 from analysis.runs.files import atomic_directory, atomic_write, sealed_json
-from analysis.runs.texts import read_lines
-from sekd_fairseq.distilled_data import encode, joined_chrf, translations, write_indexed
 from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.mixed_data import link_data, nearest_to_references, training_side, write_part
 from sekd_fairseq.splits import check_splits, languages, stored_as
 from sekd_fairseq.teacher_cache.format import Manifest
+from sekd_fairseq.teachers.truncation import options_of
 
 #: The plugin's folder, for ``--user-dir``.
 PLUGIN = Path(__file__).parent
@@ -205,11 +202,6 @@ class Settings:
         args["teacher_data"] = args["teacher_data"] or args["data"]
         return cls(**args, device=device, train=train)
 
-    @property
-    def parts(self) -> tuple[str, str]:
-        """Source and target language of the training data."""
-        return languages(self.data, "train")
-
 
 @one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
@@ -248,14 +240,7 @@ def check_inputs(settings: Settings) -> None:
 
 def described(settings: Settings) -> dict[str, Any]:
     """The settings as JSON."""
-    return {
-        name: list(value)
-        if isinstance(value, tuple)
-        else str(value)
-        if isinstance(value, Path)
-        else value
-        for name, value in vars(settings).items()
-    }
+    return json.loads(json.dumps(asdict(settings), default=str))
 
 
 def remember(settings: Settings) -> None:
@@ -284,7 +269,7 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     """Translate, cache, train; returns the last checkpoint and what the round is made of."""
     folder = settings.run / "rounds" / str(number)
     folder.mkdir(parents=True, exist_ok=True)
-    total = rows_of(settings.data, "train")
+    total = len(training_side(settings.data, languages(settings.data, "train")[1]))
     generator = np.random.default_rng([settings.seed, number])
     chosen = np.sort(generator.permutation(total)[: max(1, round(settings.share * total))])
     title = f"round {number} of {settings.rounds}"
@@ -293,27 +278,27 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     if not sources.exists():
         with atomic_directory(sources) as made:
             link_data(own, made)
-            write_part(own, made, "train", chosen, None)
+            write_part(own, made, "train", chosen)
     output = folder / "translations.txt"
     if not output.exists():
         print(f"{title}: {len(chosen)} translations by the {settings.by}", flush=True)
         translate(settings, sources, student, number, output)
-    targets, changed = choose(settings, sources, output, len(chosen))
-    data, prompts = folder / "data", folder / "teacher-data"
-    for origin, made_data in {data: settings.data, prompts: settings.teacher_data}.items():
-        if origin == prompts and settings.teacher_data == settings.data:
-            continue
-        if not origin.exists():
-            with atomic_directory(origin) as made:
-                link_data(made_data, made, "train")
-                write_part(made_data, made, GENERATED, chosen, targets)
+    targets, changed = nearest_to_references(output, sources)
+    data = prompts = folder / "data"
+    if settings.teacher_data != settings.data:
+        prompts = folder / "teacher-data"
+    for made_data, gold in ((data, settings.data), (prompts, settings.teacher_data)):
+        if not made_data.exists():
+            with atomic_directory(made_data) as made:
+                link_data(gold, made, "train")
+                write_part(gold, made, GENERATED, chosen, targets)
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
     for split in ("train", "valid"):
         if not (cache / split).exists():
             (cache / split).symlink_to((settings.teacher_cache / split).resolve())
     print(f"{title}: the teacher's distributions at them", flush=True)
-    build_cache(settings, prompts if prompts.exists() else data, cache)
+    build_cache(settings, prompts, cache)
     save = folder / "checkpoints"
     done = folder / "train.done"
     if not done.exists():
@@ -325,53 +310,6 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
         "tokens": int(sum(map(len, targets))),
         "not_the_first": changed,
     }
-
-
-def rows_of(data: Path, split: str) -> int:
-    """Sentences of a split."""
-    return len(read_side(data, split, languages(data, split)[1]))
-
-
-def read_side(data: Path, split: str, language: str) -> Any:
-    """One side of a split, as fairseq's indexed dataset."""
-    source, target = languages(data, split)
-    found = stored_as(data, split, source, target, language)
-    if found is None:
-        raise UserError(f"{data}: expected {language} of split {split!r}, found none")
-    path, kind = found
-    if kind in ("huffman", "raw"):
-        raise UserError(
-            f"{data}: expected data of --dataset-impl mmap, lazy or cached, found {kind}, which is not "
-            "written here; binarise the text again without it"
-        )
-    dictionary = Dictionary.load(str(data / f"dict.{language}.txt"))
-    return indexed_dataset.make_dataset(path, kind, fix_lua_indexing=True, dictionary=dictionary)
-
-
-def link_data(data: Path, folder: Path, *splits: str) -> None:
-    """Link what a data directory holds, but of training sets only those named."""
-    for path in data.iterdir():
-        split = path.name.split(".")[0]
-        if not split.startswith("train") or split in splits:
-            (folder / path.name).symlink_to(path.resolve())
-
-
-def write_part(
-    data: Path,
-    folder: Path,
-    split: str,
-    chosen: NDArray[np.int64],
-    targets: list[torch.Tensor] | None,
-) -> None:
-    """Write some sentences of the training set as a split, with their targets or with others."""
-    source, target = languages(data, "train")
-    for language in (source, target):
-        sentences = read_side(data, "train", language)
-        rows = [sentences[int(i)] for i in chosen]
-        if language == target and targets is not None:
-            rows = targets
-        symbols = len(Dictionary.load(str(data / f"dict.{language}.txt")))
-        write_indexed(folder / f"{split}.{source}-{target}.{language}", "mmap", rows, symbols)
 
 
 def translate(settings: Settings, sources: Path, student: Path, number: int, output: Path) -> None:
@@ -388,38 +326,11 @@ def translate(settings: Settings, sources: Path, student: Path, number: int, out
     os.replace(part, output)
 
 
-def choose(
-    settings: Settings, sources: Path, output: Path, sentences: int
-) -> tuple[list[torch.Tensor], int]:
-    """One translation per source as token ids, and for how many it is not the model's best."""
-    lines = read_lines(output)
-    found = translations(lines)
-    if missing := sorted(set(range(sentences)) - set(found)):
-        raise UserError(
-            f"{output}: expected {sentences} translations, found none of sentence {missing[0]}; delete "
-            "the file, and the command translates again"
-        )
-    _, target = settings.parts
-    dictionary = Dictionary.load(str(sources / f"dict.{target}.txt"))
-    gold = read_side(sources, "train", target)
-    targets, changed = [], 0
-    for sentence in range(sentences):
-        texts = list(dict.fromkeys(found[sentence]))
-        best = texts[0]
-        if len(texts) > 1:
-            # chrF leaves out spaces, so pieces can be joined whatever cut them.
-            reference = dictionary.string(gold[sentence]).replace(" ", "")
-            best = max(texts, key=lambda text: joined_chrf(text, reference))
-        changed += best != texts[0]
-        targets.append(encode(best, dictionary, output, sentence))
-    return targets, changed
-
-
 def build_cache(settings: Settings, data: Path, cache: Path) -> None:
     """Add the translations' distributions, truncated as those of the references are."""
     manifest = Manifest.load(settings.teacher_cache / "train")
     words = [str(data), "--path", settings.teacher, "--output", str(cache), "--subset", GENERATED]
-    words += ["--temperature", str(manifest.temperature), *truncation_options(manifest)]
+    words += ["--temperature", str(manifest.temperature), *options_of(manifest.truncation)]
     words += ["--max-tokens", str(settings.max_tokens), *settings.device]
     run("sekd_fairseq.build_cache", words)
 
@@ -457,14 +368,6 @@ def publish(settings: Settings) -> None:
         link = folder / f"checkpoint_{name}.pt"
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(path, folder))
-
-
-def truncation_options(manifest: Manifest) -> list[str]:
-    """The options of build_cache that truncate as a cache is truncated."""
-    rule = manifest.truncation
-    names = {"k": "--top-k", "p": "--top-p", "floor": "--top-p-floor", "samples": "--sample"}
-    words = [word for key, name in names.items() if key in rule for word in (name, str(rule[key]))]
-    return words
 
 
 def plugin() -> list[str]:

@@ -1,7 +1,7 @@
 """Cutting a teacher's full distributions down to what a cache stores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,6 +84,14 @@ def truncation_of(
     if floor > k:
         raise UserError(f"--top-p-floor: expected at most --top-k ({k}), found {floor}")
     return Truncation(rule="top_p", p=top_p, floor=floor, k=k)
+
+
+def options_of(record: Mapping[str, Any]) -> list[str]:
+    """The options of build_cache that truncate as a manifest's ``truncation`` says."""
+    names = {"k": "--top-k", "p": "--top-p", "floor": "--top-p-floor", "samples": "--sample"}
+    return [
+        word for key, name in names.items() if key in record for word in (name, str(record[key]))
+    ]
 
 
 def uniforms(seed: int, sentences: Sequence[int], lengths: Sequence[int], draws: int) -> Tensor:

@@ -91,20 +91,6 @@ def test_a_teacher_translates_and_the_nearest_to_the_reference_is_taken(
     assert made.manifest.tokens == sum(len(targets[i]) for i in range(51))
 
 
-def test_which_translation_is_nearest() -> None:
-    lines = [
-        "S-1\ta b",
-        "H-1\t-0.1\t▁ein ▁Ha us",
-        "H-1\t-0.2\t▁ein ▁Hund",
-        "H-0\t-0.5\t▁zwei",
-        "D-0\t1\tx",
-    ]
-    found = rounds.translations(lines)
-    assert found == {1: ["▁ein ▁Ha us", "▁ein ▁Hund"], 0: ["▁zwei"]}
-    scores = [rounds.joined_chrf(text, "▁ein▁Hund") for text in found[1]]
-    assert scores[1] == 100 and scores[0] < 60
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,6 +10,7 @@ from sekd_fairseq.teacher_cache.format import decode_logprob, encode_logprob
 from sekd_fairseq.teachers.truncation import (
     Truncation,
     best_tokens,
+    options_of,
     truncate,
     truncation_of,
     uniforms,
@@ -157,3 +158,19 @@ def test_no_more_than_the_format_can_count(
     with pytest.raises(UserError, match=r"up to 6553[34] tokens"):
         truncation_of(*arguments, vocab_size=70_000)
     assert truncation_of(2**16 - 2, None, 2, 0, vocab_size=70_000).k == 2**16 - 2
+
+
+@pytest.mark.parametrize(
+    ("k", "p", "floor", "samples"), [(7, None, 2, 0), (9, 0.5, 3, 0), (32, None, 2, 4)]
+)
+def test_the_options_of_a_manifest_make_its_truncation(
+    k: int, p: float | None, floor: int, samples: int
+) -> None:
+    rule = truncation_of(k, p, floor, samples, vocab_size=50)
+    words = options_of(rule.record())
+    given = dict(zip(words[::2], map(float, words[1::2]), strict=True))
+    again = truncation_of(
+        int(given.get("--top-k", 32)), given.get("--top-p"), int(given.get("--top-p-floor", 2)),
+        int(given.get("--sample", 0)), vocab_size=50,
+    )  # fmt: skip
+    assert again == rule
