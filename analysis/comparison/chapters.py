@@ -1,4 +1,7 @@
-"""The chapters of a comparison's report: each owns its tables, its figure and its words."""
+"""The chapters of a comparison's report: each owns its tables, its figure and its words.
+
+Where systems are columns, the other columns have names of several words, which no file gives a system.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -257,13 +260,18 @@ def _sentences(results: Results) -> Chapter:
     table = bucket_table(corpus, results.measures, results.texts)
     scores = table.pivot(index="words", columns="system", values=measure.name)
     sizes = table.drop_duplicates("words")
-    shown = pd.DataFrame({"words": sizes["words"], "sentences": sizes["sentences"].astype(str)})
+    shown = pd.DataFrame(
+        {
+            "words of the reference": sizes["words"],
+            "how many sentences": sizes["sentences"].astype(str),
+        }
+    )
     for system in corpus.systems:
         shown[system] = [
             number(scores.loc[bucket, system], 2) or "no sentences" for bucket in sizes["words"]
         ]
     own = {system: results.sentence_scores(system) for system in corpus.systems}
-    distribution = histogram_table(own, SCORES, SENTENCE_METRIC)
+    distribution = histogram_table(own, SCORES, f"{SENTENCE_METRIC} of the translation")
     return Chapter(
         "Sentences by length and by score",
         tables=[
@@ -275,7 +283,7 @@ def _sentences(results: Results) -> Chapter:
             ),
             Table(
                 "by_score",
-                f"Sentences by the {SENTENCE_METRIC} of their translation.",
+                f"Sentences by the {SENTENCE_METRIC} of their translations.",
                 distribution,
                 distribution.astype(str),
             ),
@@ -295,7 +303,7 @@ def _words(results: Results, frequency: Mapping[str, int]) -> Chapter:
     sizes = table.drop_duplicates("frequency")
     shown = pd.DataFrame(
         {
-            "frequency": sizes["frequency"],
+            "training frequency": sizes["frequency"],
             "words of the reference": sizes["reference_words"].astype(str),
         }
     )
@@ -325,28 +333,24 @@ def _ngrams(results: Results) -> Chapter:
     baseline = results.corpus.baseline
     table = ngram_table(results.corpus, results.texts)
     tables = []
-    for system, own in table.groupby("system", sort=False):
+    for place, (system, own) in enumerate(table.groupby("system", sort=False), start=1):
         shown = pd.DataFrame(
             {
-                "n-gram": own["ngram"],
-                "better": np.where(own["better"], str(system), baseline),
+                "the n-gram": own["ngram"],
+                "right more often in": np.where(own["better"], str(system), baseline),
                 str(system): own["system_right"].astype(str),
                 baseline: own["baseline_right"].astype(str),
                 "in the reference": own["in_reference"].astype(str),
             }
         )
         caption = f"n-grams that {system} gets right more often, or less, than {baseline}."
-        tables.append(Table(f"ngrams_{_file_name(str(system))}", caption, own, shown))
+        tables.append(Table(f"ngrams_{place}", caption, own, shown))
     return Chapter(
         "n-grams that differ most",
         "How often each system has an n-gram that the reference of the sentence has too. First those "
         "which the system gets right and the baseline does not, then the reverse.",
         tables,
     )
-
-
-def _file_name(system: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in system)
 
 
 def _examples(results: Results) -> Chapter:

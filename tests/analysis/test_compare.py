@@ -345,7 +345,7 @@ def test_report(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> N
     output = files["output"]
     tables = {path.stem for path in (output / "tables").glob("*.csv")}
     expected = {"scores", "pairs", "length", "length_difference", "by_length", "by_score"}
-    assert tables == expected | {"words", "ngrams_good", "sentences"}
+    assert tables == expected | {"words", "ngrams_1", "sentences"}
     assert {p.stem for p in (output / "tables").glob("*.tex")} == tables - {"sentences"}
     scores = pd.read_csv(output / "tables" / "scores.csv").set_index(["metric", "system"])["score"]
     assert scores["BLEU", "good"] == pytest.approx(BLEU().corpus_score(GOOD, [REFERENCE]).score)
@@ -356,6 +356,17 @@ def test_report(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> N
         assert "<script>alert" not in text.replace("    poor: <script>alert", "")
         assert "3 documents" in text
     assert sorted(p.name for p in output.parent.iterdir() if p.name.startswith(".")) == []
+
+
+def test_systems_with_names_of_columns(files: dict[str, Path]) -> None:
+    named = ["words", "sentences", "chrF", "better", "reference", "frequency"]
+    given = ["--ref", files["ref"], "--train", files["ref"], "--no-ter", "--trials", "100"]
+    given += [f"{name}={files['good' if name == 'better' else 'poor']}" for name in named]
+    compare.main([str(argument) for argument in [*given, "--output", files["output"]]])
+    text = (files["output"] / "report.md").read_text(encoding="utf-8")
+    heads = [line for line in text.splitlines() if line.startswith("| words of the reference |")]
+    assert heads == [f"| words of the reference | how many sentences | {' | '.join(named)} |"]
+    assert "By BLEU, better is the best" in text
 
 
 def test_one_system_alone(files: dict[str, Path]) -> None:
