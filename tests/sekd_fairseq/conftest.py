@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 import pytest
+import sentencepiece
 import torch
 import torch._dynamo  # an optimiser imports it, which takes a second (imported before forking)
 from filelock import FileLock
@@ -229,3 +230,64 @@ def cache(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -
 def cache_copy(cache: Path, tmp_path: Path) -> Iterator[Path]:
     """A copy that a test may damage."""
     yield Path(shutil.copytree(cache, tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def student(data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A trained SE-KD student and the log of its training."""
+
+    def make(folder: Path) -> None:
+        options = ("--criterion", "self_evolution_kd", "--teacher-cache", cache)
+        (folder / "log.txt").write_text(train(data, folder, *options, "--max-update", "40"))
+
+    folder = made_once(tmp_path_factory, "student", make)
+    return folder, (folder / "log.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model with byte pieces."""
+
+    def make(folder: Path) -> None:
+        lines = [word for pair in sentence_pairs(200, 9) for word in pair]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_prefix=str(folder / "spm"), vocab_size=330,
+            byte_fallback=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+
+    return made_once(tmp_path_factory, "tokenizer", make) / "spm.model"
+
+
+@pytest.fixture(scope="session")
+def llm_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        write_text(folder, "train", sentence_pairs(60, 0))
+        write_text(folder, "valid", sentence_pairs(9, 1))
+        odd = [
+            ("one", "你好，世界"),
+            ("two", "Straße — „ja“"),
+            ("a", "🙂  zwei   Lücken"),
+            ("and", "ﬁ é"),
+        ]
+        write_text(folder, "test", odd + sentence_pairs(5, 2))
+
+    return made_once(tmp_path_factory, "llm_text", make)
+
+
+def prepare(tokenizer: Path, text: Path, output: Path, *options: object, check: bool = True) -> str:
+    """Prepare text for language models."""
+    splits = [word for s in ("train", "valid", "test") for word in (f"--{s}", text / s)]
+    return command(
+        "sekd_fairseq.prepare_llm_data", "--tokenizer", tokenizer, *splits, "--source-lang", "en",
+        "--target-lang", "de", "--output", output, *options, check=check,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llm_data(tokenizer: Path, llm_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        out = prepare(tokenizer, llm_text, folder / "data")
+        assert '"unknown_tokens": 0' in out and '"translations_not_given_back_exactly": 0' in out
+
+    return made_once(tmp_path_factory, "llm_data", make) / "data" / "bin"

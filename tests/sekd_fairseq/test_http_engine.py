@@ -20,9 +20,10 @@ from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teachers import served
 
 from .conftest import command, error_line
+from .language_models import pretrained
 from .standin import StandIn
 from .test_build_cache import bytes_of
-from .test_llm import fake_vllm, llm_data, llm_text, pretrained, tokenizer  # noqa: F401 (fixtures)
+from .test_vllm_engine import fake_vllm
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("httpx")
@@ -56,8 +57,8 @@ class Model(StandIn):
 
 
 def test_a_served_teacher_is_cached(
-    llm_data: Path,  # noqa: F811
-    tokenizer: Path,  # noqa: F811
+    llm_data: Path,
+    tokenizer: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

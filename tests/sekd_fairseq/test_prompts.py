@@ -24,8 +24,8 @@ from sekd_fairseq.llm.prompts import DEFAULT, Prompts, PromptSettings
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.llm.vocabulary import Vocabulary
 
-from .conftest import command, error_line, sentence_pairs, write_text
-from .test_llm import PLUGIN, load, prepare, pretrained
+from .conftest import command, error_line, prepare, sentence_pairs, write_text
+from .language_models import PLUGIN, load, pretrained
 
 transformers = pytest.importorskip("transformers")
 

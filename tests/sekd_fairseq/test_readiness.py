@@ -9,7 +9,7 @@ from sekd_fairseq.llm.tokenizer import SENTENCEPIECE, load_tokenizer, sentencepi
 from sekd_fairseq.readiness import Seen, shift
 
 from .conftest import binarise, command, error_line, sentence_pairs, write_text
-from .test_llm import llm_data, llm_text, pretrained, tokenizer  # noqa: F401 (fixtures)
+from .language_models import pretrained
 
 
 def inspect(cache: Path, student: Path, data: Path, check: bool = True) -> str:
@@ -61,8 +61,8 @@ def test_a_teacher_off_by_a_token_is_seen(off: int) -> None:
 
 
 def test_a_language_model(
-    llm_data: Path,  # noqa: F811
-    tokenizer: Path,  # noqa: F811
+    llm_data: Path,
+    tokenizer: Path,
     tmp_path: Path,
 ) -> None:
     rows = len(load_tokenizer(str(tokenizer)).pieces)

@@ -1,0 +1,126 @@
+"""Batches of prompts and translations: positions, sizes, padding."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sekd_fairseq.errors import UserError
+
+from .language_models import FAMILIES, train_llm
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_positions_are_for_prompt_and_translation_together(
+    llm_data: Path, tmp_path: Path, family: str
+) -> None:
+    import fairseq.tasks
+    from fairseq.sequence_generator import SequenceGenerator
+
+    from sekd_fairseq.checkpoints import language_model_config, position_limits
+    from sekd_fairseq.splits import too_long
+
+    name = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**FAMILIES[family], name: 60}))
+    cfg = language_model_config(str(llm_data), "--hf-config", str(config))
+    task = fairseq.tasks.setup_task(cfg.task)
+    torch.manual_seed(1)
+    model = task.build_model(cfg.model).eval()
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    assert model.joint_positions == 62
+    # A long prompt and a long translation that fit, each with another's short one.
+    word = torch.arange(10, 20)
+    rows = [
+        {"id": i, "source": torch.cat([word.repeat(6)[:prompt], torch.tensor([2])]),
+         "target": torch.cat([word.repeat(6)[:translation], torch.tensor([2])])}
+        for i, (prompt, translation) in enumerate([(55, 5), (10, 50)])
+    ]  # fmt: skip
+    batch = dataset.collater(rows)["net_input"]
+    with torch.enable_grad():
+        logits = model(**batch)[0]
+    for i, row in enumerate(rows):
+        alone = model(**dataset.collater([row])["net_input"])[0]
+        length = len(row["target"])
+        place = int(dataset.collater(rows)["id"].eq(i).nonzero())
+        torch.testing.assert_close(logits[place, :length], alone[0], atol=1e-4, rtol=1e-4)
+    rows[1]["source"] = torch.cat([word.repeat(2)[:11], torch.tensor([2])])
+    with pytest.raises(UserError), torch.enable_grad():
+        model(**dataset.collater(rows)["net_input"])
+    # Data that do not fit are named before they are read, and left out where that is asked for.
+    sizes = dataset.sizes.sum(axis=1)
+    model_limit = int(np.median(sizes))
+    limits = [(1000, 1000, model_limit)]
+    assert len(too_long(dataset, limits, "train", allow=True)) == (sizes > model_limit).sum() > 0
+    assert position_limits([model]) == [(60, 60, 62)]
+    task.joint_positions = model_limit
+    indices = np.arange(len(dataset))
+    kept = task.filter_indices_by_size(indices, dataset, None, True)
+    assert len(kept) == (sizes <= model_limit).sum()
+    with pytest.raises(SystemExit):
+        task.filter_indices_by_size(indices, dataset, None, False)
+    # Generation ends at the last position.
+    generator = SequenceGenerator([model], task.target_dictionary, beam_size=2, max_len_b=200)
+    found = generator.generate([model], dataset.collater([rows[0], rows[1]]))
+    prompts = dict(zip(dataset.collater(rows)["id"].tolist(), found, strict=True))
+    for i, row in enumerate(rows):
+        for hypothesis in prompts[i]:
+            assert len(row["source"]) - 1 + len(hypothesis["tokens"]) - 1 <= 60
+            assert torch.isfinite(hypothesis["score"])
+
+
+def test_batches_are_cut_by_prompt_and_translation_together(llm_data: Path, tmp_path: Path) -> None:
+    import fairseq.tasks
+
+    from sekd_fairseq.checkpoints import language_model_config
+    from sekd_fairseq.splits import token_batches
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama"]))
+    cfg = language_model_config(str(llm_data), "--hf-config", str(config))
+    task = fairseq.tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    iterator = task.get_batch_iterator(dataset, max_tokens=600, seed=3)
+    for batches in (iterator.frozen_batches, token_batches(dataset, range(len(dataset)), 600)):
+        assert sorted(i for batch in batches for i in batch) == list(range(len(dataset)))
+        computed = padding = 0
+        for indices in batches:
+            batch = dataset.collater([dataset[i] for i in indices])
+            read: list[tuple[int, ...]] = []
+            embedding = model.decoder.model.get_input_embeddings()
+            hook = embedding.register_forward_hook(
+                lambda _, inputs, __, read=read: read.append(tuple(inputs[0].shape))
+            )
+            model(**batch["net_input"])
+            hook.remove()
+            # By hand: each row is a prompt without its end and a translation without its end.
+            source, target = dataset.sizes[indices].T
+            rows = source - 1 + target - 1
+            assert read == [(len(indices), rows.max())] and rows.max() * len(indices) <= 600
+            assert batch["net_input"]["longest"] == rows.max()
+            assert batch["positions"] == (rows.max() * len(rows), (rows.max() - rows).sum())
+            computed, padding = computed + batch["positions"][0], padding + batch["positions"][1]
+        assert 0 < padding / computed < 0.1
+    # A model that is no language model counts the longer side, as fairseq does.
+    plain = fairseq.tasks.setup_task(cfg.task)
+    plain.load_dataset("train")
+    indices = np.arange(len(dataset))
+    assert (plain.dataset("train").num_tokens_vec(indices) == dataset.sizes.max(axis=1)).all()
+    assert "longest" not in plain.dataset("train").collater([dataset[0]])["net_input"]
+
+
+def test_training_logs_the_share_of_padding(llm_data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama"]))
+    out = train_llm(
+        llm_data, tmp_path / "save", "--criterion", "cross_entropy", "--hf-config", config,
+        "--disable-validation",
+    )  # fmt: skip
+    records = [json.loads(line[line.index("{") :]) for line in out.splitlines() if '"ups"' in line]
+    shares = [float(record["padding"]) for record in records]
+    assert len(shares) == 3 and all(0 <= share < 0.1 for share in shares)

@@ -1,0 +1,132 @@
+"""What cannot work ends in one line that says what would."""
+
+import multiprocessing
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import command, error_line, train
+from .training import PLUGIN, SE_KD
+
+CACHED_KD = ("--criterion", "cached_kd", "--teacher-cache", "CACHE")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((*SE_KD,), "--teacher-cache DIR"),
+        ((*SE_KD, "--task", "translation"), "--task self_evolution_kd"),
+        ((*SE_KD, "--teacher-cache", "nowhere"), "nowhere"),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--lambda-max", "1"), "below 1"),
+        (
+            (*SE_KD, "--teacher-cache", "CACHE", "--gamma", "-1", "--gamma-type", "absolute"),
+            "0 or more",
+        ),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--beta", "high"), "confidence"),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--alpha", "2"), "--alpha"),
+        (
+            (
+                *(*SE_KD, "--teacher-cache", "CACHE", "--missing-mass", "uniform"),
+                *("--integration", "student"),
+            ),
+            "linear",
+        ),
+        ((*SE_KD, "--teacher-cache", "CACHE:CACHE"), "1 data"),
+        ((*SE_KD, "--teacher-cache", "CACHE", "--sekd-chunk-tokens", "-1"), "0 or more"),
+        (
+            (
+                *SE_KD,
+                "--teacher-cache",
+                "CACHE",
+                "--sekd-chunk-tokens",
+                "8",
+                "--gamma-type",
+                "quantile",
+            ),
+            "--gamma-type quantile",
+        ),
+        ((*CACHED_KD, "--select", "batch", "--sekd-chunk-tokens", "8"), "--select batch"),
+        ((*CACHED_KD, "--divergence", "atkd", "--sekd-chunk-tokens", "8"), "--divergence atkd"),
+        ((*CACHED_KD, "--divergence", "atkd", "--select", "queue"), "--select all"),
+        (
+            (
+                *(*SE_KD, "--teacher-cache", "CACHE", "--integration", "evolved"),
+                *("--divergence", "tvd"),
+            ),
+            "grows with the ratio",
+        ),
+        ((*CACHED_KD, "--select", "batch", "--select-share", "1"), "--select-share"),
+        ((*CACHED_KD, "--select", "queue", "--queue-size", "0"), "--queue-size"),
+        # What would have no effect is not taken in silence.
+        ((*CACHED_KD, "--select-share", "0.5"), "--select-share: has an effect with --select"),
+        ((*CACHED_KD, "--select", "batch", "--queue-size", "9"), "--queue-size: has an effect"),
+        ((*CACHED_KD, "--divergence-weight", "0.3"), "--divergence-weight 0.3: has no effect"),
+        (
+            (*SE_KD, "--teacher-cache", "CACHE", "--schedule", "step", "--schedule-scale", "2"),
+            "--schedule-scale 2.0: has no effect with --schedule step",
+        ),
+        (
+            (*CACHED_KD, "--alpha", "1", "--label-smoothing", "0.1"),
+            "--label-smoothing 0.1: has no effect",
+        ),
+        (
+            ("--criterion", "cross_entropy", "--teacher-cache", "CACHE"),
+            "has no effect with --criterion cross_entropy",
+        ),
+        ((*CACHED_KD, "--teacher-bf16"), "expect --teacher-path"),
+        ((*CACHED_KD, "--divergence", "jsd", "--divergence-weight", "0"), "--divergence-weight"),
+        ((*CACHED_KD, "--divergence", "skew_forward_kl", "--missing-mass", "uniform"), "linear"),
+        ((*CACHED_KD, "--divergence", "reverse_kl", "--missing-mass", "sampled"), "not sampled"),
+    ],
+)
+def test_wrong_use_ends_with_one_line(
+    data: Path, cache: Path, tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    given = [str(option).replace("CACHE", str(cache)) for option in options]
+    line = error_line(train(data, tmp_path / "save", *given, check=False))
+    assert words in line
+    assert not list((tmp_path / "save").glob("*.pt"))
+
+
+def test_what_cannot_work_ends_with_one_line(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = error_line(
+        train(data, tmp_path / "file" / "save", "--criterion", "cross_entropy", check=False)
+    )
+    assert str(tmp_path / "file") in line
+
+
+def test_eval_lm_is_refused_in_one_line(data: Path, teacher: Path) -> None:
+    out = command(
+        "fairseq_cli.eval_lm", data, *PLUGIN, "--path", teacher, "--gen-subset", "test", "--cpu",
+        check=False,
+    )  # fmt: skip
+    assert "fairseq-validate" in error_line(out)
+
+
+def test_a_malicious_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (eval, (f"open({str(tmp_path / 'owned')!r}, 'w')",))
+
+    torch.save({"args": Evil()}, tmp_path / "evil.pt")
+    out = command(
+        "sekd_fairseq.build_cache", data, "--path", tmp_path / "evil.pt", "--output",
+        tmp_path / "out", "--cpu", check=False,
+    )  # fmt: skip
+    assert "evil.pt" in error_line(out)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_error_leaves_no_worker_behind_that_could_print(tmp_path: Path) -> None:
+    """Loader workers once printed a traceback after the message, while the program ended."""
+    from sekd_fairseq.errors import UserError, one_line_errors
+
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    with pytest.raises(SystemExit, match="error: wrong"), one_line_errors():
+        raise UserError("wrong")
+    assert worker.exitcode == -signal.SIGKILL
