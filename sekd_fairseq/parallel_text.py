@@ -22,7 +22,7 @@ _INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u00ad\u200b"))
 def normalise(line: str) -> str:
     """Return a line in Unicode NFC, without invisible marks, white space collapsed.
 
-    NFC and not NFKC: NFKC rewrites characters ("…", "²"), so that a reference would no longer be
+    NFC keeps what was written. NFKC rewrites characters ("…", "²"), so that a reference would no longer be
     what its author wrote.
     """
     return " ".join(unicodedata.normalize("NFC", line.translate(_INVISIBLE)).split())

@@ -92,8 +92,18 @@ def test_a_wheel_names_only_what_it_holds(package: str) -> None:
             assert name in modules(), f"{path}: {name}"
 
 
-def test_every_entry_point_is_there() -> None:
-    points = re.findall(r'"[\w-]+ = ([\w.]+):(\w+)"', (ROOT / "setup.py").read_text())
-    assert len(points) >= 11
-    for module, function in points:
-        assert callable(getattr(importlib.import_module(module), function))
+def test_every_command_has_an_entry_point() -> None:
+    written = (ROOT / "setup.py").read_text(encoding="utf-8")
+    points = dict(re.findall(r'"([\w-]+) = ([\w.]+):main"', written))
+    for name, module in points.items():
+        assert name.replace("-", "_") in (module.replace(".", "_"), f"sekd_{module.split('.')[-1]}")
+        assert callable(importlib.import_module(module).main)
+    commands = {name for name, path in modules().items() if "\ndef main(" in path.read_text()}
+    assert commands == set(points.values())
+
+
+def test_every_module_is_described_in_its_first_line() -> None:
+    for name, path in modules().items():
+        described = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = described.partition("\n")[0]
+        assert len(first) >= 20, f"{name}: {first!r}"

@@ -124,7 +124,7 @@ class CachedKDCriterion(DistillationCriterion):
             self.queue.push(nll)
         value = self._distance(events)
         kl = relative_entropy(events.log_p, events.log_q.detach(), events.log_multiplicity)
-        # A mask and not a factor: infinity at a token that does not distil must not become NaN.
+        # The mask drops infinity at a token that does not distil, where a factor would make NaN.
         sums = {"kl": kl.sum(), "selected": selected.sum()}
         return Distilled(value.masked_fill(~selected, 0.0), sums)
 

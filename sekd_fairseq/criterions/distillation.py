@@ -201,7 +201,8 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             logger.warning(
                 "%s: holds tokens drawn from the teacher (--sample), for --missing-mass sampled; with %s "
                 "the loss knows drawn tokens only and is a lower bound",
-                *(cache.directory, self.missing_mass),
+                cache.directory,
+                self.missing_mass,
             )
         skipped = cache.manifest.quality["one_hot"]
         if skipped and self.divergence in ENDLESS_WITHOUT_TEACHER:

@@ -214,10 +214,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             )
         if not (root / split).is_dir():
             built = sorted(path.name for path in root.iterdir() if path.is_dir())
-            command = suggested(
-                *("python", "-m", "sekd_fairseq.build_cache", paths(self.cfg.data)[turn]),
-                *("--path", "TEACHER", "--output", root, "--subset", split),
-            )
+            words = ("python", "-m", "sekd_fairseq.build_cache", paths(self.cfg.data)[turn])
+            command = suggested(*words, "--path", "TEACHER", "--output", root, "--subset", split)
             raise CacheError(
                 f"{root}: expected the cache of split {split!r}, found {built or 'nothing'}; add "
                 f"it with: {command}"
@@ -441,7 +439,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             logger.warning(
                 "%d sentences are left out: prompt and translation together are longer than the "
                 "model's %d positions",
-                *((~fits).sum(), self.joint_positions),
+                (~fits).sum(),
+                self.joint_positions,
             )
             kept = kept[fits]
         if len(indices) and not len(kept):

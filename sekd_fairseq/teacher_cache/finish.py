@@ -23,7 +23,13 @@ from sekd_fairseq.teacher_cache.reader import TeacherCache
 
 #: Sums over a shard's tokens, whose means make the manifest's ``quality``.
 SUMS = (
-    *("loss", "accuracy", "outside_mass", "entropy", "support", "reference_kept", "one_hot"),
+    "loss",
+    "accuracy",
+    "outside_mass",
+    "entropy",
+    "support",
+    "reference_kept",
+    "one_hot",
     "capped",
 )
 

@@ -13,6 +13,8 @@ from .training import PLUGIN, SE_KD
 
 CACHED_KD = ("--criterion", "cached_kd", "--teacher-cache", "CACHE")
 
+CACHED = (*SE_KD, "--teacher-cache", "CACHE")
+
 
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -20,27 +22,28 @@ CACHED_KD = ("--criterion", "cached_kd", "--teacher-cache", "CACHE")
         ((*SE_KD,), "--teacher-cache DIR"),
         ((*SE_KD, "--task", "translation"), "--task self_evolution_kd"),
         ((*SE_KD, "--teacher-cache", "nowhere"), "nowhere"),
-        ((*SE_KD, "--teacher-cache", "CACHE", "--lambda-max", "1"), "below 1"),
+        ((*CACHED, "--lambda-max", "1"), "below 1"),
         (
-            (*SE_KD, "--teacher-cache", "CACHE", "--gamma", "-1", "--gamma-type", "absolute"),
+            (*CACHED, "--gamma", "-1", "--gamma-type", "absolute"),
             "0 or more",
         ),
-        ((*SE_KD, "--teacher-cache", "CACHE", "--beta", "high"), "confidence"),
-        ((*SE_KD, "--teacher-cache", "CACHE", "--alpha", "2"), "--alpha"),
+        ((*CACHED, "--beta", "high"), "confidence"),
+        ((*CACHED, "--alpha", "2"), "--alpha"),
         (
             (
-                *(*SE_KD, "--teacher-cache", "CACHE", "--missing-mass", "uniform"),
-                *("--integration", "student"),
+                *CACHED,
+                "--missing-mass",
+                "uniform",
+                "--integration",
+                "student",
             ),
             "linear",
         ),
         ((*SE_KD, "--teacher-cache", "CACHE:CACHE"), "1 data"),
-        ((*SE_KD, "--teacher-cache", "CACHE", "--sekd-chunk-tokens", "-1"), "0 or more"),
+        ((*CACHED, "--sekd-chunk-tokens", "-1"), "0 or more"),
         (
             (
-                *SE_KD,
-                "--teacher-cache",
-                "CACHE",
+                *CACHED,
                 "--sekd-chunk-tokens",
                 "8",
                 "--gamma-type",
@@ -53,8 +56,11 @@ CACHED_KD = ("--criterion", "cached_kd", "--teacher-cache", "CACHE")
         ((*CACHED_KD, "--divergence", "atkd", "--select", "queue"), "--select all"),
         (
             (
-                *(*SE_KD, "--teacher-cache", "CACHE", "--integration", "evolved"),
-                *("--divergence", "tvd"),
+                *CACHED,
+                "--integration",
+                "evolved",
+                "--divergence",
+                "tvd",
             ),
             "grows with the ratio",
         ),
@@ -65,7 +71,7 @@ CACHED_KD = ("--criterion", "cached_kd", "--teacher-cache", "CACHE")
         ((*CACHED_KD, "--select", "batch", "--queue-size", "9"), "--queue-size: has an effect"),
         ((*CACHED_KD, "--divergence-weight", "0.3"), "--divergence-weight 0.3: has no effect"),
         (
-            (*SE_KD, "--teacher-cache", "CACHE", "--schedule", "step", "--schedule-scale", "2"),
+            (*CACHED, "--schedule", "step", "--schedule-scale", "2"),
             "--schedule-scale 2.0: has no effect with --schedule step",
         ),
         (
