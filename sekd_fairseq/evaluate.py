@@ -6,7 +6,9 @@
         --target-lang de
 
 writes ``hyps/<subset>.txt`` (with ``.ref.txt`` and ``.src.txt`` beside it) and ``scores.json``. Instead of
-fairseq-generate's output it takes a plain text file, one translation a line, of any system.
+fairseq-generate's output it takes a plain text file, one translation a line, of any system; of one that
+was not trained and scored here, ``--method``, ``--source-lang`` and ``--seed`` say in ``run.json`` what
+it is, so that the analysis compares it.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF
 
 from analysis.runs.languages import bleu_tokenizer
-from analysis.runs.run_record import LINES, write_scores
+from analysis.runs.run_record import LINES, RunRecord, read_run, write_run, write_scores
 from analysis.runs.texts import Texts, read_lines, write_texts
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
@@ -55,6 +57,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="X",
         help="the length penalty that GENERATED was made with, for the record",
     )
+    out.add_argument(
+        "--method",
+        help="what the run is called in the analysis; only for runs that are not scored against a "
+        "teacher, which have a run.json already",
+    )
+    out.add_argument("--source-lang", metavar="CODE", help="goes with --method")
+    out.add_argument(
+        "--seed", type=int, default=1, help="of its training, with --method (default: %(default)s)"
+    )
     return out
 
 
@@ -62,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Collect, count, score, write."""
     args = parser().parse_args(argv)
     with one_line_errors():
+        if (args.method is None) != (args.source_lang is None):
+            raise UserError("expected --method and --source-lang together, found one of them")
         sources, references = read_lines(args.source), read_lines(args.reference)
         if len(sources) != len(references):
             raise UserError(
@@ -73,12 +86,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores = score(hypotheses, references, args.target_lang)
         if args.lenpen is not None:
             scores["lenpen"] = args.lenpen
+        if args.method is not None:
+            direction = f"{args.source_lang}-{args.target_lang}"
+            name_run(args.run, args.method, args.seed, direction)
         checksums = write_texts(args.run, args.subset, Texts(hypotheses, references, sources))
         write_scores(args.run, args.subset, scores | {LINES: checksums})
         print(
             f"{args.run.name} {args.subset}: {len(hypotheses)} sentences, "
             f"BLEU {scores['bleu']['score']:.2f}, chrF {scores['chrf']['score']:.2f}"
         )
+
+
+def name_run(path: Path, method: str, seed: int, direction: str) -> None:
+    """Write a ``run.json`` that only says what the translations are of.
+
+    Raises
+    ------
+    UserError
+        There is one that says something else.
+    """
+    if (path / "run.json").exists():
+        found = read_run(path, path.name)
+        if (found.method, found.seed, found.direction) != (method, seed, direction):
+            raise UserError(
+                f"{path}: expected a run of {method}, seed {seed}, {direction}, found run.json of "
+                f"{found.method}, seed {found.seed}, {found.direction}; choose another --run, or leave "
+                "--method out"
+            )
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    record = RunRecord(name=path.name, method=method, seed=seed, direction=direction, updates=0)
+    write_run(path, record)
 
 
 def read_translations(path: Path, expected: int) -> list[str]:

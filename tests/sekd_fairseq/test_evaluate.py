@@ -8,6 +8,8 @@ from sacrebleu.metrics import BLEU
 
 from analysis.runs.errors import UserError
 from analysis.runs.texts import read_lines, read_texts
+from analysis.sums.direction import Options
+from analysis.sums.loading import load
 from sekd_fairseq.evaluate import main
 
 SOURCES = ["A red house .", "Two dogs run", "Who's there?", "the end &amp; all"]
@@ -162,3 +164,45 @@ def test_plain_lines_are_translations_too(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"found 0 .sentence 0 has none"):
         (tmp_path / "out").write_text("INFO\nS-0\ta\nT-0\tb\nINFO\n", encoding="utf-8")
         main([files["out"], *options, "--target-lang", "de"])
+
+
+def test_translations_alone_make_runs_that_are_compared(tmp_path: Path) -> None:
+    for name, lines in (
+        ("src", SOURCES),
+        ("ref", TARGETS),
+        ("teacher", TARGETS),
+        ("a", HYPOTHESES),
+    ):
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    options = ["--source", str(tmp_path / "src"), "--reference", str(tmp_path / "ref")]
+    options += ["--target-lang", "de"]
+    named = [*options, "--source-lang", "en", "--method"]
+    for name, method, seed in (
+        ("teacher", "teacher", 1),
+        ("a", "finetune", 1),
+        ("a", "finetune", 2),
+    ):
+        words = [
+            *named,
+            method,
+            "--seed",
+            str(seed),
+            "--run",
+            str(tmp_path / "runs" / f"{name}{seed}"),
+        ]
+        for _ in range(2):  # again: the same run
+            main([str(tmp_path / name), *words])
+    (found,), left_out = load(tmp_path / "runs", Options(resamples=100))
+    assert not left_out and found.name == "en-de" and not found.scored
+    assert [(str(run.method), run.seed) for run in found.translated] == [
+        ("finetune", 1),
+        ("finetune", 2),
+        ("teacher", 1),
+    ]
+    run = ["--run", str(tmp_path / "runs" / "a1")]
+    with pytest.raises(
+        SystemExit, match=r"expected a run of word_kd, seed 1, en-de, found run.json"
+    ):
+        main([str(tmp_path / "a"), *named, "word_kd", *run])
+    with pytest.raises(SystemExit, match="--method and --source-lang together"):
+        main([str(tmp_path / "a"), *options, "--method", "finetune", *run])
