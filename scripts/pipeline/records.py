@@ -6,7 +6,7 @@
   same in all runs, stand once; the others are named ``RUN:STEP:COLUMN``. Numbers are rounded
   (:func:`code`), rows stand beside those that are like them, which compresses well, and of each
   piece only stays whether it begins a word. Of updates before the last only the KL to the teacher is kept;
-- ``DIRECTION.translations.parquet``: a row per sentence and a column per run.
+- ``DIRECTION.translations.parquet``: of each sentence the translations of all runs, one after the other.
 
 A restored number lies anywhere in the interval that was rounded to it, from a fixed seed, so that the share
 of tokens above a threshold and every mean stay what they were.
@@ -80,7 +80,10 @@ def keep_direction(runs: Sequence[Path], subset: str, place: Path) -> None:
                 columns[f"{run.name}:{path.stem}:{name}"] = code(name, values)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.with_name(f"{place.name}.json").write_bytes(sealed_json({"runs": kept}))
-    write(pa.table(texts), place.with_name(f"{place.name}.translations.parquet"))
+    together = [line for sentence in zip(*texts.values(), strict=True) for line in sentence]
+    write(
+        pa.table({"translation": together}), place.with_name(f"{place.name}.translations.parquet")
+    )
     if shared is not None:
         pieces = shared["piece"].cast(pa.string()).to_pylist()
         kept_once = {name: shared[name] for name in SHARED if not name.endswith("piece")}
@@ -100,20 +103,21 @@ def restore_direction(place: Path, subset: str, runs: Path, text: Path | None) -
     """Write the run directories that :func:`keep_direction` kept below ``runs``; with the translations
     where ``text``, the prefix of their source and reference files, is given."""
     kept = json.loads(place.with_name(f"{place.name}.json").read_text(encoding="utf-8"))["runs"]
-    translations = pq.read_table(place.with_name(f"{place.name}.translations.parquet"))
+    table = pq.read_table(place.with_name(f"{place.name}.translations.parquet"))
+    translations = table["translation"].to_pylist()
     path = place.with_name(f"{place.name}.parquet")
     is_sealed(path)
     table = pq.read_table(path)
     table = table.take(np.lexsort([table["position"].to_numpy(), table["sentence"].to_numpy()]))
     noise = np.random.default_rng(0)
-    for name, contents in kept.items():
+    for number, (name, contents) in enumerate(kept.items()):
         folder = runs / name
         (folder / "hyps").mkdir(parents=True, exist_ok=True)
         for part in ("run", "scores"):
             contents[part].pop("checksum", None)
             (folder / f"{part}.json").write_bytes(sealed_json(contents[part]))
         if text is not None:
-            lines = "".join(f"{line}\n" for line in translations[name].to_pylist())
+            lines = "".join(f"{line}\n" for line in translations[number :: len(kept)])
             (folder / "hyps" / f"{subset}.txt").write_text(lines, encoding="utf-8")
             languages = languages_of(contents["run"]["direction"])
             for suffix, language in zip((".src", ".ref"), languages, strict=True):
@@ -188,12 +192,13 @@ def markers(pieces: Sequence[str]) -> list[str]:
 def write(table: pa.Table, path: Path, coded: Sequence[str] = ()) -> None:
     """Write a Parquet file, small; ``coded`` are columns of :func:`code`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rest = [name for name in table.column_names if name not in set(coded)]
+    plain = {"translation", *coded}  # sentences that are alike are no dictionary
     content = sealed_parquet(
         table,
         compression="brotli",
         compression_level=11,
-        use_dictionary=rest,
+        use_dictionary=[name for name in table.column_names if name not in plain],
+        data_page_size=2**24,
         column_encoding=dict.fromkeys(coded, "BYTE_STREAM_SPLIT") or None,
         write_statistics=False,
     )
