@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from analysis.runs.errors import UserError
 from analysis.runs.files import is_sealed, sealed_json, sealed_parquet
 from analysis.runs.languages import languages_of
+from analysis.runs.run_record import FORMAT_VERSION
 from analysis.runs.texts import read_lines
 from analysis.runs.token_records import COLUMNS, PROBABILITIES
 
@@ -114,7 +115,9 @@ def restore_direction(place: Path, subset: str, runs: Path, text: Path | None) -
         folder = runs / name
         (folder / "hyps").mkdir(parents=True, exist_ok=True)
         for part in ("run", "scores"):
-            contents[part].pop("checksum", None)
+            contents[part].pop("checksum", None)  # another is written
+            if "format_version" in contents[part]:
+                contents[part]["format_version"] = FORMAT_VERSION
             (folder / f"{part}.json").write_bytes(sealed_json(contents[part]))
         if text is not None:
             lines = "".join(f"{line}\n" for line in translations[number :: len(kept)])
@@ -124,6 +127,7 @@ def restore_direction(place: Path, subset: str, runs: Path, text: Path | None) -
                 lines = "".join(f"{line}\n" for line in read_lines(Path(f"{text}.{language}")))
                 (folder / "hyps" / f"{subset}{suffix}.txt").write_text(lines, encoding="utf-8")
         for step, footer in contents["footers"].items():
+            footer["sekd.format_version"] = str(FORMAT_VERSION)
             records = whole(table, f"{name}:{step}:", noise).replace_schema_metadata(footer)
             write(records, folder / "tokens" / subset / f"{step}.parquet")
     return [runs / name for name in kept]
@@ -181,7 +185,7 @@ def decode(name: str, codes: NDArray[Any], noise: np.random.Generator) -> NDArra
 
 def markers(pieces: Sequence[str]) -> list[str]:
     """Of each piece what says whether it, or the next, begins a word
-    (:func:`analysis.buckets.by_piece`), and nothing of the text."""
+    (:func:`analysis.sums.buckets.by_piece`), and nothing of the text."""
     found = []
     for piece in pieces:
         end = "@@" if piece.endswith("@@") else ""
