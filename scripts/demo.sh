@@ -9,10 +9,10 @@ bash scripts/demo.sh [--src FILE --tgt FILE --source-lang XX --target-lang YY] [
 Installs into .venv and does the main job of this project on two CPU cores in some minutes: trains
 a teacher, caches its distributions, trains three students (fine-tuning, word-level KD, SE-KD),
 translates and scores the test set, and reports whether SE-KD transfers better.
-Stopped and started again, it goes on where it was.
+An interrupted run resumes.
 
   (no options)      English-German from the translations in the homeassistant package
-  --src, --tgt      your own parallel text, a sentence a line, aligned by line; needs
+  --src, --tgt      your own parallel text, one sentence per line, aligned by line; needs
                     --source-lang and --target-lang
   --name NAME       name of the run directory (default: demo; user with --src; smoke with --smoke)
   --smoke           the smallest real size, about three minutes: for trying the pipeline
@@ -81,7 +81,7 @@ start=$SECONDS
 "${snakemake[@]}" --rerun-incomplete --keep-going || {
     log=$(ls -t .snakemake/log/*.log | head -n 1)
     tail -n 12 "$log" >&2
-    fail "a step failed (see above, and $log); mend it and run the same command again, it goes on where it stopped"
+    fail "a step failed (see above, and $log); fix it and run the same command again, which resumes"
 }
 echo
 .venv/bin/python scripts/pipeline/show_results.py "runs/$name/report"

@@ -12,6 +12,8 @@ With a GPU, in bfloat16, it measures larger settings, the most important first, 
 a loss with a projection (its three matrix products alone), and writes bench_criterion_gpu.csv and
 .json after each. The logits of every such setting are larger than the caches of an H100 (50 MB),
 so no call finds its input there.
+
+One file of more than 400 lines: contenders, settings and drawing are read together to see what is compared.
 """
 
 import argparse

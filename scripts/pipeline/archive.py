@@ -225,13 +225,18 @@ def mark_done(configs: Sequence[Path], plan: Plan, directions: Sequence[str]) ->
         if mark.suffix in (".done", ".out", ".parquet") and not mark.exists():
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "snakemake", "-s", SCRIPTS / "Snakefile", "--touch", "-c1"),
-            *("--quiet", "all", "--until", "evaluate", "score", "--configfile", *configs),
-        ],
-        check=True,
-    )
+    snakemake = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-s",
+        SCRIPTS / "Snakefile",
+        "-c1",
+        "--quiet",
+        "all",
+    ]
+    steps = ["--touch", "--until", "evaluate", "score"]
+    subprocess.run([*snakemake, *steps, "--configfile", *configs], check=True)
     print(
         f"Teachers and caches were not kept: to train more students, delete {plan.main_runs}/DIRECTION/"
         f"teacher/train.done and {plan.data}/DIRECTION/cache.done"

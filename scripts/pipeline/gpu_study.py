@@ -5,11 +5,13 @@
 DATA is made by prepare_llm_data. The model, fine-tuned, is the teacher; some of its layers, fine-tuned
 too, are what every student goes on from (scripts/configs/gemma-gpu.yaml says how). Several trainings
 share the card. Steps are done in the order of their importance; one that would not end in time is not
-begun, and the report is about the runs that are there. The same command again goes on: what is finished
-stays, what was stopped is done from its start.
+begun, and the report is about the runs that are there. The same command again resumes: finished steps
+are skipped, an interrupted one starts over.
 
 OUTPUT/runs has the runs and the report (small files, each complete as soon as its run is), OUTPUT/work
 checkpoints, the cache and logs.
+
+One file of more than 400 lines: the steps of the study, in the order in which they are done.
 """
 
 import argparse
