@@ -142,17 +142,19 @@ checkpoint: {{save_dir: {tmp_path / "save"}, no_epoch_checkpoints: true}}
     )  # fmt: skip
 
 
-def readme_block(after: str, language: str) -> str:
-    """The first block of a language after some words of the README."""
-    rest = (ROOT / "README.md").read_text(encoding="utf-8").split(after, 1)[1]
+def block_of_docs(after: str, language: str) -> str:
+    """The first block of a language after some words of docs/method.md."""
+    rest = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").split(after, 1)[1]
     return rest.split(f"```{language}\n", 1)[1].split("```", 1)[0]
 
 
-def test_the_readmes_hydra_configuration_trains(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_hydra_configuration_of_the_docs_trains(
+    data: Path, cache: Path, tmp_path: Path
+) -> None:
     """As it stands, from a directory with a space, where its relative paths lie."""
     here = tmp_path / "a b"
     (here / "conf").mkdir(parents=True)
-    text = readme_block("fairseq-hydra-train", "yaml")
+    text = block_of_docs("fairseq-hydra-train", "yaml")
     for name, place in (("DATA", data), ("CACHE", cache), ("sekd_fairseq", ROOT / "sekd_fairseq")):
         (here / name).symlink_to(place)
         assert f": {name}" in text
