@@ -13,7 +13,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from sekd_fairseq.criterions.cached_kd import CachedKDConfig
 from sekd_fairseq.criterions.self_evolution_kd import SelfEvolutionKDConfig
 from sekd_fairseq.models.hf_causal_lm import HFCausalLMConfig
-from sekd_fairseq.tasks.self_evolution_kd import SelfEvolutionKDTaskConfig
+from sekd_fairseq.tasks.configuration import SelfEvolutionKDTaskConfig
 
 GROUPS = {
     "--task self_evolution_kd": SelfEvolutionKDTaskConfig,

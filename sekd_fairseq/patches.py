@@ -1,8 +1,7 @@
-"""What fairseq 0.12 needs to work with current Python, torch and NumPy; each with its reason.
+"""What of fairseq 0.12 and torch is mended for current Python, torch and NumPy: :data:`PATCHES`.
 
-This registers types with torch, gives the task what it calls, and puts functions in place of fairseq's:
-checkpoints are copied whole or not at all, a damaged one is named, a training that has ended is not
-trained on when it is started again, ``--bf16`` is for GPUs too, and ``--amp`` scales gradients back once.
+Beside that, :data:`BATCH_SIZE_MULTIPLE`, :func:`collect_before_fork` and :func:`patience_state` are what
+the task calls.
 """
 
 import argparse
@@ -14,8 +13,9 @@ import os
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -230,3 +230,51 @@ def collect_before_fork() -> None:
     workers of its parent and dies ("can only test a child process", EOFError).
     """
     gc.collect()
+
+
+class Patch(NamedTuple):
+    """One thing that is mended.
+
+    Attributes
+    ----------
+    apply
+        Does it, once however often it is called; its docstring has the details.
+    what
+        The function or class that is changed.
+    why
+        What happens otherwise.
+    """
+
+    apply: Callable[[], None]
+    what: str
+    why: str
+
+
+PATCHES = (
+    Patch(
+        allow_checkpoint_types,
+        "torch.serialization",
+        "torch refuses the types that fairseq saves in a checkpoint",
+    ),
+    Patch(
+        keep_checkpoints_whole,
+        "PathManager.copy, checkpoint_utils.load_checkpoint_to_cpu and verify_checkpoint_directory",
+        "a kill leaves half of checkpoint_last.pt, and a damaged file is called another architecture",
+    ),
+    Patch(
+        resume_as_left,
+        "checkpoint_utils.load_checkpoint",
+        "a training resumes under other settings, without its patience, and after its end",
+    ),
+    Patch(
+        train_in_half_precision,
+        "AMPOptimizer.step, options.parse_args_and_arch",
+        "--amp scales gradients back twice, and --bf16 asks for a TPU",
+    ),
+)
+
+
+def mend() -> None:
+    """Apply all :data:`PATCHES`."""
+    for patch in PATCHES:
+        patch.apply()

@@ -27,7 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,29 +61,49 @@ class Settings:
         return self.source_lang, self.target_lang
 
 
-def load_subsets(args: argparse.Namespace) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-    """Read the text that the arguments name; return the subsets and counts of dropped pairs."""
-    if args.src:
-        pairs, empty = read_pairs(args.src, args.tgt)
+@dataclass(frozen=True)
+class WholeText:
+    """One parallel text, to be split; sizes that are None follow from its length."""
+
+    source: Path
+    target: Path
+    valid_size: int | None
+    test_size: int | None
+    seed: int
+
+    def load(self) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
+        """The subsets, and counts of dropped pairs."""
+        pairs, empty = read_pairs(self.source, self.target)
         dropped = {"empty": empty, "repeated": repeated(pairs)}
-        sizes = split_sizes(len(set(pairs)), args.valid_size, args.test_size)
-        return split(pairs, *sizes, 1 if args.seed is None else args.seed), dropped
-    subsets: dict[str, list[Pair]] = {}
-    empties: dict[str, int] = {}
-    for subset in SUBSETS:
-        subsets[subset], empties[subset] = [], 0
-        for prefix in split_list(getattr(args, subset), f"--{subset}"):
-            files = [Path(f"{prefix}.{lang}") for lang in (args.source_lang, args.target_lang)]
-            pairs, empty = read_pairs(*files)
-            subsets[subset] += pairs
-            empties[subset] += empty
-    subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
-    if not subsets["train"]:
-        raise UserError(
-            f"{args.train}: every training pair shares a sentence with valid or test; expected "
-            "held-out text that is not in the training text"
-        )
-    return subsets, {"empty": empties, "in_held_out_text": leaked}
+        sizes = split_sizes(len(set(pairs)), self.valid_size, self.test_size)
+        return split(pairs, *sizes, self.seed), dropped
+
+
+@dataclass(frozen=True)
+class GivenSplits:
+    """Three parallel texts; ``prefixes`` has those of each subset's files, joined with ``,``."""
+
+    prefixes: dict[str, str]
+    languages: tuple[str, str]
+
+    def load(self) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
+        """The subsets, and counts of dropped pairs."""
+        subsets: dict[str, list[Pair]] = {}
+        empties: dict[str, int] = {}
+        for subset, prefixes in self.prefixes.items():
+            subsets[subset], empties[subset] = [], 0
+            for prefix in split_list(prefixes, f"--{subset}"):
+                pairs, empty = read_pairs(*(Path(f"{prefix}.{one}") for one in self.languages))
+                subsets[subset] += pairs
+                empties[subset] += empty
+        held_out = [subsets["valid"], subsets["test"]]
+        subsets["train"], leaked = without_leaks(subsets["train"], held_out)
+        if not subsets["train"]:
+            raise UserError(
+                f"{self.prefixes['train']}: every training pair shares a sentence with valid or test; "
+                "expected held-out text that is not in the training text"
+            )
+        return subsets, {"empty": empties, "in_held_out_text": leaked}
 
 
 def split_sizes(pairs: int, valid: int | None, test: int | None) -> tuple[int, int]:
@@ -278,7 +298,7 @@ def prepare(
         shutil.rmtree(building, ignore_errors=True)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line and refuse incomplete combinations."""
     parser = argparse.ArgumentParser(
         description="Parallel text to SentencePiece pieces and a fairseq data directory."
@@ -316,7 +336,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=250,
         help="leave out pairs with a longer side (%(default)s)",
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     whole_text = (args.src, args.tgt)
     three = (args.train, args.valid, args.test)
     if not ((all(whole_text) and not any(three)) or (all(three) and not any(whole_text))):
@@ -332,10 +352,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def text_of(args: argparse.Namespace) -> WholeText | GivenSplits:
+    """The text that the command line names."""
+    if args.src:
+        seed = 1 if args.seed is None else args.seed
+        return WholeText(args.src, args.tgt, args.valid_size, args.test_size, seed)
+    prefixes = {subset: getattr(args, subset) for subset in SUBSETS}
+    return GivenSplits(prefixes, (args.source_lang, args.target_lang))
+
+
 @one_line_errors()
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; see ``--help``."""
-    args = parse(arguments)
+    args = parse(argv)
     settings = Settings(
         args.source_lang,
         args.target_lang,
@@ -344,8 +373,11 @@ def main(arguments: list[str] | None = None) -> None:
         args.max_pieces,
     )
     check_output(args.output)
-    subsets, dropped = load_subsets(args)
-    summary = prepare(subsets, dropped, args.output, settings, given_splits=not args.src)
+    text = text_of(args)
+    subsets, dropped = text.load()
+    summary = prepare(
+        subsets, dropped, args.output, settings, given_splits=isinstance(text, GivenSplits)
+    )
     counts = ", ".join(f"{n} {subset}" for subset, n in summary["sentences"].items())
     print(f"{args.output}: {counts} pairs, {summary['vocabulary']} symbols")
     print(f"left out: {json.dumps(summary['dropped'])}")

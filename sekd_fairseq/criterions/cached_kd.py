@@ -12,11 +12,8 @@ from fairseq.logging import metrics
 from torch import Tensor
 from torch.nn import functional
 
-from sekd_fairseq.criterions.distillation import (
-    DistillationConfig,
-    DistillationCriterion,
-    Distilled,
-)
+from sekd_fairseq.criterions.configuration import DistillationConfig
+from sekd_fairseq.criterions.distillation import DistillationCriterion, Distilled
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.losses import DIVERGENCES, Events, SelfEvolution, TeacherTokens
 from sekd_fairseq.losses.decoupled import adaptive_teaching

@@ -1,24 +1,21 @@
-"""What every criterion on a cached teacher shares: the batch, the cross entropy, the log."""
+"""What every criterion with a teacher shares: the batch, the cross entropy, the log."""
 
 import logging
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
-from omegaconf import II
 from torch import Tensor
 
+from sekd_fairseq.criterions.configuration import DistillationConfig
 from sekd_fairseq.criterions.projection import output_projection, parse_chunk_tokens
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.logits import flat_logits
 from sekd_fairseq.losses import (
-    DIVERGENCES,
-    MISSING_MASS,
     Events,
     SelfEvolution,
     SupportLogProbs,
@@ -45,47 +42,6 @@ logger = logging.getLogger(__name__)
 
 #: Divergences with KL(q || p) in them, infinite where p is zero and q is not.
 ENDLESS_WITHOUT_TEACHER = ("reverse_kl", "adaptive_kl")
-
-
-@dataclass
-class DistillationConfig(FairseqDataclass):
-    """Options of every criterion on a cached teacher."""
-
-    alpha: float = field(
-        default=0.7,
-        metadata={
-            "help": "weight of the distillation loss, from 0 to 1; cross entropy has 1 - alpha. "
-            "0 is plain (label-smoothed) cross entropy"
-        },
-    )
-    label_smoothing: float = field(
-        default=0.0, metadata={"help": "label smoothing of the cross entropy; 0 is off"}
-    )
-    divergence: ChoiceEnum(tuple(DIVERGENCES)) = field(  # type: ignore[valid-type]
-        default=SelfEvolution.divergence,
-        metadata={"help": "divergence between teacher and student inside the loss"},
-    )
-    divergence_weight: float = field(
-        default=SelfEvolution.divergence_weight,
-        metadata={"help": "weight inside jsd and the skew divergences, above 0 and below 1"},
-    )
-    missing_mass: ChoiceEnum(MISSING_MASS) = field(  # type: ignore[valid-type]
-        default=SelfEvolution.missing_mass,
-        metadata={
-            "help": "what is done with the teacher's mass outside the cached support: one event "
-            "(bucket), spread evenly (uniform) or as the teacher's mass is on average (tail), ignored "
-            "(renormalize), estimated (sampled)"
-        },
-    )
-    sekd_chunk_tokens: str = field(
-        default="0",
-        metadata={
-            "help": "apply the output projection and the loss to so many tokens at a time, so that "
-            "the logits of a whole batch are never held: a number, or 'auto' for as many as make "
-            "some hundred megabytes of logits; 0 is off"
-        },
-    )
-    sentence_avg: bool = II("optimization.sentence_avg")
 
 
 class Distilled(NamedTuple):

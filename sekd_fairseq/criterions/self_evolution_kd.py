@@ -11,11 +11,8 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor
 
-from sekd_fairseq.criterions.distillation import (
-    DistillationConfig,
-    DistillationCriterion,
-    Distilled,
-)
+from sekd_fairseq.criterions.configuration import DistillationConfig
+from sekd_fairseq.criterions.distillation import DistillationCriterion, Distilled
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.losses import (
     Events,

@@ -160,7 +160,7 @@ def find_traits(decoder: Any, probe: Probe) -> None:
                 )
         decoder.traits = Traits(body=find_body(lm, tokens[0]))
         try:
-            logits = decoder.read(previous, encoder_out)
+            logits = decoder(previous, encoder_out)[0]
         except Exception as error:  # whatever a family raises
             raise refused(lm, "one that reads padded batches", error) from error
         if _wrong(probe, logits):
@@ -172,7 +172,7 @@ def find_traits(decoder: Any, probe: Probe) -> None:
         decoder.traits = Traits(decoder.traits.body, cache=True)
         usual, decoder.shared_prefix = decoder.shared_prefix, SHARED
         try:
-            right = not _wrong(probe, decoder.read(previous, encoder_out))
+            right = not _wrong(probe, decoder(previous, encoder_out)[0])
             right = right and _generates(decoder, probe, previous, encoder_out)
         except Exception:  # whatever a family raises that has another cache or none
             right = False
@@ -259,7 +259,7 @@ def _generates(
             encoder_out = {
                 key: [value[order] for value in values] for key, values in encoder_out.items()
             }
-        logits = decoder.read(previous[order][:, :step], encoder_out, incremental_state=state)
+        logits = decoder(previous[order][:, :step], encoder_out, incremental_state=state)[0]
         for place, i in enumerate(order):
             start = len(probe.prompts[i]) + step - 2
             if step <= len(probe.outputs[i]) + 1 and probe.differs(i, logits[place], start):

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import open_dict
 
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, check_rows
 
 
 def pretrained(folder: str, gguf_file: str | None) -> Any:
@@ -68,3 +70,62 @@ def keep_layers(lm: Any, count: int) -> None:
     lm.config.num_hidden_layers = count
     if getattr(lm.config, "layer_types", None):
         lm.config.layer_types = [lm.config.layer_types[i] for i in chosen]
+
+
+def weights_in_checkpoint(cfg: Any) -> bool:
+    """Whether a checkpoint is about to be loaded that holds all weights, and not adapters alone."""
+    return bool(cfg.hf_state) and not cfg.lora_r
+
+
+def load_language_model(cfg: Any, task: Any) -> tuple[Any, list[int]]:
+    """The transformers model, and its row of each symbol of the dictionary.
+
+    The rows of a pretrained model are where it has them; one made from a configuration has the
+    dictionary's.
+    """
+    size = len(task.target_dictionary)
+    if cfg.lora_r > 0 and not cfg.hf_model:
+        raise UserError(
+            "--lora-r: expected --hf-model, whose weights the adapters are added to, found none: a "
+            "checkpoint holds the adapters alone, and other weights drawn at random would not be "
+            "drawn again"
+        )
+    if weights_in_checkpoint(cfg):
+        return from_config(json.loads(cfg.hf_state or ""), size), [NEW_ROW] * size
+    if not (cfg.hf_model or cfg.hf_config):
+        raise UserError(
+            "--arch hf_causal_lm expects --hf-model FOLDER (pretrained) or --hf-config FILE (from "
+            "scratch), found neither"
+        )
+    vocabulary = Vocabulary.load(
+        # The task's data: a checkpoint remembers where they were when it was trained.
+        Path(str(task.cfg.data).split(":")[0]),
+        task.target_dictionary.symbols,
+    )
+    if cfg.hf_model:
+        try:
+            lm = pretrained(cfg.hf_model, cfg.hf_gguf_file)
+        except UserError as error:
+            if cfg.hf_state is None:
+                raise
+            raise UserError(
+                f"{error}; this checkpoint has adapters alone: say where the model is that they "
+                "were trained on, --hf-model FOLDER, or for fairseq's own commands "
+                "--model-overrides \"{'hf_model': 'FOLDER'}\""
+            ) from error
+        if cfg.hf_layers:
+            keep_layers(lm, cfg.hf_layers)
+        check_rows(lm, vocabulary.rows)
+    else:
+        assert cfg.hf_config is not None
+        lm = from_config(read_config(Path(cfg.hf_config)), size)
+    return lm, vocabulary.rows
+
+
+def remember_configuration(cfg: Any, model: Any) -> None:
+    """Keep the language model's configuration in the training's own, so that a checkpoint can be
+    loaded without the files that it was started from, and the place of these from anywhere."""
+    with open_dict(cfg):
+        if cfg.hf_model and Path(cfg.hf_model).exists():  # or it is a hub id
+            cfg.hf_model = str(Path(cfg.hf_model).resolve())
+        cfg.hf_state = model.decoder.model.config.to_json_string(use_diff=False)

@@ -2,8 +2,8 @@
 
 The "encoder" has no parameters: it turns source tokens, which hold the whole prompt, into a
 left-padded prompt.  The "decoder" runs the model on ``[prompt | previous outputs]`` and keeps the
-logits of target positions only, which are chosen here, whatever a family offers; in generation the prompt's keys and values are computed once and
-live in the incremental state.  So fairseq's datasets, criterions, beam search and generation, and
+logits of target positions only, which are chosen here, whatever a family offers; in generation the
+prompt's keys and values are computed once and live in the incremental state.  So fairseq's datasets, criterions, beam search and generation, and
 this project's caches, serve such models unchanged.  Without gradients, what all prompts of a batch
 begin with (an instruction, k-shot examples) is computed once and kept for the next batches.
 
@@ -13,22 +13,18 @@ order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and p
 """
 
 import inspect
-import json
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import (
-    FairseqEncoder,
     FairseqEncoderDecoderModel,
     FairseqIncrementalDecoder,
     register_model,
 )
-from omegaconf import open_dict
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
@@ -40,8 +36,9 @@ from sekd_fairseq.llm.families import (
     refused,
     telling_weights,
 )
-from sekd_fairseq.llm.loading import from_config, keep_layers, pretrained, read_config
-from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, check_rows, select_rows
+from sekd_fairseq.llm.loading import load_language_model, weights_in_checkpoint
+from sekd_fairseq.llm.prompt_encoder import PromptEncoder
+from sekd_fairseq.llm.vocabulary import select_rows
 
 logger = logging.getLogger(__name__)
 
@@ -86,49 +83,6 @@ class HFCausalLMConfig(FairseqDataclass):
         default=None,
         metadata={"help": "set by training: the model's configuration, kept in the checkpoint"},
     )
-
-
-def prompt_mask(src_tokens: Tensor, pad: int, eos: int) -> Tensor:
-    """Which source tokens (B, S) are the prompt's: all but padding and the one end that closes a
-    source. Ends inside (of turns, of examples) belong to it."""
-    content = src_tokens.ne(pad)
-    left = content.flip(1).long().cumsum(dim=1).flip(1)  # so many from here to the last
-    return content & ~(left.eq(1) & src_tokens.eq(eos))
-
-
-class PromptEncoder(FairseqEncoder):  # type: ignore[misc]
-    """Source tokens to a left-padded prompt, without the end that closes them; no parameters."""
-
-    def __init__(self, dictionary: Any, positions: int) -> None:
-        super().__init__(dictionary)
-        self.positions = positions
-
-    def forward(
-        self, src_tokens: Tensor, src_lengths: Tensor | None = None, **_: Any
-    ) -> dict[str, list[Tensor]]:
-        """``{"encoder_out": [prompt (B, S)], "encoder_padding_mask": [pad (B, S)]}``."""
-        keep = prompt_mask(src_tokens, self.dictionary.pad(), self.dictionary.eos())
-        # Stable: what is not kept goes to the left, the rest stays in order.
-        order = keep.long().argsort(dim=1, stable=True)
-        # As wide as the source: how long the longest prompt is, a GPU would have to be waited for.
-        prompt = src_tokens.masked_fill(~keep, self.dictionary.pad()).gather(1, order)
-        return {
-            "encoder_out": [prompt],
-            "encoder_padding_mask": [prompt.eq(self.dictionary.pad())],
-        }
-
-    def reorder_encoder_out(
-        self, encoder_out: dict[str, list[Tensor]], new_order: Tensor
-    ) -> dict[str, list[Tensor]]:
-        """Rows in another order, as beam search asks."""
-        return {
-            key: [value.index_select(0, new_order) for value in values]
-            for key, values in encoder_out.items()
-        }
-
-    def max_positions(self) -> int:
-        """Tokens that the language model has positions for."""
-        return self.positions
 
 
 class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
@@ -183,52 +137,54 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         translation together, where the batch knows it; counting it on a GPU would wait for the GPU.
         Features are there where :attr:`output_projection` is.
         """
-        return self.read(
-            prev_output_tokens, encoder_out, incremental_state, features_only, longest
-        ), {"attn": [None]}
-
-    def read(
-        self,
-        prev_output_tokens: Tensor,
-        encoder_out: dict[str, list[Tensor]],
-        incremental_state: dict[str, Any] | None = None,
-        features_only: bool = False,
-        longest: int | None = None,
-    ) -> Tensor:
-        """What :meth:`forward` returns first; ``UserError`` where the model cannot read it."""
         prompt = encoder_out["encoder_out"][0]
         padding = encoder_out["encoder_padding_mask"][0]
-        real = prev_output_tokens.ne(self.dictionary.pad())
-        full = None
-        if incremental_state is not None:
-            # Generated tokens may be anything, padding too; they are read all the same.
-            real = torch.ones_like(real)
-            # A row that has come to the last position ends there.
-            if prompt.size(1) + prev_output_tokens.size(1) > self.positions:
-                full = (~padding).sum(dim=1) + prev_output_tokens.size(1) > self.positions
-        if incremental_state is not None and self.traits.cache:
+        if incremental_state is None:
+            features = self._all_places(prompt, padding, prev_output_tokens, longest)
+        elif self.traits.cache:
             features = self._step(prompt, padding, prev_output_tokens[:, 1:], incremental_state)
         else:
-            rows, places = self._join(prompt, padding, prev_output_tokens, real, longest)
-            if rows.size(1) > self.positions and incremental_state is None:
-                raise UserError(
-                    f"a prompt and a translation of {rows.size(1)} tokens together: the model "
-                    f"has {self.positions} positions; shorten the prompt (fewer --shots) or "
-                    "leave out long sentences"
-                )
-            if incremental_state is not None:
-                rows = rows[:, : self.positions]
-                places = places[:, -1:].clamp_max(rows.size(1) - 1)
-            features = self._read(rows, places, prompt.size(1) - padding.sum(dim=1))
+            features = self._last_place(prompt, padding, prev_output_tokens, longest)
         if features_only:
-            return features
+            return features, {"attn": [None]}
         logits: Tensor = (
             features if self.output_projection is None else self.output_projection(features)
         )
-        if full is not None:
-            others = torch.arange(logits.size(-1), device=logits.device).ne(self.dictionary.eos())
-            logits = logits.masked_fill(full.view(-1, 1, 1) & others, -torch.inf)
-        return logits
+        if incremental_state is not None:
+            logits = self._end_at_last_position(logits, padding, prev_output_tokens)
+        return logits, {"attn": [None]}
+
+    def _all_places(
+        self, prompt: Tensor, padding: Tensor, previous: Tensor, longest: int | None
+    ) -> Tensor:
+        """Features or logits at every place of the translations, (B, T, X)."""
+        real = previous.ne(self.dictionary.pad())
+        rows, places = self._join(prompt, padding, previous, real, longest)
+        if rows.size(1) > self.positions:
+            raise UserError(
+                f"a prompt and a translation of {rows.size(1)} tokens together: the model "
+                f"has {self.positions} positions; shorten the prompt (fewer --shots) or "
+                "leave out long sentences"
+            )
+        return self._read(rows, places, prompt.size(1) - padding.sum(dim=1))
+
+    def _last_place(
+        self, prompt: Tensor, padding: Tensor, previous: Tensor, longest: int | None
+    ) -> Tensor:
+        """Features or logits at the last place in generation, without a cache, (B, 1, X)."""
+        real = torch.ones_like(previous, dtype=torch.bool)  # padding too, where it was generated
+        rows, places = self._join(prompt, padding, previous, real, longest)
+        rows = rows[:, : self.positions]
+        places = places[:, -1:].clamp_max(rows.size(1) - 1)
+        return self._read(rows, places, prompt.size(1) - padding.sum(dim=1))
+
+    def _end_at_last_position(self, logits: Tensor, padding: Tensor, previous: Tensor) -> Tensor:
+        """Logits that allow the end alone where the next token would have no position."""
+        if padding.size(1) + previous.size(1) <= self.positions:
+            return logits
+        full = (~padding).sum(dim=1) + previous.size(1) > self.positions
+        others = torch.arange(logits.size(-1), device=logits.device).ne(self.dictionary.eos())
+        return logits.masked_fill(full.view(-1, 1, 1) & others, -torch.inf)
 
     def _join(
         self,
@@ -436,65 +392,6 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
                 state_dict.setdefault(key, value)
 
 
-def weights_in_checkpoint(cfg: HFCausalLMConfig) -> bool:
-    """Whether a checkpoint is about to be loaded that holds all weights, and not adapters alone."""
-    return bool(cfg.hf_state) and not cfg.lora_r
-
-
-def load_language_model(cfg: HFCausalLMConfig, task: Any) -> tuple[Any, list[int]]:
-    """The transformers model, and its row of each symbol of the dictionary.
-
-    The rows of a pretrained model are where it has them; one made from a configuration has the
-    dictionary's.
-    """
-    size = len(task.target_dictionary)
-    if cfg.lora_r > 0 and not cfg.hf_model:
-        raise UserError(
-            "--lora-r: expected --hf-model, whose weights the adapters are added to, found none: a "
-            "checkpoint holds the adapters alone, and other weights drawn at random would not be "
-            "drawn again"
-        )
-    if weights_in_checkpoint(cfg):
-        return from_config(json.loads(cfg.hf_state or ""), size), [NEW_ROW] * size
-    if not (cfg.hf_model or cfg.hf_config):
-        raise UserError(
-            "--arch hf_causal_lm expects --hf-model FOLDER (pretrained) or --hf-config FILE (from "
-            "scratch), found neither"
-        )
-    vocabulary = Vocabulary.load(
-        # The task's data: a checkpoint remembers where they were when it was trained.
-        Path(str(task.cfg.data).split(":")[0]),
-        task.target_dictionary.symbols,
-    )
-    if cfg.hf_model:
-        try:
-            lm = pretrained(cfg.hf_model, cfg.hf_gguf_file)
-        except UserError as error:
-            if cfg.hf_state is None:
-                raise
-            raise UserError(
-                f"{error}; this checkpoint has adapters alone: say where the model is that they "
-                "were trained on, --hf-model FOLDER, or for fairseq's own commands "
-                "--model-overrides \"{'hf_model': 'FOLDER'}\""
-            ) from error
-        if cfg.hf_layers:
-            keep_layers(lm, cfg.hf_layers)
-        check_rows(lm, vocabulary.rows)
-    else:
-        assert cfg.hf_config is not None
-        lm = from_config(read_config(Path(cfg.hf_config)), size)
-    return lm, vocabulary.rows
-
-
 def take(x: Tensor, places: Tensor) -> Tensor:
     """Some places (B, T) of a sequence (B, L, D), as (B, T, D)."""
     return x.gather(1, places.unsqueeze(2).expand(-1, -1, x.size(2)))
-
-
-def remember_configuration(cfg: Any, model: Any) -> None:
-    """Keep the language model's configuration in the training's own, so that a checkpoint can be
-    loaded without the files that it was started from, and the place of these from anywhere."""
-    with open_dict(cfg):
-        if cfg.hf_model and Path(cfg.hf_model).exists():  # or it is a hub id
-            cfg.hf_model = str(Path(cfg.hf_model).resolve())
-        cfg.hf_state = model.decoder.model.config.to_json_string(use_diff=False)

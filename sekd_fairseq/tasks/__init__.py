@@ -4,7 +4,4 @@ from sekd_fairseq import criterions, patches  # noqa: F401
 from sekd_fairseq.llm import bpe  # noqa: F401
 from sekd_fairseq.tasks import self_evolution_kd  # noqa: F401
 
-patches.allow_checkpoint_types()
-patches.keep_checkpoints_whole()
-patches.resume_as_left()
-patches.train_in_half_precision()
+patches.mend()

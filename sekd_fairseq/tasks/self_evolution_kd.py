@@ -3,17 +3,14 @@
 import logging
 import math
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from fairseq import utils
 from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
-from omegaconf import II
+from fairseq.tasks.translation import TranslationTask
 from torch import Tensor
 
 from analysis.terminal import suggested
@@ -27,61 +24,18 @@ from sekd_fairseq.datasets import (
 from sekd_fairseq.devices import half_precision
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.llm.bpe import HFTokenizerBPE, LanguageModelText
+from sekd_fairseq.llm.loading import remember_configuration
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.losses import TeacherTokens
-from sekd_fairseq.models.hf_causal_lm import HFCausalLM, remember_configuration
+from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
 from sekd_fairseq.splits import read_whole, readable
+from sekd_fairseq.tasks.configuration import SelfEvolutionKDTaskConfig, check_options, paths
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teacher_cache.format import MANIFEST
 from sekd_fairseq.teachers.online import DenseTeacher, OnlineTeacher
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SelfEvolutionKDTaskConfig(TranslationConfig):
-    """Options of the task, beside those of ``translation``."""
-
-    teacher_cache: Optional[str] = field(  # noqa: UP045 (fairseq's parser needs Optional)
-        default=None,
-        metadata={
-            "help": "directory that python -m sekd_fairseq.build_cache wrote, with one folder a "
-            "split; with several data directories (bin1:bin2) as many caches (cache1:cache2). "
-            "Off by default: then the task is plain translation"
-        },
-    )
-    teacher_path: Optional[str] = field(  # noqa: UP045
-        default=None,
-        metadata={
-            "help": "instead of a cache, the teacher's checkpoint (several joined with ':' are an "
-            "ensemble): it runs beside the student and gives full distributions"
-        },
-    )
-    teacher_fp16: bool = field(
-        default=False, metadata={"help": "run the teacher of --teacher-path in float16 (GPU)"}
-    )
-    teacher_bf16: bool = field(
-        default=False, metadata={"help": "run the teacher of --teacher-path in bfloat16 (GPU)"}
-    )
-    stored_difficulty: Optional[str] = field(  # noqa: UP045
-        default=None,
-        metadata={
-            "help": "token records that python -m sekd_fairseq.score --subset train wrote "
-            "(RUN/tokens/train/UPDATES.parquet); training takes its tokens' difficulty from there "
-            "and not from the student as it is now. With bin1:bin2 as many files (file1:file2)"
-        },
-    )
-    bf16: bool = II("common.bf16")
-    teacher: Optional[str] = field(  # noqa: UP045
-        default=None,
-        metadata={"help": "set by training: which teacher it has, kept in the checkpoint"},
-    )
-
-
-def paths(value: str | None) -> list[str]:
-    """The paths of an option that takes several, ``a:b``; none for an option left out."""
-    return utils.split_paths(value) if value else []
 
 
 def on_host(logging_outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,30 +88,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     @one_line_errors()
     def setup_task(cls, cfg: SelfEvolutionKDTaskConfig, **kwargs: Any) -> "SelfEvolutionKDTask":
         """Load dictionaries and check the caches' directories against the data's."""
-        data, caches = paths(cfg.data), paths(cfg.teacher_cache)
-        if caches and len(caches) != len(data):
-            raise UserError(
-                f"--teacher-cache: expected one cache for each of {len(data)} data "
-                f"directories ({cfg.data}), found {len(caches)} ({cfg.teacher_cache})"
-            )
-        if caches and cfg.teacher_path:
-            raise UserError("--teacher-cache and --teacher-path: expected one, found both")
-        if (cfg.teacher_fp16 or cfg.teacher_bf16) and not cfg.teacher_path:
-            raise UserError(
-                "--teacher-fp16 and --teacher-bf16 expect --teacher-path TEACHER, found none; a "
-                "cache's teacher has run already"
-            )
-        if cfg.num_batch_buckets:
-            raise UserError(
-                "--num-batch-buckets: expected 0, because fairseq 0.12 cannot make buckets with "
-                f"NumPy 2, found {cfg.num_batch_buckets}; they are for TPUs, leave the option out"
-            )
-        stored = paths(cfg.stored_difficulty)
-        if stored and len(stored) != len(caches):
-            raise UserError(
-                f"--stored-difficulty: expected one file for each of {len(caches)} teacher "
-                f"caches, found {len(stored)} ({cfg.stored_difficulty})"
-            )
+        check_options(cfg)
         return super().setup_task(cfg, **kwargs)
 
     @one_line_errors()

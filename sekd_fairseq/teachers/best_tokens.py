@@ -9,8 +9,8 @@ from fairseq import tasks
 
 from sekd_fairseq.checkpoints import language_model_config
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.prompt_encoder import prompt_mask
 from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary
-from sekd_fairseq.models.hf_causal_lm import prompt_mask
 from sekd_fairseq.teacher_cache.writer import SentenceColumns
 from sekd_fairseq.teachers.truncation import Truncation, best_columns
 

@@ -1,0 +1,317 @@
+"""From parallel text to the data directories of language models: prompts, tokens, dictionary, files."""
+
+import hashlib
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary, indexed_dataset
+
+from analysis.runs.errors import UserError
+from analysis.runs.files import hash_file
+from analysis.terminal import progress
+from sekd_fairseq.llm.prompts import Prompts, PromptSettings, read_template
+from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
+from sekd_fairseq.llm.vocabulary import UNK, Vocabulary, build_vocabulary, with_end
+from sekd_fairseq.parallel_text import Pair, read_aligned, without_leaks
+from sekd_fairseq.teacher_cache.format import hash_symbols
+
+Tokens = list[list[int]]
+SUBSETS = ("train", "valid", "test")
+EOS = 2
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """What is asked of the prompts of one data directory."""
+
+    template: Path | None
+    shots: int
+    chat: bool
+    end: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the data are made of; ``text`` has the prefixes of each split's files."""
+
+    tokenizer: str
+    gguf_file: str | None
+    languages: tuple[str, str]
+    text: dict[str, list[str]]
+    limits: dict[str, int]
+    prune_vocab: bool
+    prompts: dict[str, PromptChoice]
+
+    def templates(self) -> dict[str, PromptSettings]:
+        """What the prompts of each data directory are made of, but for the examples; a teacher without a
+        template of its own has the student's."""
+        text = read_template(self.prompts["bin"].template)
+        return {
+            name: PromptSettings(
+                *self.languages,
+                read_template(choice.template) if choice.template else text,
+                choice.chat,
+            )
+            for name, choice in self.prompts.items()
+        }
+
+
+def read_subset(prefixes: list[str], languages: tuple[str, str]) -> list[Pair]:
+    """Aligned lines of one or several pairs of files, as they are."""
+    pairs: list[Pair] = []
+    for prefix in prefixes:
+        source, target = read_aligned(*(Path(f"{prefix}.{language}") for language in languages))
+        for number, pair in enumerate(zip(source, target, strict=True), start=1):
+            if not all(side.strip() for side in pair):
+                raise UserError(
+                    f"{prefix}, line {number}: expected text on both sides, found an empty line; "
+                    "take the pair out"
+                )
+            pairs.append(pair)
+    return pairs
+
+
+def choose_shots(subsets: dict[str, list[Pair]], count: int) -> list[Pair]:
+    """Examples for prompts, taken out of the training text."""
+    if count > len(subsets["train"]):
+        raise UserError(
+            f"--shots: expected at most the training pairs ({len(subsets['train'])}), found {count}"
+        )
+    shots = random.Random(1).sample(subsets["train"], count)
+    subsets["train"] = [pair for pair in subsets["train"] if pair not in shots]
+    return shots
+
+
+def encode(
+    prompts: dict[str, Prompts], pairs: list[Pair], subset: str
+) -> tuple[dict[str, Tokens], Tokens]:
+    """Token ids of all prompts, by data directory, and of the translations."""
+    sources: dict[str, Tokens] = {name: [] for name in prompts}
+    targets: Tokens = []
+    for source, target in progress(pairs, desc=subset, unit="pair"):
+        for name, maker in prompts.items():
+            sources[name].append(maker.tokens(source))
+        targets.append(prompts["bin"].translation(source, target))
+    return sources, targets
+
+
+def write_binary(path: Path, sentences: Tokens, size: int) -> None:
+    """One side of one split, under fairseq ids."""
+    builder: Any = indexed_dataset.make_builder(f"{path}.bin", "mmap", vocab_size=size)
+    for sentence in sentences:
+        builder.add_item(torch.tensor([*sentence, EOS], dtype=torch.int32))
+    builder.finalize(f"{path}.idx")
+
+
+class Kept:
+    """What of the text could not be kept exactly, and where first."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.counts: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self._first: dict[str, str] = {}
+
+    def add(self, what: str, count: int, subset: str, pair: Pair, side: int) -> None:
+        """Count something of one side of a pair."""
+        self.counts[what] += count
+        if count and what not in self._first:
+            self._first[what] = self.place(subset, pair, side)
+
+    def place(self, subset: str, pair: Pair, side: int) -> str:
+        """File and line of one side of a pair."""
+        languages = self._settings.languages
+        for prefix in self._settings.text[subset]:
+            pairs = read_subset([prefix], languages)
+            if pair in pairs:
+                return f"{prefix}.{languages[side]}, line {pairs.index(pair) + 1}"
+        raise AssertionError("every pair comes from a file")
+
+    def lines(self) -> list[str]:
+        """What people should know, a line each."""
+        return self.notes + [
+            f"{self.counts[what]:,} {what.replace('_', ' ')}, the first in {place}"
+            for what, place in self._first.items()
+        ]
+
+
+def make_dictionary(
+    tokenizer: Tokenizer, end: int | None, keep: set[int] | None
+) -> tuple[Dictionary, list[int]]:
+    """The dictionary of all data directories, and the model's row of each symbol."""
+    bos, pad, _, unk = tokenizer.specials
+    symbols, rows = build_vocabulary(tokenizer.pieces, (bos, pad, end, unk), keep)
+    dictionary = Dictionary()
+    for symbol in symbols[len(dictionary) :]:
+        dictionary.add_symbol(symbol)
+    if dictionary.symbols != symbols:
+        raise UserError("--tokenizer: expected one id for each token, found two with one id")
+    return dictionary, rows
+
+
+def write_directory(
+    folder: Path,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    dictionary: Dictionary,
+    subsets: dict[str, list[Pair]],
+    encoded: dict[str, tuple[Tokens, Tokens]],
+    kept: Kept,
+) -> None:
+    """Write one data directory for fairseq."""
+    assert vocabulary.prompt is not None  # data made here say what their prompts are
+    languages = (vocabulary.prompt.source_lang, vocabulary.prompt.target_lang)
+    for language in languages:
+        dictionary.save(str(folder / f"dict.{language}.txt"))
+    vocabulary.save(folder, tokenizer)
+    for subset, pairs in subsets.items():
+        for side, sentences in enumerate(encoded[subset]):
+            ids = [vocabulary.symbols(tokens, tokenizer) for tokens in sentences]
+            path = folder / f"{subset}.{'-'.join(languages)}.{languages[side]}"
+            write_binary(path, ids, len(dictionary))
+            for pair, sentence in zip(pairs, ids, strict=True):
+                kept.add("unknown_tokens", sentence.count(UNK), subset, pair, side)
+                if side and EOS in sentence:
+                    end = tokenizer.pieces[vocabulary.rows[EOS]]
+                    raise UserError(
+                        f"{kept.place(subset, pair, side)}: expected a translation without the "
+                        f"token that ends one, found {end!r} in it; give another --end"
+                    )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The text as token ids.
+
+    Attributes
+    ----------
+    subsets
+        The pairs of each split.
+    prompts
+        What makes the prompts of each data directory.
+    tokens
+        By split: the prompts by data directory, and the translations.
+    ends
+        The token that ends a translation in each data directory, if any.
+    """
+
+    subsets: dict[str, list[Pair]]
+    prompts: dict[str, Prompts]
+    tokens: dict[str, tuple[dict[str, Tokens], Tokens]]
+    ends: dict[str, int | None]
+
+    def used(self, tokenizer: Tokenizer) -> set[int]:
+        """The tokens that this text and single bytes need."""
+        used = tokenizer.single_bytes() | {end for end in self.ends.values() if end is not None}
+        for sources, targets in self.tokens.values():
+            for sentences in (*sources.values(), targets):
+                used.update(token for tokens in sentences for token in tokens)
+        return used
+
+
+def encode_text(
+    templates: dict[str, PromptSettings],
+    settings: Settings,
+    tokenizer: Tokenizer,
+    subsets: dict[str, list[Pair]],
+    shots: list[Pair],
+) -> Encoded:
+    """Make the prompts and encode all text."""
+    prompts = {
+        name: Prompts(replace(one, shots=shots[: settings.prompts[name].shots]), tokenizer)
+        for name, one in templates.items()
+    }
+    tokens = {subset: encode(prompts, pairs, subset) for subset, pairs in subsets.items()}
+    ends = {
+        name: maker.end(settings.prompts[name].end.replace("\\n", "\n"))
+        for name, maker in prompts.items()
+    }
+    return Encoded(subsets, prompts, tokens, ends)
+
+
+def write_directories(
+    building: Path, settings: Settings, tokenizer: Tokenizer, text: Encoded, kept: Kept
+) -> Dictionary:
+    """Write the data directories, which share a dictionary."""
+    keep = text.used(tokenizer) if settings.prune_vocab else None
+    dictionary, rows = make_dictionary(tokenizer, text.ends["bin"], keep)
+    for name, maker in text.prompts.items():
+        end, folder = text.ends[name], building / name
+        used = rows if end in (None, rows[EOS]) else with_end(rows, end)
+        dictionary_hash = hash_symbols(dictionary.symbols)
+        vocabulary = Vocabulary(
+            used, settings.tokenizer, maker.settings, dictionary_hash, settings.gguf_file
+        )
+        lacking = vocabulary.symbols(maker.tokens(""), tokenizer).count(UNK)
+        if lacking:
+            kept.notes.append(
+                f"{lacking} unknown tokens in the template and the examples of every prompt in "
+                f"{name}: the tokenizer lacks what they are written in"
+            )
+        folder.mkdir()
+        sides = {
+            subset: (sources[name], targets) for subset, (sources, targets) in text.tokens.items()
+        }
+        write_directory(folder, vocabulary, tokenizer, dictionary, text.subsets, sides, kept)
+    return dictionary
+
+
+def write_text(
+    building: Path, languages: tuple[str, str], tokenizer: Tokenizer, text: Encoded, kept: Kept
+) -> None:
+    """Write the text of each split; count what its tokens do not give back."""
+    for subset, pairs in text.subsets.items():
+        for pair, tokens in zip(pairs, text.tokens[subset][1], strict=True):
+            inexact = tokenizer.decode(tokens) != pair[1]
+            kept.add("translations_not_given_back_exactly", inexact, subset, pair, 1)
+        for side, language in enumerate(languages):
+            lines = "".join(f"{pair[side]}\n" for pair in pairs)
+            (building / f"{subset}.{language}").write_bytes(lines.encode("utf-8"))
+
+
+def prepare(settings: Settings, building: Path) -> tuple[dict[str, Any], list[str]]:
+    """Write everything below ``building``; returns the content of data.json, and what people should
+    know."""
+    templates = settings.templates()  # read first, so that a bad one is named before the work
+    subsets = {
+        subset: read_subset(prefixes, settings.languages)
+        for subset, prefixes in settings.text.items()
+    }
+    subsets["train"], leaked = without_leaks(subsets["train"], [subsets["valid"], subsets["test"]])
+    tokenizer = load_tokenizer(settings.tokenizer, settings.gguf_file)
+    shots = choose_shots(subsets, max(choice.shots for choice in settings.prompts.values()))
+    for subset, limit in settings.limits.items():
+        subsets[subset] = subsets[subset][: limit or None]
+    text = encode_text(templates, settings, tokenizer, subsets, shots)
+    kept = Kept(settings)
+    dictionary = write_directories(building, settings, tokenizer, text, kept)
+    write_text(building, settings.languages, tokenizer, text, kept)
+    summary = {
+        "sentences": {subset: len(pairs) for subset, pairs in subsets.items()},
+        "in_held_out_text": leaked,
+        "target_tokens": {
+            subset: sum(len(tokens) + 1 for tokens in targets)
+            for subset, (_, targets) in text.tokens.items()
+        },
+        "vocabulary": len(dictionary),
+        "tokenizer_tokens": len(tokenizer.pieces),
+        **kept.counts,
+        "ends_of_translation": {
+            name: None if end is None else tokenizer.pieces[end] for name, end in text.ends.items()
+        },
+        "shots": shots,
+        "fingerprint": fingerprint(building),
+    }
+    return summary, kept.lines()
+
+
+def fingerprint(building: Path) -> str:
+    """SHA-256 of all that a training depends on: names and content of the files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in building.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(building)}\0{hash_file(path)}\0".encode())
+    return digest.hexdigest()
