@@ -78,8 +78,8 @@ def address(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("bucket")
-    yield "s3://bucket/cache"
+    s3fs.S3FileSystem().mkdir(f"bucket{port}")  # moto remembers those of other servers
+    yield f"s3://bucket{port}/cache"
     server.stop()
 
 
