@@ -245,7 +245,8 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         teacher: TeacherTokens | DenseTeacher,
         overwrite: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and sums to log at some positions of the logits; ``teacher`` is the teacher there, ``overwrite`` as of :func:`support_log_probs`.
+        """Loss and sums to log at some positions of the logits; ``teacher`` is the
+        teacher there, ``overwrite`` as of :func:`support_log_probs`.
 
         Cross entropy is at temperature 1. The distillation loss is at the teacher's temperature T,
         times T^2, so that its gradient keeps its size (Hinton et al., 2015).

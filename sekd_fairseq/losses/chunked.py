@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sekd_fairseq.losses.known_gradient import with_gradient
-from sekd_fairseq.losses.support import blocks_of
+from sekd_fairseq.losses.support_torch import blocks_of
 
 #: From a chunk's logits, (chunk, V), and which tokens these are: their summed loss, 0-d, and sums
 #: to log. The loss's gradient may take the place of the logits in memory.

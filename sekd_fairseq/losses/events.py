@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from sekd_fairseq.losses.divergences import LINEAR, NEG_INF
-from sekd_fairseq.losses.support import SupportLogProbs, weighted_support
+from sekd_fairseq.losses.support import SupportLogProbs
+from sekd_fairseq.losses.support_torch import weighted_support
 
 MISSING_MASS = ("bucket", "uniform", "tail", "renormalize", "sampled")
 #: Those that spread the mass over tokens, by a loss that is linear in their log-probabilities.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sekd_fairseq.losses.support import Reduced
+from sekd_fairseq.losses.support_torch import Reduced
 
 #: Logits that a program holds at a time, and the warps that share them.
 BLOCK = 4096
@@ -204,7 +204,7 @@ def reduce(
     with_sum: bool,
     temperature: float,
 ) -> Reduced:
-    """As :meth:`sekd_fairseq.losses.support.Blocks.reduce`."""
+    """As :meth:`sekd_fairseq.losses.support_torch.Blocks.reduce`."""
     positions, slots = ids.shape
     log_q = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
     columns = torch.empty(6, positions, dtype=torch.float32, device=logits.device).unbind()
@@ -241,7 +241,7 @@ def gradient(
     overwrite: bool,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """As :meth:`sekd_fairseq.losses.support.Blocks.gradient`, times ``factor``, 0-d, if there is one."""
+    """As :meth:`sekd_fairseq.losses.support_torch.Blocks.gradient`, times ``factor``, 0-d, if there is one."""
     grad = logits.detach() if overwrite else torch.empty_like(logits)
     positions, slots = ids.shape
     every_row = positions == logits.size(0)

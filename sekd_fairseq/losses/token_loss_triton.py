@@ -20,7 +20,7 @@ from torch import Tensor
 from sekd_fairseq.losses.cross_entropy import cross_entropy_weights
 from sekd_fairseq.losses.events import TeacherTokens
 from sekd_fairseq.losses.self_evolution import SCHEDULES, SelfEvolution
-from sekd_fairseq.losses.support import Reduced
+from sekd_fairseq.losses.support_torch import Reduced
 from sekd_fairseq.losses.support_triton import (
     WARPS,
     block_of,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
+from sekd_fairseq.losses.support_torch import SCRATCH_ELEMENTS
 from sekd_fairseq.teacher_cache.writer import SentenceColumns
 
 NEG_INF = float("-inf")

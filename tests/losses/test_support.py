@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sekd_fairseq.losses import support
-from sekd_fairseq.losses.support import Blocks, Reduced, support_log_probs
+from sekd_fairseq.losses.support import support_log_probs
+from sekd_fairseq.losses.support_torch import Blocks, Reduced
 
 INF = float("inf")
 #: Positions, of which rows are padding, vocabulary, slots.

@@ -22,7 +22,7 @@ from sekd_fairseq.losses import (
     support_log_probs,
 )
 from sekd_fairseq.losses.divergences import DIVERGENCES
-from sekd_fairseq.losses.support import SCRATCH_ELEMENTS
+from sekd_fairseq.losses.support_torch import SCRATCH_ELEMENTS
 from sekd_fairseq.teachers.online import DenseTeacher
 
 TOKENS, VOCABULARY = 9, 31
