@@ -1,4 +1,4 @@
-"""Tables and their cells as Markdown and LaTeX."""
+"""Tables and their cells as Markdown."""
 
 from typing import Any
 
@@ -11,19 +11,6 @@ def markdown_table(table: pd.DataFrame) -> str:
     names = [str(name) for name in table.columns]
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def latex_table(table: pd.DataFrame, caption: str, label: str) -> str:
-    """A table for a paper (needs the package booktabs); text in cells is escaped."""
-    if table.empty:
-        return "% no rows\n"
-    columns = "l" * len(table.columns)
-    return (
-        table.style.hide(axis="index")
-        .format(escape="latex")
-        .format_index(escape="latex", axis="columns")
-        .to_latex(hrules=True, caption=caption, label=label, column_format=columns, position="t")
-    )
 
 
 def number(value: Any, digits: int) -> str:

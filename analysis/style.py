@@ -1,7 +1,9 @@
 """How figures look: sizes of an ACL page, embedded fonts, colours that print in grey."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.runs.methods import label_of, ordered
+from analysis.runs.errors import UserError, one_line
+from analysis.runs.methods import Method, label_of, ordered
 
 COLUMN = 3.03  # inches, one column of the ACL style
 PAGE = 6.3  # both columns
@@ -62,16 +65,58 @@ class Look:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method, in the order of legends; the teacher is black and takes no colour."""
+    """A look for each method, in the order of legends: a colour for each id, which its variants share;
+    the teacher is black and takes no colour."""
     found: dict[str, Look] = {}
+    ids: dict[str, int] = {}
+    variants: Counter[str] = Counter()
     for method in ordered(methods):
-        index = len(found) - ("teacher" in found)
-        if method == "teacher":
+        name = Method.of(method).id
+        if name == "teacher":
             found[method] = Look("#000000", "*", ":", "xx")
-        else:
-            place = index % len(COLOURS)
-            found[method] = Look(COLOURS[place], MARKERS[place], LINES[place], HATCHES[place])
+            continue
+        colour = ids.setdefault(name, len(ids))
+        other = (colour + variants[name]) % len(MARKERS)
+        variants[name] += 1
+        found[method] = Look(
+            COLOURS[colour % len(COLOURS)], MARKERS[other], LINES[other], HATCHES[other]
+        )
     return found
+
+
+def among(looks: Mapping[str, Look], methods: Iterable[str]) -> dict[str, Look]:
+    """The looks of some methods."""
+    shown = set(methods)
+    return {method: look for method, look in looks.items() if method in shown}
+
+
+#: What a user's style file changes in all figures that are drawn under :func:`own_style`.
+_OWN: ContextVar[dict[str, Any] | None] = ContextVar("own", default=None)
+
+
+@contextmanager
+def own_style(path: Path | None) -> Iterator[None]:
+    """Draw figures with the settings of a matplotlib style file on top of those here, for one's own
+    fonts and sizes; the width in ``figure.figsize`` is that of a figure over both columns.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read.
+    """
+    own: dict[str, Any] = {}
+    if path is not None:
+        try:
+            own.update(matplotlib.rc_params_from_file(path, use_default_template=False).items())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--style: expected a matplotlib style file, found {path} ({one_line(error)})"
+            ) from error
+    token = _OWN.set(own)
+    try:
+        yield
+    finally:
+        _OWN.reset(token)
 
 
 @contextmanager
@@ -79,7 +124,9 @@ def figure(
     width: float, height: float, rows: int = 1, columns: int = 1
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure in the house style with its axes, row by row; closed afterwards."""
-    with matplotlib.rc_context(SETTINGS):
+    own = _OWN.get() or {}
+    with matplotlib.rc_context(SETTINGS | own):
+        width *= own.get("figure.figsize", [PAGE])[0] / PAGE
         drawn, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
         try:
             yield drawn, [axis for row in axes for axis in row]

@@ -6,86 +6,19 @@ python -m analysis.transfer RUNS [--output DIR]
 import argparse
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
-from analysis import neural, report
-from analysis.chapters import (
-    difficulty,
-    examples,
-    methods,
-    quality,
-    sensitivity,
-    sentences,
-    training,
-    transfer,
-    transitions,
-)
-from analysis.claims.verdicts import claims_table
+from analysis.figures import add_style
+from analysis.report.document import terminal_summary, write_report
+from analysis.results import Results, analyse
 from analysis.runs.errors import UserError, one_line_errors
-from analysis.runs.run_record import LeftOut
 from analysis.runs.texts import read_lines
+from analysis.style import own_style
 from analysis.sums.buckets import Threshold
-from analysis.sums.direction import Direction, Options
-from analysis.sums.loading import load
+from analysis.sums.direction import Options
 
 #: A file of every report; a directory without it is never replaced.
 MARK = "report.md"
-
-
-@dataclass(frozen=True)
-class Results:
-    """Everything that a report shows.
-
-    ``tables`` go to ``tables/``, ``figures`` (the tables of the figures) to ``figures/``.
-    """
-
-    directions: list[Direction]
-    left_out: list[LeftOut]
-    options: Options
-    tables: dict[str, pd.DataFrame]
-    figures: dict[str, pd.DataFrame]
-    examples: list[examples.Group]
-
-
-def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
-    """Compute every table of a report from the runs below ``root``; ``comet`` is a COMET model.
-
-    Raises
-    ------
-    UserError
-        Nothing below ``root`` can be compared.
-    """
-    model = None if comet is None else neural.load_comet(comet)
-    directions, left_out = load(root, options)
-    results = quality.results_table(directions, options)
-    if model is not None and not results.empty:
-        results = neural.add_comet(results, directions, model, options)
-    claims, relation = claims_table(directions, options)
-    tables = {
-        "claims": claims,
-        "relation": relation,
-        "results": results,
-        "methods": methods.methods_table(directions, options),
-        "transfer": transfer.transfer_table(directions, options),
-        "gain": transfer.gain_table(directions, options),
-        "calibration": transfer.calibration_table(directions, options),
-        "transitions": transitions.transition_table(directions, options),
-    }
-    figures = {
-        "difficulty": difficulty.difficulty_table(directions, options),
-        "transfer": tables["transfer"],
-        "quality": results,
-        "methods": tables["methods"],
-        "sensitivity": sensitivity.sensitivity_table(directions, options),
-        "training": training.training_table(directions, options),
-        "transitions": tables["transitions"],
-        "sentences": sentences.sentence_table(directions, options),
-    }
-    shown = examples.example_groups(directions, options)
-    return Results(directions, left_out, options, tables, figures, shown)
 
 
 def check_output(output: Path) -> None:
@@ -102,17 +35,18 @@ def check_output(output: Path) -> None:
         raise UserError(
             f"{output}: expected a report or nothing there, found other files; choose another --output"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent):
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=there):
         pass
 
 
-def write(results: Results, output: Path) -> None:
+def write(results: Results, output: Path, style: Path | None = None) -> None:
     """Write the report beside ``output`` and put it in its place when it is complete."""
     check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
         made = Path(name) / "new"
-        report.write_report(results, made)
+        write_report(results, made, style)
         if output.exists():
             output.rename(Path(name) / "old")
         made.rename(output)
@@ -179,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
         help="a line for each sentence of the test set with the name of its document: resamples then draw "
         "whole documents, whose sentences are alike",
     )
+    add_style(out)
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
     return out
@@ -212,9 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = read_options(args)
         output = args.output or args.runs / "report"
         check_output(output)
+        with own_style(args.style):  # read before the work, if it cannot be
+            pass
         results = analyse(args.runs, options, args.comet)
-        write(results, output)
-        print(report.summary(results))
+        write(results, output, args.style)
+        print(terminal_summary(results))
         print(f"report: {output / MARK}")
 
 

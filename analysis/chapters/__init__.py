@@ -1,7 +1,9 @@
 """Chapters of the report: each owns its tables, its figure and its caption.
 
 ===============  ==================================================================================
-quality          BLEU, chrF and COMET, by run and over seeds
+claims           effects of the claims by direction
+quality          BLEU, chrF and COMET of every run
+methods          the same over seeds, with gains
 transfer         KL to the teacher by bucket, gains over the baselines, calibration
 difficulty       how hard the tokens are for each method
 training         easy and hard tokens while a run trains

@@ -1,6 +1,6 @@
 """How hard the tokens are for each method."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from analysis.chapters.chapter import Figure
 from analysis.chapters.transfer import run_columns
 from analysis.runs.methods import label_of
 from analysis.stats import Floats
-from analysis.style import direction_panels, looks
+from analysis.style import Look, among, direction_panels
 from analysis.sums.direction import Direction, Options
 
 HISTOGRAM_BINS = 45
@@ -49,11 +49,11 @@ def _histogram(values: Floats, edges: Floats) -> NDArray[np.int64]:
     return np.bincount(np.clip(bins, 0, len(edges) - 2), minlength=len(edges) - 1)
 
 
-def draw_difficulty(table: pd.DataFrame, path: Path) -> None:
+def draw_difficulty(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """Distribution of token difficulty by method (mean over seeds), with Γ, a panel a direction."""
     with direction_panels(table, 1.9, path) as panels:
         for axis, part in panels:
-            for method, look in looks(table["method"]).items():
+            for method, look in among(looks, table["method"]).items():
                 own = part[part["method"] == method]
                 if own.empty:
                     continue

@@ -13,7 +13,7 @@ from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import partner
 
 #: Sentences shown of each kind.
-SHOWN = 5
+SHOWN = 25
 #: The baseline's KL in nats at which the shade of a token is deepest.
 DEEPEST = 4.0
 BETTER, WORSE = "#0072b2", "#e69f00"
@@ -31,6 +31,12 @@ class Example:
     baseline: str
     treatment: str
     tokens: list[dict[str, Any]]
+
+    @property
+    def hard_share(self) -> int:
+        """Hard tokens among its tokens, in per cent."""
+        hard = sum(token["hard"] for token in self.tokens)
+        return round(100 * hard / len(self.tokens)) if self.tokens else 0
 
 
 @dataclass(frozen=True)

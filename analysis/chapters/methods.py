@@ -1,6 +1,6 @@
 """Translation quality over seeds: means, and gains with intervals that hold training and sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from analysis.chapters.quality import RUN_COLUMNS
 from analysis.claims.verdicts import PLACEBO
 from analysis.runs.methods import label_of, ordered
 from analysis.stats import LEVEL, Floats, hierarchical, holm
-from analysis.style import abreast, direction_panels, looks
+from analysis.style import Look, abreast, direction_panels
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import BASELINES, couples, placebo_couples
 from analysis.sums.translations import Corpus
@@ -151,7 +151,7 @@ def _gain(
     return row | dict(zip([f"{prefix}{name}" for name in names], values, strict=True))
 
 
-def draw_methods(table: pd.DataFrame, path: Path) -> None:
+def draw_methods(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """The results table as a figure: BLEU gained over word-level KD (or, where there is none, over
     fine-tuning) by method and direction, with hierarchical 95 % intervals and the mean BLEU."""
     table = table[(table["metric"] == "BLEU") & ~table["method"].isin(["teacher", PLACEBO])]
@@ -165,7 +165,7 @@ def draw_methods(table: pd.DataFrame, path: Path) -> None:
             methods = ordered(part["method"])
             for place, method in enumerate(methods):
                 row = part[part["method"] == method].iloc[0]
-                look = looks(table["method"])[method]
+                look = looks[method]
                 value = 0.0 if pd.isna(row[gain]) else row[gain]
                 reach = [[value - row[f"{gain}_low"]], [row[f"{gain}_high"] - value]]
                 axis.errorbar(

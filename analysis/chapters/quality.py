@@ -1,6 +1,6 @@
 """Translation quality by run: sacreBLEU's scores, intervals and significance tests, by its own code."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from sacrebleu.significance import PairedTest
 
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of, ordered
-from analysis.style import abreast, direction_panels, looks
+from analysis.style import Look, abreast, direction_panels
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import BASELINES, partner
 from analysis.sums.translations import Corpus
@@ -86,7 +86,7 @@ def _paired(
     return scores[1].score - scores[0].score, scores[1].p_value
 
 
-def draw_quality(table: pd.DataFrame, path: Path) -> None:
+def draw_quality(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """BLEU of every run with its bootstrap interval, a panel a direction."""
     height = 0.5 + 0.17 * max(table.groupby("direction").size())
     with direction_panels(table, height, path, abreast(table)) as panels:
@@ -95,7 +95,7 @@ def draw_quality(table: pd.DataFrame, path: Path) -> None:
             place = 0.0
             ticks = []
             for method in methods:
-                look = looks(table["method"])[method]
+                look = looks[method]
                 own = part[part["method"] == method].sort_values("seed")
                 places = place + np.arange(len(own)) * 0.5
                 errors = np.stack([own["BLEU"] - own["BLEU_low"], own["BLEU_high"] - own["BLEU"]])

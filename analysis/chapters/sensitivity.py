@@ -1,7 +1,7 @@
 """How results depend on one hyper-parameter at a time: Γ, λ_max, β, the schedule, and so on."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of
 from analysis.runs.run_record import Run
-from analysis.style import COLUMN, PAGE, figure, hide, looks, save
+from analysis.style import COLUMN, PAGE, Look, among, figure, hide, save
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import flatten
 
@@ -113,7 +113,7 @@ def value_key(value: str) -> tuple[str, float, str]:
 SYMBOLS = {"gamma": "Γ", "lambda_max": "λ_max", "beta": "β", "alpha": "α"}
 
 
-def draw_sensitivity(table: pd.DataFrame, path: Path) -> None:
+def draw_sensitivity(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """BLEU by the value of one hyper-parameter, the others as in most runs, a panel each: means over
     directions and seeds, the runs as points; the broken line is word-level KD."""
     own = table[table["parameter"] != BASELINE]
@@ -124,7 +124,7 @@ def draw_sensitivity(table: pd.DataFrame, path: Path) -> None:
         for axis, parameter in zip(axes, parameters, strict=False):
             part = own[own["parameter"] == parameter]
             values = sorted(part["value"].astype(str).unique(), key=value_key)
-            for method, look in looks(own["method"]).items():
+            for method, look in among(looks, own["method"]).items():
                 runs = part[part["method"] == method]
                 if runs.empty:
                     continue

@@ -1,6 +1,6 @@
 """Quality gained against transfer gained, sentence by sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from scipy.stats import sem
 from analysis.chapters.chapter import Figure
 from analysis.claims.evidence import sentence_gains
 from analysis.runs.methods import label_of
-from analysis.style import direction_panels, looks
+from analysis.style import Look, among, direction_panels
 from analysis.sums.direction import Direction, Options
 from analysis.sums.pairing import couples
 
@@ -53,12 +53,12 @@ def sentence_table(directions: Sequence[Direction], options: Options) -> pd.Data
     return pd.DataFrame(rows, columns=[*columns, "chrf_gain_error"])
 
 
-def draw_sentences(table: pd.DataFrame, path: Path) -> None:
+def draw_sentences(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """Sentence chrF gained against transfer gained over the baseline: means of groups of sentences by
     transfer, with 95 % intervals, a panel a direction."""
     with direction_panels(table, 2.0, path) as panels:
         for axis, part in panels:
-            for method, look in looks(table["method"]).items():
+            for method, look in among(looks, table["method"]).items():
                 own = part[part["method"] == method]
                 axis.errorbar(
                     own["kl_gain"],

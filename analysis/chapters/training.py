@@ -5,7 +5,7 @@ steps of a run.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from analysis.chapters.transitions import aligned
 from analysis.runs.methods import label_of
 from analysis.runs.run_record import Run
 from analysis.stats import ratio
-from analysis.style import direction_panels, looks
+from analysis.style import Look, among, direction_panels
 from analysis.sums.direction import Direction, Options, ScoredRun
 
 STATES = ("easy", "hard")
@@ -113,14 +113,14 @@ def read_log(run: Run) -> dict[int, dict[str, float]]:
     return found
 
 
-def draw_training(table: pd.DataFrame, path: Path) -> None:
+def draw_training(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """KL on easy and hard tokens over training (mean over seeds), from records where there are some,
     else from the log; a panel a direction."""
     source = "records" if (table["source"] == "records").any() else "log"
     table = table[table["source"] == source]
     with direction_panels(table, 2.1, path) as panels:
         for axis, part in panels:
-            for method, look in looks(table["method"]).items():
+            for method, look in among(looks, table["method"]).items():
                 for bucket, line in (("hard", "-"), ("easy", (0, (2, 1.2)))):
                     own = part[(part["method"] == method) & (part["bucket"] == bucket)]
                     if own.empty:

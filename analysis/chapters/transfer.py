@@ -1,6 +1,6 @@
 """Transfer by bucket: each run's records, its gain over the baselines, and its calibration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of
 from analysis.stats import Floats, interval, ratio
-from analysis.style import PAGE, figure, hide, looks, save
+from analysis.style import PAGE, Look, among, figure, hide, save
 from analysis.sums.bucket_sums import METRICS, Partition, calibration_error
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import BASELINES, partner
@@ -231,7 +231,7 @@ PANELS = {
 }
 
 
-def draw_transfer(table: pd.DataFrame, path: Path) -> None:
+def draw_transfer(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """KL to the teacher by bucket and method, a panel a family; mean over directions and seeds, bars
     are the mean of the runs' intervals."""
     families = [family for family in PANELS if family in set(table["family"])]
@@ -239,7 +239,7 @@ def draw_transfer(table: pd.DataFrame, path: Path) -> None:
         for axis, family in zip(axes, families, strict=False):
             part = table[table["family"] == family]
             codes = _bucket_codes(part)
-            drawn_methods = looks(table["method"])
+            drawn_methods = among(looks, table["method"])
             width = 0.8 / len(drawn_methods)
             for index, (method, look) in enumerate(drawn_methods.items()):
                 own = part[part["method"] == method].assign(code=codes)

@@ -13,23 +13,20 @@ from numpy.typing import NDArray
 
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of, ordered
-from analysis.style import COLUMN, PAGE, figure, hide, save
+from analysis.style import COLUMN, PAGE, Look, figure, hide, save
 from analysis.sums.direction import Direction, Options
 
 STATES = ("easy", "hard")
 
 
 def transition_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
-    """One row a run, pair of neighbouring steps (and first to last), and pair of states: tokens, and
-    the share of the tokens of the first state that went to the second."""
+    """One row a run, pair of steps, and pair of states: tokens, and the share of the tokens of the first
+    state that went to the second. All pairs of steps, because of two runs one may have a checkpoint
+    between two that both have."""
     rows: list[dict[str, Any]] = []
     for direction in directions:
         for run in direction.scored:
-            steps = list(run.history)
-            spans = list(itertools.pairwise(steps))
-            if len(steps) > 2:
-                spans.append((steps[0], steps[-1]))
-            for first, second in spans:
+            for first, second in itertools.combinations(run.history, 2):
                 matrix = transitions(run.history[first], run.history[second], run.cut.gamma)
                 for before in range(2):
                     total = matrix[before].sum()
@@ -60,7 +57,7 @@ def transitions(
     return np.bincount(codes, minlength=4).reshape(2, 2)
 
 
-def draw_transitions(table: pd.DataFrame, path: Path) -> None:
+def draw_transitions(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """How tokens move between easy and hard from each scored checkpoint to the next: a panel a
     method, shares of all tokens, directions and seeds together."""
     methods = ordered(table["method"])
@@ -80,13 +77,13 @@ def draw_transitions(table: pd.DataFrame, path: Path) -> None:
                     (own["from_step"] == own["run"].map(first))
                     & (own["to_step"] == own["run"].map(second))
                 ]
-                if span["run"].nunique() < len(first):  # never some of the runs
-                    continue
                 tokens = span.groupby(["from", "to"])["tokens"].sum()
                 total = tokens.sum()
                 if total:
                     share = {key: float(value) / total for key, value in tokens.items()}
                     _flow(axis, place, share)
+            if len(steps) < 2:
+                axis.text(0.5, 0.5, "no two checkpoints\nthat all runs have", ha="center")
             axis.set_xticks(range(len(steps)), [_label(step.values()) for step in steps])
             axis.set_xlim(-0.15, len(steps) - 0.85)
             axis.set_ylim(0, 1)

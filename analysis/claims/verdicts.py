@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.claims.across import across_runs
 from analysis.claims.evidence import CORRELATION_MARGIN, MEASURES, Evidence, Measure, Sample
 from analysis.claims.relation import relation_table
-from analysis.runs.methods import Method
+from analysis.runs.methods import Method, label_of
 from analysis.stats import LEVEL, hierarchical, holm
 from analysis.sums.direction import Direction, Options
 
@@ -221,9 +221,10 @@ def _verdict(deciding: Sequence[dict[str, Any]], corrected: float) -> str:
 
 def rule(options: Options) -> list[str]:
     """How a verdict is made, in sentences for the report."""
+    baseline = label_of(options.baseline)
     return [
         (
-            f"Each claim compares a SE-KD method with {options.baseline}, seed by seed, on the same "
+            f"Each claim compares a SE-KD method with {baseline}, seed by seed, on the same "
             "tokens; effects are averaged over seeds, then over directions with equal weight."
         ),
         (
@@ -245,7 +246,7 @@ def rule(options: Options) -> list[str]:
             "is checked (tables/relation.csv)."
         ),
         (
-            f"The placebo is {options.baseline} against itself, each seed against the next, judged like a "
+            f"The placebo is {baseline} against itself, each seed against the next, judged like a "
             "method. A claim that it wins as well is inconclusive, and claim 4 is the correlation beyond "
             "the one that it shows."
         ),

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from analysis import page, transfer
+from analysis import transfer
+from analysis.report.blocks import Section, Table
+from analysis.report.document import html
 from analysis.runs.simulated import write_study
 
 HOSTILE = '<script>document.title = "owned"</script><b onclick=x>&amp; "quotes"</b>'
@@ -48,17 +51,30 @@ def test_pages_are_self_contained_and_escaped(report: Path) -> None:
         text = (report / name).read_text(encoding="utf-8")
         assert "<script>document" not in text and "<b onclick" not in text
         assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
-        assert "src=" not in text
-    assert "<svg" in (report / "report.html").read_text(encoding="utf-8")
+        assert all(
+            part.startswith('"data:image/svg+xml;base64,') for part in text.split("src=")[1:]
+        )
+    assert "data:image" in (report / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;document.title" in (report / "examples.html").read_text(encoding="utf-8")
     assert "\\toprule" in (report / "tables/results.tex").read_text()
     claims = (report / "tables/claims.tex").read_text()
     assert "supported" in claims and "\\begin{table}" in claims
 
 
-def test_markdown_in_a_page_is_text(tmp_path: Path) -> None:
-    text = page.report_page(f"# A\n\n| a |\n| --- |\n| {HOSTILE} |\n\n{HOSTILE}\n", tmp_path, "t")
-    assert "<b onclick" not in text and text.count("&lt;script&gt;") == 2
+def test_markdown_and_cells_in_a_page_are_text(tmp_path: Path) -> None:
+    table = Table(pd.DataFrame({"a": [HOSTILE]}), fold=HOSTILE)
+    text = html([Section("a", HOSTILE, (HOSTILE, table))], [HOSTILE], tmp_path)
+    assert "<b onclick" not in text and text.count("&lt;script&gt;") == 6
+
+
+def test_columns_of_numbers_stand_at_the_right() -> None:
+    cells = {
+        "method": ["a", "b"],
+        "n": ["1 [0, 2]", ""],
+        "p": ["< 0.0001", "0.5"],
+        "verdict": ["x"] * 2,
+    }
+    assert Table(pd.DataFrame(cells)).classes == ["", "number", "number", "verdict"]
 
 
 def test_in_a_browser(report: Path, browser: Any) -> None:
@@ -70,6 +86,9 @@ def test_in_a_browser(report: Path, browser: Any) -> None:
     assert HOSTILE in body  # shown as text
     assert len(browser.find_elements("class name", "token")) > 10
     browser.get((report / "report.html").as_uri())
+    browser.execute_script(
+        "for (const part of document.querySelectorAll('details')) part.open = true"
+    )
     for table in browser.find_elements("tag name", "table"):
         for head in table.find_elements("tag name", "th"):
             if head.text == "BLEU":
@@ -83,3 +102,48 @@ def test_in_a_browser(report: Path, browser: Any) -> None:
                 assert orders[1] == orders[0][::-1]
                 return
     pytest.fail("no table with BLEU in the report")
+
+
+@pytest.mark.parametrize("width", [1300, 800, 390])
+def test_no_width_breaks_a_verdict_or_scrolls_the_page(
+    report: Path, browser: Any, width: int
+) -> None:
+    browser.set_window_size(width, 900)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    for name in ("report.html", "examples.html"):
+        browser.get((report / name).as_uri())
+        wide = browser.execute_script(
+            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        assert wide <= 0
+    browser.get((report / "report.html").as_uri())
+    lines = browser.execute_script(
+        "return [...document.querySelectorAll('td.verdict')].filter(cell => cell.offsetParent)"
+        ".map(cell => cell.getClientRects()[0].height && getSelection && "
+        "(() => {const range = document.createRange(); range.selectNodeContents(cell); "
+        "return new Set([...range.getClientRects()].map(box => Math.round(box.top))).size})())"
+    )
+    assert len(lines) >= 5 and max(lines) == 1
+    assert "nan" not in browser.find_element("tag name", "body").text.lower().split()
+
+
+def test_examples_are_filtered_in_the_page(report: Path, browser: Any) -> None:
+    browser.get((report / "examples.html").as_uri())
+
+    def shown() -> list[float]:
+        found = browser.find_elements("css selector", ".example:not([hidden])")
+        return [float(example.get_attribute("data-change")) for example in found]
+
+    everything = shown()
+    assert min(everything) < 0 < max(everything)
+    browser.execute_script(
+        "document.getElementById('kind').value = 'gained';"
+        "document.querySelector('.filter').dispatchEvent(new Event('input'))"
+    )
+    assert shown() == [change for change in everything if change > 0]
+    browser.find_element("id", "text").send_keys("no such word anywhere")
+    assert shown() == []
+    assert browser.find_element("id", "count").text == f"0 of {len(everything)} sentences"

@@ -13,7 +13,8 @@ import pytest
 import records
 import yaml
 
-from analysis import report, transfer
+from analysis import transfer
+from analysis.report import document
 from analysis.runs.errors import UserError
 from analysis.runs.files import sealed_json, sealed_parquet
 from analysis.runs.simulated import write_study
@@ -29,7 +30,7 @@ SCORES = {"bleu": {"score": 20.123456}, "chrf": {"score": 40.0}, "length_ratio":
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished study in the layout of the pipeline; the working directory is its root."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "draw_all", lambda _: [])
+    monkeypatch.setattr(document, "draw_all", lambda *_: [])
     runs = write_study(tmp_path / "runs" / "tiny", seeds=2, sentences=40) / "en-de"
     for run in list(runs.iterdir()):
         method = run.name[:-1].replace("treatment", "se_kd")

@@ -1,0 +1,340 @@
+"""The chapters of a report: tables as they are shown, the words around them, and the figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.claims import verdicts
+from analysis.claims.verdicts import PLACEBO
+from analysis.figures import FIGURES
+from analysis.markup import interval, number, p_value, percent
+from analysis.report.blocks import Block, Drawing, Section, Table
+from analysis.report.findings import judged
+from analysis.runs.methods import label_of, ordered
+from analysis.runs.run_record import LeftOut
+from analysis.sums.direction import Direction, Options
+from analysis.sums.pairing import BASELINES
+
+Rows = list[dict[str, Any]]
+Tables = dict[str, pd.DataFrame]
+
+
+def sections(
+    directions: Sequence[Direction],
+    left_out: Sequence[LeftOut],
+    tables: Tables,
+    options: Options,
+    drawn: Sequence[str],
+) -> list[Section]:
+    """The chapters, with the figures that were drawn; one without anything to show is left out."""
+    found = [
+        ("claims", "Claims", [*_figure("claims", drawn), *claims_blocks(tables, options)]),
+        ("quality", "Translation quality", quality_blocks(tables, drawn)),
+        ("sensitivity", "Sensitivity", _figure("sensitivity", drawn)),
+        ("transfer", "Transfer by bucket", transfer_blocks(tables, drawn)),
+        ("difficulty", "Difficulty", _figure("difficulty", drawn)),
+        (
+            "training",
+            "Over training",
+            [*_figure("training", drawn), *_figure("transitions", drawn)],
+        ),
+        ("sentences", "Quality against transfer", _figure("sentences", drawn)),
+        ("runs", "What was compared", scope_blocks(directions, left_out, options)),
+        ("method", "How this was computed", method_blocks(directions, options)),
+    ]
+    return [Section(key, heading, tuple(blocks)) for key, heading, blocks in found if blocks]
+
+
+def _figure(name: str, drawn: Sequence[str]) -> list[Block]:
+    return [Drawing(name, FIGURES[name].caption)] if name in drawn else []
+
+
+def scope_blocks(
+    directions: Sequence[Direction], left_out: Sequence[LeftOut], options: Options
+) -> list[Block]:
+    """Runs, seeds and sizes of every direction, and what was left out."""
+    lines = []
+    for direction in directions:
+        tokens = direction.tokens
+        size = (
+            f"{len(tokens.sentences)} sentences, {len(tokens.token)} tokens" if tokens else "none"
+        )
+        seeds = {run.seed for run in direction.runs}
+        lines.append(
+            f"- {direction.name}: {_count(len(direction.runs), 'run')}, "
+            f"{_count(len(seeds), 'seed')}; token records of `{options.subset}`: {size}"
+        )
+    lines += [f"- left out: `{item.label}`: {item.reason}" for item in left_out]
+    return ["\n".join(lines)]
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def claims_blocks(tables: Tables, options: Options) -> list[Block]:
+    """The pooled claims of every method and of the placebo, and the rule."""
+    claims = tables["claims"]
+    if options.subset.startswith("train"):
+        return ["No claim is computed from the training set."]
+    if claims.empty:
+        return ["No run of a SE-KD method to judge."]
+    blocks: list[Block] = []
+    pooled = claims[claims["scope"] == "all"]
+    deciding = pooled[pooled["decides"].astype(bool)]
+    for treatment in judged(claims):
+        own = deciding[deciding["treatment"] == treatment]
+        blocks.append(f"**{label_of(treatment)}** against {label_of(options.baseline)}:")
+        blocks.append(Table(pd.DataFrame(claim_rows(own)), source="tables/claims.csv"))
+    few = deciding[~deciding["treatment"].isin([*judged(claims), PLACEBO])]
+    rest = pooled[~pooled["decides"].astype(bool) & (pooled["treatment"] != PLACEBO)]
+    rest = rest[rest["effect"].notna()]
+    chance = pooled[(pooled["treatment"] == PLACEBO) & pooled["decides"].astype(bool)]
+    for part, fold in (
+        (few, "Methods with too few seeds for a verdict"),
+        (rest, "Measures that accompany the claims and do not decide them"),
+        (chance, "The placebo: the baseline against itself"),
+    ):
+        if len(part):
+            rows = claim_rows(part, method=True, verdict=part is not rest)
+            blocks.append(Table(pd.DataFrame(rows), fold=fold, source="tables/claims.csv"))
+    if not tables["relation"].empty:
+        rows = [
+            {
+                "method": label_of(row["method"]),
+                "excess": interval(100 * row["effect"], 100 * row["low"], 100 * row["high"], 1),
+                "p": p_value(row["p"]),
+                "runs": str(row["runs"]),
+                "shares errors with another seed": "yes" if row["unequal"] else "no",
+            }
+            for row in tables["relation"].to_dict("records")
+        ]
+        blocks.append(
+            Table(
+                pd.DataFrame(rows),
+                fold="KL on the hard tokens of one's own seed, in % above that on those of others",
+                source="tables/relation.csv",
+            )
+        )
+    blocks.append(
+        "Effects above 0 are in the claim's favour. *Detectable* is the smallest effect that these runs would "
+        "tell from 0 four times in five. Each direction alone: `tables/claims.csv`; the rule of the verdicts: "
+        "*How this was computed*."
+    )
+    return blocks
+
+
+def claim_rows(table: pd.DataFrame, method: bool = False, verdict: bool = True) -> Rows:
+    """Rows of the table of claims as they are shown, with a column of methods where asked for; without
+    verdicts for measures that decide nothing."""
+    return [
+        {
+            **({"method": label_of(row["treatment"])} if method else {}),
+            "claim": f"{row['claim']}. {row['statement']}",
+            **({"verdict": str(row["verdict"])} if verdict else {}),
+            "effect": interval(row["effect"], row["low"], row["high"]),
+            "relative": percent(row["relative_effect"]) if row["claim"] != 4 else "",
+            "detectable": number(row["detectable"], 3),
+            "p (Holm)" if verdict else "p": p_value(row["p_holm"] if verdict else row["p"]),
+            "seeds": str(row["seeds"]),
+            "measure": row["measure"],
+            "reason": row["reason"] if isinstance(row["reason"], str) else "",
+        }
+        for row in table.to_dict("records")
+    ]
+
+
+def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
+    """Means over seeds with their gains; every run alone folds away."""
+    results, methods = tables["results"], tables["methods"]
+    if results.empty:
+        return ["No run has translations."]
+    blocks: list[Block] = [*_figure("methods", drawn)]
+    if (methods["seeds"] > 1).any():
+        rows = [
+            {
+                "direction": row["direction"],
+                "method": label_of(row["method"]),
+                "metric": row["metric"],
+                "seeds": str(row["seeds"]),
+                "mean ± sd": mean_sd(row),
+                **{f"over {label_of(base)}": _over(row, base) for base in BASELINES},
+            }
+            for row in by_method(methods).to_dict("records")
+        ]
+        blocks.append(
+            "Means over seeds; gains with the 95 % interval that holds training and sentences, and p with "
+            "Holm's correction over the methods of a direction. The placebo is each baseline's seeds against "
+            "its own next ones: its mean is 0 by design, and its interval says how far apart equal runs are."
+        )
+        blocks.append(Table(pd.DataFrame(rows), source="tables/methods.csv"))
+    rows = [
+        {
+            "direction": row["direction"],
+            "method": label_of(row["method"]),
+            "seed": str(row["seed"]),
+            **{
+                name: interval(row[name], row[f"{name}_low"], row[f"{name}_high"], 2)
+                for name in ("BLEU", "chrF", "COMET")
+                if name in row
+            },
+            "over fine-tuning": _gain(row, "finetune"),
+            "over word-level KD": _gain(row, "word_kd"),
+            "sentences": str(row["sentences"]),
+        }
+        for row in by_method(results).to_dict("records")
+    ]
+    fold = "Every run" if len(blocks) > 1 else ""
+    blocks.append(Table(pd.DataFrame(rows), fold=fold, source="tables/results.csv"))
+    blocks.append(
+        "Gains of single runs are in BLEU, with the p-value of sacreBLEU's paired bootstrap between the two "
+        "runs (approximate randomisation and chrF: `tables/results.csv`); they know nothing of seeds."
+    )
+    blocks += _figure("quality", drawn)
+    signatures = sorted({*results["BLEU_signature"], *results["chrF_signature"]})
+    blocks.append("Signatures: " + ", ".join(f"`{item}`" for item in signatures))
+    return blocks
+
+
+def mean_sd(row: dict[Any, Any]) -> str:
+    """A mean with its standard deviation over seeds, where there are several."""
+    spread = row["sd_over_seeds"]
+    return number(row["mean"], 2) + ("" if pd.isna(spread) else f" ± {spread:.2f}")
+
+
+def _gain(row: dict[Any, Any], baseline: str) -> str:
+    gain = row[f"BLEU_gain_over_{baseline}"]
+    p = row[f"BLEU_p_bootstrap_over_{baseline}"]
+    return "" if np.isnan(gain) else f"{gain:+.2f} (p = {p:.3f})"
+
+
+def _over(row: dict[Any, Any], baseline: str) -> str:
+    prefix = f"gain_over_{baseline}"
+    if np.isnan(row[prefix]):
+        return ""
+    shown = interval(row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"], 2)
+    corrected = p_value(row[f"{prefix}_p_holm"], equals="= ")
+    return f"{shown}, p {corrected}" if corrected else shown
+
+
+def transfer_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
+    """KL and agreement by bucket, and the gains over the baselines."""
+    table = tables["transfer"]
+    if table.empty:
+        return ["No run has token records."]
+    blocks: list[Block] = [*_figure("transfer", drawn)]
+    for family, fold in (("difficulty", ""), ("all", "All tokens together")):
+        rows = [
+            {
+                "direction": row["direction"],
+                "method": label_of(row["method"]),
+                "seeds": str(row["seeds"]),
+                "bucket": row["bucket"],
+                "tokens": str(row["tokens"]),
+                "KL": _spread(row, "kl"),
+                "target": number(row["kl_target"], 3),
+                "non-target": number(row["kl_nontarget"], 3),
+                "agreement": percent(row["agreement"]),
+                "student right": percent(row["student_right"]),
+                "teacher right": percent(row["teacher_right"]),
+                "overlap top 5": percent(row["overlap_top5"]),
+            }
+            for row in _over_seeds(table[table["family"] == family], ["bucket"])
+        ]
+        blocks.append(Table(pd.DataFrame(rows), fold=fold, source="tables/transfer.csv"))
+    gains = tables["gain"]
+    rows = [
+        {
+            "direction": row["direction"],
+            "method": label_of(row["method"]),
+            "over": label_of(row["baseline"]) + (" †" if row["selected_by_pair"] else ""),
+            "seeds": str(row["seeds"]),
+            "bucket": row["bucket"],
+            "tokens": str(row["tokens"]),
+            "gain (nats)": _spread(row, "gain"),
+            "relative": percent(row["relative_gain"]),
+            "lead closed": percent(row["lead_closed"]),
+        }
+        for row in _over_seeds(gains[gains["family"] == "difficulty"], ["baseline", "bucket"])
+    ]
+    if rows:
+        blocks.append(
+            Table(pd.DataFrame(rows), fold="Gain in KL to the teacher", source="tables/gain.csv")
+        )
+        blocks.append(
+            "† One of the two shares a method or a seed with the runs that cut the tokens, and so some of their "
+            "errors: any other run looks better on those hard tokens and worse on the easy ones. No claim is "
+            "decided by such a row."
+        )
+    blocks.append(
+        "Means over seeds. Each run alone with intervals, other families and measures: "
+        "`tables/transfer.csv`, `tables/gain.csv`."
+    )
+    return blocks
+
+
+def _over_seeds(table: pd.DataFrame, by: list[str]) -> list[dict[Any, Any]]:
+    """Means of the number columns over the seeds of a method, with ``seeds`` and ``*_sd``."""
+    if table.empty:
+        return []
+    groups = table.groupby(["direction", "method", *by], sort=False)
+    means = groups.mean(numeric_only=True)
+    means["seeds"] = groups.size()
+    means["tokens"] = groups["tokens"].mean().round().astype(int)
+    for name in ("kl", "gain"):
+        if name in means:
+            means[f"{name}_sd"] = groups[name].std()
+    return by_method(means.reset_index()).to_dict("records")
+
+
+def _spread(row: dict[Any, Any], name: str) -> str:
+    """A value with its interval (one seed), or with its standard deviation over seeds."""
+    if row["seeds"] == 1:
+        return interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
+    return "no tokens" if pd.isna(row[name]) else f"{row[name]:.3f} ± {row[f'{name}_sd']:.3f}"
+
+
+def method_blocks(directions: Sequence[Direction], options: Options) -> list[Block]:
+    """Difficulty, Γ, resamples."""
+    threshold = options.threshold
+    what = "quantile" if threshold.kind == "quantile" else "nats"
+    cuts = []
+    for direction in directions:
+        cut = {run.cut.selector: run.cut.gamma for run in direction.scored}
+        named = ", ".join(
+            f"{' + '.join(f'`{label}`' for label in labels)} Γ = {gamma:.4g} nats"
+            for labels, gamma in cut.items()
+        )
+        cuts.append(f"- {direction.name}: {named or 'no token records'}")
+    units = "documents" if options.documents else "sentences"
+    return [
+        (
+            "That the paper's gain comes from better transfer is the paper's own analysis; how it is "
+            "tested here (buckets, measures, margins, tests) is this project's reading."
+        ),
+        (
+            f"Difficulty is KL(p‖q) of teacher p and student q at a reference token, in nats. A token is "
+            f"hard if its mean difficulty for the reference runs (`{' '.join(options.references)}`) is above "
+            f"Γ ({what} {threshold.value:g}):"
+        ),
+        "\n".join(cuts),
+        (
+            f"{options.resamples} resamples of {units}, random seed {options.seed}. Intervals by bucket are "
+            "95 % percentile intervals of a bootstrap, for one run."
+        ),
+        "How a claim gets its verdict:",
+        "\n".join(f"- {line}" for line in verdicts.rule(options)),
+    ]
+
+
+def by_method(table: pd.DataFrame) -> pd.DataFrame:
+    """By direction (their mean last), then method in reading order; the rows of a run keep theirs."""
+    if table.empty:
+        return table
+    keys = {method: index for index, method in enumerate(ordered(table["method"]))}
+    table = table.assign(_place=table["method"].map(keys), _pooled=table["direction"] == "all")
+    names = ("_pooled", "direction", "_place", "seed")
+    by = [name for name in names if name in table.columns]
+    return table.sort_values(by, kind="stable").drop(columns=["_place", "_pooled"])

@@ -1,0 +1,93 @@
+"""What was found and how sure it is, in a paragraph."""
+
+import pandas as pd
+
+from analysis.claims.verdicts import CLAIMS, MIN_SEEDS, PLACEBO
+from analysis.runs.methods import label_of, ordered
+from analysis.sums.direction import Options
+
+#: Claims in a few words, as they stand in a sentence.
+SHORT = {
+    1: "closer to the teacher on hard tokens",
+    2: "no loss on easy tokens",
+    3: "the teacher's knowledge beyond the label",
+    4: "quality follows transfer",
+    5: "hard tokens turn easy faster",
+}
+assert SHORT.keys() == CLAIMS.keys()
+
+
+def judged(claims: pd.DataFrame) -> list[str]:
+    """The methods that have a verdict: those of enough seeds, or all where none has as many."""
+    own = claims[(claims["scope"] == "all") & (claims["treatment"] != PLACEBO)]
+    enough = own[own["seeds"] >= MIN_SEEDS]
+    return ordered((own if enough.empty else enough)["treatment"])
+
+
+def findings(claims: pd.DataFrame, methods: pd.DataFrame, options: Options) -> list[str]:
+    """Paragraphs in Markdown, one for each method with a verdict, and one that names the others."""
+    if options.subset.startswith("train"):
+        return ["No claim is computed from the training set."]
+    treatments = judged(claims)
+    if not treatments:
+        return ["There is no run of a SE-KD method to judge."]
+    baseline = label_of(options.baseline)
+    parts = []
+    for treatment in treatments:
+        own = claims[
+            (claims["treatment"] == treatment)
+            & (claims["scope"] == "all")
+            & claims["decides"].astype(bool)
+        ].drop_duplicates("claim")
+        sentences = []
+        for verdict in ("supported", "not supported", "inconclusive"):
+            found = own[own["verdict"] == verdict]
+            if len(found):
+                named = "; ".join(SHORT[int(claim)] for claim in found["claim"])
+                sentences.append(f"{verdict}: {named}")
+        reasons = list(dict.fromkeys(reason for reason in own["reason"] if reason))
+        text = (
+            f"**{label_of(treatment)} against {baseline}.** {_quality(methods, treatment, options)}"
+        )
+        text += f"Does the gain come from better transfer? {'. '.join(map(_capital, sentences))}."
+        if reasons:
+            text += f" Why some stay open: {'; '.join(reasons)}."
+        parts.append(text)
+    if others := [
+        name for name in ordered(claims["treatment"]) if name not in (*treatments, PLACEBO)
+    ]:
+        named = ", ".join(label_of(name) for name in others)
+        parts.append(f"Without a verdict, for want of {MIN_SEEDS} seeds: {named}.")
+    return parts
+
+
+def _quality(methods: pd.DataFrame, treatment: str, options: Options) -> str:
+    """The gain in BLEU, and the one that the runs could have shown."""
+    prefix = f"gain_over_{options.baseline}"
+    if methods.empty or prefix not in methods:
+        return ""
+    rows = methods[(methods["method"] == treatment) & (methods["metric"] == "BLEU")]
+    pooled = rows[rows["direction"] == "all"]
+    rows = rows if pooled.empty else pooled
+    if rows.empty or pd.isna(rows.iloc[0][prefix]):
+        return ""
+    row = rows.iloc[0]
+    low, high = row[f"{prefix}_low"], row[f"{prefix}_high"]
+    text = f"{row[prefix]:+.2f} BLEU [{low:.2f}, {high:.2f}]"
+    where = f" over {_pooled(methods)}" if row["direction"] == "all" else ""
+    if row[f"{prefix}_seeds"] < 2:
+        return f"{text}{where}, from one seed, which says nothing of training again. "
+    return (
+        f"{text}{where}; with these runs, a gain of {row[f'{prefix}_detectable']:.1f} BLEU would be told "
+        "from none four times in five. "
+    )
+
+
+def _pooled(methods: pd.DataFrame) -> str:
+    """How many directions are pooled, in words for a sentence."""
+    count = methods.loc[methods["direction"] != "all", "direction"].nunique()
+    return f"{count} directions"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,77 @@
+"""Everything that a report shows, computed from the runs below a directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import neural
+from analysis.chapters import (
+    difficulty,
+    examples,
+    methods,
+    quality,
+    sensitivity,
+    sentences,
+    training,
+    transfer,
+    transitions,
+)
+from analysis.claims.verdicts import claims_table
+from analysis.runs.run_record import LeftOut
+from analysis.sums.direction import Direction, Options
+from analysis.sums.loading import load
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report shows.
+
+    ``tables`` go to ``tables/``, ``figures`` (the tables of the figures) to ``figures/``.
+    """
+
+    directions: list[Direction]
+    left_out: list[LeftOut]
+    options: Options
+    tables: dict[str, pd.DataFrame]
+    figures: dict[str, pd.DataFrame]
+    examples: list[examples.Group]
+
+
+def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
+    """Compute every table of a report from the runs below ``root``; ``comet`` is a COMET model.
+
+    Raises
+    ------
+    UserError
+        Nothing below ``root`` can be compared.
+    """
+    model = None if comet is None else neural.load_comet(comet)
+    directions, left_out = load(root, options)
+    results = quality.results_table(directions, options)
+    if model is not None and not results.empty:
+        results = neural.add_comet(results, directions, model, options)
+    claims, relation = claims_table(directions, options)
+    tables = {
+        "claims": claims,
+        "relation": relation,
+        "results": results,
+        "methods": methods.methods_table(directions, options),
+        "transfer": transfer.transfer_table(directions, options),
+        "gain": transfer.gain_table(directions, options),
+        "calibration": transfer.calibration_table(directions, options),
+        "transitions": transitions.transition_table(directions, options),
+    }
+    figures = {
+        "claims": claims.rename(columns={"treatment": "method"}),
+        "difficulty": difficulty.difficulty_table(directions, options),
+        "transfer": tables["transfer"],
+        "quality": results,
+        "methods": tables["methods"],
+        "sensitivity": sensitivity.sensitivity_table(directions, options),
+        "training": training.training_table(directions, options),
+        "transitions": tables["transitions"],
+        "sentences": sentences.sentence_table(directions, options),
+    }
+    shown = examples.example_groups(directions, options)
+    return Results(directions, left_out, options, tables, figures, shown)
