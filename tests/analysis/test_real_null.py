@@ -4,6 +4,7 @@ The token records that a study keeps in ``results`` are restored; translations n
 not part of it.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ from analysis.sums.direction import Options
 from analysis.sums.loading import load
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "scripts" / folder) for folder in ("pipeline", "benchmarks")]
-from archive import SHARED_FILE, read_whole, restore_records  # noqa: E402
+sys.path.insert(0, str(ROOT / "scripts" / "pipeline"))
+from records import restore_direction  # noqa: E402
 
 SEEDS = (1, 2, 3)
 #: The baseline and what decides which tokens are hard.
@@ -27,16 +28,13 @@ METHODS = ("word_kd", "finetune")
 
 def kept_directions() -> list[Path]:
     """The directions of the first study in ``results`` that keeps the token records of these runs."""
+    names = {f"{method}.{seed}" for method in METHODS for seed in SEEDS}
     for study in sorted((ROOT / "results").glob("*/runs")):
         found = [
-            direction
-            for direction in sorted(study.iterdir())
-            if (direction / SHARED_FILE).exists()
-            and all(
-                any((direction / f"{method}.{seed}" / "tokens").glob("*/*.parquet"))
-                for method in METHODS
-                for seed in SEEDS
-            )
+            path.with_suffix("")
+            for path in sorted(study.glob("*.json"))
+            if path.with_suffix(".parquet").exists()
+            and names <= set(json.loads(path.read_text(encoding="utf-8"))["runs"])
         ]
         if len(found) > 1:
             return found
@@ -51,15 +49,9 @@ def restored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no study in results keeps token records of three seeds")
     root = tmp_path_factory.mktemp("kept")
     for direction in directions:
-        shared = read_whole(direction / SHARED_FILE)
-        for method in METHODS:
-            for seed in SEEDS:
-                run = root / direction.name / f"{method}.{seed}"
-                shutil.copytree(
-                    direction / run.name, run, ignore=shutil.ignore_patterns("hyps", "scores.json")
-                )
-                for records in run.glob("tokens/*/*.parquet"):
-                    restore_records(records, shared)
+        for run in restore_direction(direction, "test", root / direction.name, None):
+            if run.name.split(".")[0] not in METHODS:
+                shutil.rmtree(run)
     return root
 
 
@@ -75,8 +67,7 @@ def test_a_baseline_under_other_seeds_wins_nothing(
             record, _ = read_json(run / "run.json")
             record |= {"method": "se_kd_student", "seed": seed, "format_version": FORMAT_VERSION}
             (run / "run.json").write_bytes(sealed_json(record))
-    subset = next((tmp_path / "runs").glob("*/*/tokens/*")).name
-    options = Options(subset=subset, resamples=300)
+    options = Options(resamples=300)
     directions, left_out = load(tmp_path / "runs", options)
     assert not left_out and len(directions) > 1
     table, relation = claims_table(directions, options)
