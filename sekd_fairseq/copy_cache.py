@@ -6,7 +6,7 @@
 Training maps a cache into memory, so it reads a copy on the machine's own disk.  Whatever fsspec has a
 file system for will do: ``s3://`` (pip install s3fs), ``gs://`` (gcsfs), ``hf://`` (huggingface_hub).
 Every file is checked against the manifest, which is copied last, so that a split without one is not
-whole; a copy that was stopped goes on where it was.
+whole; an interrupted copy resumes.
 """
 
 import argparse

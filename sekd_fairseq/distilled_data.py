@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--scores",
         type=Path,
         metavar="FILE",
-        help="with --choose scores: a number per translation, larger is better, one a line in the order of "
+        help="with --choose scores: a number per translation, larger is better, one per line in the order of "
         "the H- lines of FILE (a quality estimate)",
     )
     out.add_argument(

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "--to-parquet",
         type=Path,
         metavar="FILE",
-        help="write one split's cache as a Parquet table, a row a target token, for pandas, DuckDB "
+        help="write one split's cache as a Parquet table, one row per target token, for pandas, DuckDB "
         "and the like",
     )
     return out
@@ -290,7 +290,7 @@ def describe(directory: Path, manifest: Manifest) -> str:
         f"{quality['support']:.1f} tokens with {1 - quality['outside_mass']:.4%} of the mass; the "
         f"reference is kept on its own merit at {quality['reference_kept']:.1%} of tokens",
         f"  size          {size:,} bytes in {len(manifest.shards)} shards, {size / tokens:.1f} "
-        f"bytes a token (dense float16: {2 * manifest.vocab_size:,})",
+        f"bytes per token (dense float16: {2 * manifest.vocab_size:,})",
         f"  fingerprint   {manifest.fingerprint}",
     ]
     if quality.get("capped", 0) > 0:

@@ -1,4 +1,4 @@
-"""What of fairseq 0.12 and torch is mended for current Python, torch and NumPy: :data:`PATCHES`.
+"""What of fairseq 0.12 and torch is fixed for current Python, torch and NumPy: :data:`PATCHES`.
 
 Beside that, :data:`BATCH_SIZE_MULTIPLE`, :func:`collect_before_fork` and :func:`patience_state` are what
 the task calls.
@@ -233,7 +233,7 @@ def collect_before_fork() -> None:
 
 
 class Patch(NamedTuple):
-    """One thing that is mended.
+    """One fix.
 
     Attributes
     ----------
@@ -274,7 +274,7 @@ PATCHES = (
 )
 
 
-def mend() -> None:
+def apply_all() -> None:
     """Apply all :data:`PATCHES`."""
     for patch in PATCHES:
         patch.apply()

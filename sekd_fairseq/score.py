@@ -2,7 +2,7 @@
 
     python -m sekd_fairseq.score DATA --path student.pt --teacher-cache CACHE --run runs/NAME
 
-writes ``runs/NAME/tokens/<subset>/<updates>.parquet``, one row a reference token, and
+writes ``runs/NAME/tokens/<subset>/<updates>.parquet``, one row per reference token, and
 ``runs/NAME/run.json``, which ``python -m analysis.transfer`` reads.
 """
 
@@ -68,7 +68,10 @@ def parser() -> argparse.ArgumentParser:
         "earlier ones (fairseq-train --save-interval-updates N), which show what turned easy when",
     )
     out.add_argument(
-        "--max-tokens", type=int, default=4096, help="padded tokens a batch (default: %(default)s)"
+        "--max-tokens",
+        type=int,
+        default=4096,
+        help="padded tokens per batch (default: %(default)s)",
     )
     half = out.add_mutually_exclusive_group()
     half.add_argument("--fp16", action="store_true", help="run the student in float16 (GPU)")

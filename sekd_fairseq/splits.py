@@ -115,7 +115,7 @@ def load_split(task: Any, split: str, data: str) -> FairseqDataset:
 
 
 def token_batches(dataset: FairseqDataset, sentences: Any, max_tokens: int) -> list[list[int]]:
-    """Batches of sentences of similar length, at most ``max_tokens`` padded tokens a side, of a
+    """Batches of sentences of similar length, at most ``max_tokens`` padded tokens per side, of a
     language model's data at most so many positions of prompt and translation together."""
     indices = np.asarray(sentences, dtype=np.int64)
     sizes = dataset.sizes[indices]  # (n, 2): source, target

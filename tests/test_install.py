@@ -42,11 +42,11 @@ def test_installed_package(version: str, tmp_path: Path) -> None:
     write = "from analysis.runs.simulated import write_study; from pathlib import Path; "
     write += "write_study(Path('runs'), 1, 20)"
     run(python, "-c", write, cwd=tmp_path)
-    out = run(python, "-m", "analysis.transfer", "runs", cwd=tmp_path)
+    out = run(python.parent / "analysis-transfer", "runs", cwd=tmp_path)
     assert "claim 1 (se_kd_student): inconclusive" in out
     assert (tmp_path / "runs" / "report" / "report.html").exists()
     run(*pip, f"{source}[fairseq,llm]", "pytest", "hypothesis", cwd=tmp_path)
-    out = run(python, "-m", "sekd_fairseq.build_cache", "--help", cwd=tmp_path)
+    out = run(python.parent / "sekd-build-cache", "--help", cwd=tmp_path)
     assert "--engine" in out
     run(
         python, "-m", "pytest", "-q", "tests/sekd_fairseq/test_same_numbers.py", "tests/losses",

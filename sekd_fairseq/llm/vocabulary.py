@@ -199,7 +199,7 @@ def restore_rows(lm: Any, rows: Sequence[int], original: Any | None) -> None:
 
 
 def vocabulary_parameters(lm: Any) -> dict[str, Tensor]:
-    """What has one row a token: the embedding (``input``), the output projection (``output``, the
+    """What has one row per token: the embedding (``input``), the output projection (``output``, the
     same where they are tied), and the projection's ``bias`` if there is one."""
     embedding, projection = lm.get_input_embeddings(), lm.get_output_embeddings()
     if not (isinstance(embedding, torch.nn.Embedding) and isinstance(projection, torch.nn.Linear)):

@@ -4,4 +4,4 @@ from sekd_fairseq import criterions, patches  # noqa: F401
 from sekd_fairseq.llm import bpe  # noqa: F401
 from sekd_fairseq.tasks import self_evolution_kd  # noqa: F401
 
-patches.mend()
+patches.apply_all()

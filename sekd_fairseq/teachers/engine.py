@@ -20,7 +20,7 @@ class Engine(Protocol):
     identity
         What the manifest says of the teacher.
     batch_tokens
-        Padded tokens a batch that suit it.
+        Padded tokens per batch that suit it.
     """
 
     task: Any

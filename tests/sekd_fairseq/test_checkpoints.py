@@ -1,5 +1,6 @@
 """Checkpoints used elsewhere than they were trained, and trained on with other settings."""
 
+import inspect
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.logits import flat_logits
+from sekd_fairseq.tasks.self_evolution_kd import SelfEvolutionKDTask
 
 from .conftest import ROOT, command, error_line, train, train_arguments
 
@@ -67,3 +69,9 @@ def test_logits_that_do_not_match_the_targets() -> None:
     for shape in ((2, 4, 7), (3, 2, 7), (2, 3, 8)):
         with pytest.raises(UserError, match=r"expected \(2, 3, 7\)"):
             flat_logits(torch.zeros(shape), target, 7)
+
+
+def test_fairseq_sees_what_build_model_takes() -> None:
+    """fairseq reads the signature, and tells a task that does not show it nothing of a checkpoint."""
+    shown = inspect.getfullargspec(SelfEvolutionKDTask.build_model).args
+    assert shown == ["self", "cfg", "from_checkpoint"]

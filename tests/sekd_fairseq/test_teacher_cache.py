@@ -196,7 +196,7 @@ def test_a_shard_that_was_damaged_before_the_end_of_its_build(cache_copy: Path) 
 
 def test_inspect_shows_and_verifies(cache: Path) -> None:
     out = command("sekd_fairseq.inspect_cache", cache, "--verify")
-    for words in ("203 sentences", "bytes a token", "perplexity", "every checksum matches"):
+    for words in ("203 sentences", "bytes per token", "perplexity", "every checksum matches"):
         assert words in out
     assert "no" in error_line(command("sekd_fairseq.inspect_cache", cache / "nothing", check=False))
 
