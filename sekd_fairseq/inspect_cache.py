@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--verify",
         action="store_true",
-        help="read every byte and check it against the checksums (about a second a gigabyte, "
+        help="read every byte and check it against the checksums (about a second per gigabyte, "
         "then a minute for ten million tokens)",
     )
     out.add_argument(

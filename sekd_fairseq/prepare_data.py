@@ -304,7 +304,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Parallel text to SentencePiece pieces and a fairseq data directory."
     )
     whole = parser.add_argument_group("one parallel text, to be split")
-    whole.add_argument("--src", type=Path, metavar="FILE", help="source side, a sentence a line")
+    whole.add_argument(
+        "--src", type=Path, metavar="FILE", help="source side, one sentence per line"
+    )
     whole.add_argument("--tgt", type=Path, metavar="FILE", help="target side, aligned by line")
     whole.add_argument("--valid-size", type=int, help="pairs (400, of a small text one in twelve)")
     whole.add_argument("--test-size", type=int, help="pairs (600, of a small text one in eight)")

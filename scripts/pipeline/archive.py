@@ -32,6 +32,8 @@ from plan import Plan
 from records import keep_direction, restore_direction
 from snakemake.utils import update_config
 
+from analysis.runs.errors import UserError, one_line_errors
+
 SCRIPTS = Path(__file__).resolve().parents[1]
 sys.path.append(str(SCRIPTS / "benchmarks"))
 from benchmarking import Target, write_targets  # noqa: E402
@@ -64,7 +66,7 @@ def save(plan: Plan, output: Path, records: bool, figures: Sequence[str]) -> Non
     """Copy what is finished."""
     runs = finished(plan)
     if not runs:
-        sys.exit(f"error: {plan.runs}: expected finished runs, found none")
+        raise UserError(f"{plan.runs}: expected finished runs, found none")
     output.mkdir(parents=True, exist_ok=True)
     settings = yaml.safe_dump(plan.config, sort_keys=False, allow_unicode=True)
     (output / "config.yaml").write_text(settings, encoding="utf-8")
@@ -196,7 +198,7 @@ def restore(configs: Sequence[Path], plan: Plan, output: Path) -> None:
     """Put kept runs back, directions whole, and tell snakemake that they are done."""
     kept = sorted((output / "runs").glob("*.json"))
     if not kept:
-        sys.exit(f"error: {output}: expected runs, found none; it was kept without --records")
+        raise UserError(f"{output}: expected runs, found none; it was kept without --records")
     directions = []
     for path in kept:
         direction = path.stem
@@ -257,11 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--figures", nargs="+", default=[], metavar="PNG", help="figures that are shown somewhere"
     )
     args = parser.parse_args(arguments)
-    plan = Plan(merged(args.config), plugin="", gpu=False)
-    if args.action == "save":
-        save(plan, args.output, args.records, args.figures)
-    else:
-        restore(args.config, plan, args.output)
+    with one_line_errors():
+        plan = Plan(merged(args.config), plugin="", gpu=False)
+        if args.action == "save":
+            save(plan, args.output, args.records, args.figures)
+        else:
+            restore(args.config, plan, args.output)
 
 
 if __name__ == "__main__":
