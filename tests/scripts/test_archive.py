@@ -79,15 +79,14 @@ def test_saved_and_restored_the_report_is_the_same(study: Path) -> None:
     # Claim 4 is about ranks of 40 sentences, each of a few tokens.
     tolerance = np.where(before["claim"] == 4, 0.15, 0.04) + 0.05 * before["effect"].abs()
     assert ((after["effect"] - before["effect"]).abs() <= tolerance).all()
-    # snakemake takes all for done but the report.
+    # snakemake takes all for done but the report, and the texts of a teacher, which this study has not.
     plan = command(
         "snakemake", "--dry-run", "-s", ROOT / "scripts" / "Snakefile", "-c1", "--configfile", *CONFIGS,
         cwd=study,
     )  # fmt: skip
     jobs = dict(line.split()[:2] for line in plan.splitlines() if len(line.split()) == 2)
-    assert jobs.get("total", "0") in ("0", "2") and "student" not in jobs and "score" not in jobs, (
-        plan
-    )
+    made = {"prepare", "teacher", "cache", "student", "translate", "score"}
+    assert jobs["report"] == "1" and made.isdisjoint(jobs), plan
 
 
 def test_without_data_all_but_the_translations_is_judged(study: Path) -> None:
