@@ -15,7 +15,6 @@ import yaml
 
 from analysis import transfer
 from analysis.report import document
-from analysis.runs.errors import UserError
 from analysis.runs.files import sealed_json, sealed_parquet
 from analysis.runs.simulated import write_study
 from analysis.runs.token_records import read_columns
@@ -147,7 +146,7 @@ def test_runs_of_another_teacher_are_not_mixed_in(study: Path) -> None:
     half = pa.array(table["p_gold"].to_numpy() / 2)
     table = table.set_column(place, table.schema.field(place), half)
     path.write_bytes(sealed_parquet(table))
-    with pytest.raises(UserError, match="expected the tokens and the teacher"):
+    with pytest.raises(SystemExit, match="expected the tokens and the teacher"):
         keep("save", "--records")
 
 
