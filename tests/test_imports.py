@@ -59,15 +59,7 @@ def test_a_circle_is_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
-@pytest.mark.parametrize(
-    "package",
-    [
-        "sekd_fairseq",
-        pytest.param(
-            "analysis", marks=pytest.mark.xfail(reason="report and transfer share a type")
-        ),
-    ],
-)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
     files = {name: path for name, path in modules().items() if name.startswith(package)}
     graph = {name: set(imported(path, set(files))) - {name} for name, path in files.items()}
