@@ -129,7 +129,9 @@ def restore_direction(place: Path, subset: str, runs: Path, text: Path | None) -
         for step, footer in contents["footers"].items():
             footer["sekd.format_version"] = str(FORMAT_VERSION)
             records = whole(table, f"{name}:{step}:", noise).replace_schema_metadata(footer)
-            write(records, folder / "tokens" / subset / f"{step}.parquet")
+            path = folder / "tokens" / subset / f"{step}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(sealed_parquet(records, compression="zstd"))
     return [runs / name for name in kept]
 
 
@@ -194,7 +196,7 @@ def markers(pieces: Sequence[str]) -> list[str]:
 
 
 def write(table: pa.Table, path: Path, coded: Sequence[str] = ()) -> None:
-    """Write a Parquet file, small; ``coded`` are columns of :func:`code`."""
+    """Write a Parquet file, small, which takes its time; ``coded`` are columns of :func:`code`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {"translation", *coded}  # sentences that are alike are no dictionary
     content = sealed_parquet(
