@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.chapters.chapter import Figure
+from analysis.chapters.quality import RUN_COLUMNS
 from analysis.chapters.transfer import run_columns
 from analysis.runs.methods import label_of
 from analysis.stats import Floats
@@ -41,7 +42,7 @@ def difficulty_table(directions: Sequence[Direction], options: Options) -> pd.Da
                         "gamma": run.cut.gamma,
                     }
                 )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
 
 
 def _histogram(values: Floats, edges: Floats) -> NDArray[np.int64]:

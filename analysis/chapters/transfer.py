@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.chapters.chapter import Figure
+from analysis.chapters.quality import RUN_COLUMNS
 from analysis.runs.methods import label_of
 from analysis.stats import Floats, interval, ratio
 from analysis.style import PAGE, Look, among, figure, hide, save
@@ -95,7 +96,7 @@ def transfer_table(directions: Sequence[Direction], options: Options) -> pd.Data
                         "surprise_rank_correlation": run.surprise.get((family, bucket), np.nan),
                     }
                 )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else [*RUN_COLUMNS, "family", "bucket"])
 
 
 def gain_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
@@ -216,7 +217,7 @@ def calibration_table(directions: Sequence[Direction], options: Options) -> pd.D
                             "error": calibration_error(bins),
                         }
                     )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
 
 
 #: Families of the transfer figure and what its axes say.

@@ -270,3 +270,15 @@ def test_package_imports_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_runs_of_translations_alone(write_run: WriteRun, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    for method, wrong in (("teacher", 0.1), ("finetune", 0.3), ("word_kd", 0.2)):
+        for seed in (1, 2):
+            run = write_run(root, f"{method}.{seed}", method, seed=seed, wrong=wrong)
+            shutil.rmtree(run / "tokens", ignore_errors=True)
+    transfer.main([str(root), "--resamples", "100"])
+    text = (root / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| en-de | word-level KD | BLEU | 2 |" in text
+    assert "No run has token records." in text and "nan" not in text
