@@ -14,11 +14,12 @@ from pathlib import Path
 from sacrebleu.metrics.bleu import BLEU
 
 from analysis.comparison.chapters import Results, findings
-from analysis.comparison.document import check_output, write_report
+from analysis.comparison.document import write_report
 from analysis.comparison.metrics import compare_systems, measure_systems
 from analysis.comparison.systems import Corpus, load_corpus, named_paths
 from analysis.comparison.words import cut, splitter
 from analysis.neural import load_comet, sentence_scores
+from analysis.report.folder import check_output, replace_report
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.texts import read_lines
 from analysis.stats import Floats
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.trials,
             args.seed,
         )
-        write_report(results, args.output)
+        replace_report(args.output, lambda folder: write_report(results, folder))
         print(findings(results))
         print(f"report: {args.output / 'report.html'}")
 

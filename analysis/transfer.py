@@ -4,52 +4,18 @@ python -m analysis.transfer RUNS [--output DIR]
 """
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.figures import add_style
 from analysis.report.document import terminal_summary, write_report
-from analysis.results import Results, analyse
+from analysis.report.folder import MARK, check_output, replace_report
+from analysis.results import analyse
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.texts import read_lines
 from analysis.style import own_style
 from analysis.sums.buckets import Threshold
 from analysis.sums.direction import Options
-
-#: A file of every report; a directory without it is never replaced.
-MARK = "report.md"
-
-
-def check_output(output: Path) -> None:
-    """See, before anything is computed, that a report can be written to ``output``.
-
-    Raises
-    ------
-    UserError
-        There is something else than a report.
-    OSError
-        The directory cannot be written to.
-    """
-    if output.exists() and not (output / MARK).exists() and any(output.iterdir()):
-        raise UserError(
-            f"{output}: expected a report or nothing there, found other files; choose another --output"
-        )
-    there = next(folder for folder in output.absolute().parents if folder.exists())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=there):
-        pass
-
-
-def write(results: Results, output: Path, style: Path | None = None) -> None:
-    """Write the report beside ``output`` and put it in its place when it is complete."""
-    check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
-        made = Path(name) / "new"
-        write_report(results, made, style)
-        if output.exists():
-            output.rename(Path(name) / "old")
-        made.rename(output)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with own_style(args.style):  # read before the work, if it cannot be
             pass
         results = analyse(args.runs, options, args.comet)
-        write(results, output, args.style)
+        replace_report(output, lambda folder: write_report(results, folder, args.style))
         print(terminal_summary(results))
         print(f"report: {output / MARK}")
 

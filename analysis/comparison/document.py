@@ -1,8 +1,6 @@
 """A comparison written down: Markdown, HTML, and of each table CSV and LaTeX."""
 
-import base64
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,47 +18,13 @@ from analysis.comparison.chapters import (
 )
 from analysis.comparison.words import sentence_table
 from analysis.markup import markdown_table
-from analysis.page import render
-from analysis.runs.errors import UserError
+from analysis.page import drawing, render
+from analysis.report.latex import escape, tabular
 
 TITLE = "Systems compared"
-#: A file of every report; a directory without it is never replaced.
-MARK = "report.md"
 
 
-def check_output(output: Path) -> None:
-    """Refuse a place that a report cannot be written to, before anything is computed.
-
-    Raises
-    ------
-    UserError
-        Something else is there, or the system does not let a directory be made.
-    """
-    if (
-        output.exists()
-        and not (output / MARK).exists()
-        and (not output.is_dir() or any(output.iterdir()))
-    ):
-        raise UserError(
-            f"{output}: expected a report or nothing there, found other files; choose another --output"
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent):
-        pass
-
-
-def write_report(results: Results, output: Path) -> None:
-    """Write the report beside ``output`` and put it in its place when it is complete."""
-    check_output(output)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
-        made = Path(name) / "new"
-        _write_folder(results, made)
-        if output.exists():
-            output.rename(Path(name) / "old")
-        made.rename(output)
-
-
-def _write_folder(results: Results, folder: Path) -> None:
+def write_report(results: Results, folder: Path) -> None:
     """Write ``report.md``, ``report.html``, ``tables/`` and ``figures/`` into a new folder."""
     found = chapters(results)
     for name in ("tables", "figures"):
@@ -86,7 +50,7 @@ def _write_folder(results: Results, folder: Path) -> None:
         latex=latex_table,
         numeric=numeric,
         prose=MarkdownIt("commonmark", {"html": False}).renderInline,
-        figure=lambda name: _drawing(folder / "figures" / f"{name}.svg"),
+        drawing=lambda name: drawing(folder / "figures" / f"{name}.svg"),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -137,51 +101,18 @@ def numeric(table: Table) -> list[bool]:
 
 def latex_table(table: Table) -> str:
     """A table for a paper: booktabs, the best in bold, text escaped, its caption above."""
-    cells = table.shown.map(_latex)
+    cells = table.shown.map(escape)
     if table.best is not None:
         bold = "\\textbf{" + cells + "}"
         cells = cells.mask(pd.DataFrame(table.best, columns=cells.columns), bold)
-    lines = [
-        "\\begin{table}[t]",
-        "\\centering",
-        f"\\caption{{{_latex(table.caption)}}}",
-        f"\\label{{tab:{table.name}}}",
-        f"\\begin{{tabular}}{{{''.join('lr'[number] for number in numeric(table))}}}",
-        "\\toprule",
-        *(" & ".join(row) + r" \\" for row in [[_latex(str(name)) for name in cells.columns]]),
-        "\\midrule",
-        *(" & ".join(row) + r" \\" for row in cells.to_numpy().tolist()),
-        "\\bottomrule",
-        "\\end{tabular}",
-        "\\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    heads = [escape(name) for name in cells.columns]
+    layout = "".join("lr"[number] for number in numeric(table))
+    label = f"tab:{table.name}"
+    return tabular(heads, cells.to_numpy().tolist(), layout, escape(table.caption), label)
 
 
 #: What a number begins with; "no words" and "no sentences" stand in place of one.
 _NUMBER = re.compile(r"[<>]?\s*[-+]?\d|no (words|sentences)$")
-_LATEX = str.maketrans(
-    {
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "†": r"$^\dagger$",
-        "↓": r"$\downarrow$",
-        "≤": r"$\leq$",
-        "<": "$<$",
-        ">": "$>$",
-    }
-)
-
-
-def _latex(text: str) -> str:
-    return text.translate(_LATEX)
-
-
-def _drawing(path: Path) -> str:
-    """A drawing as an address that holds it."""
-    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

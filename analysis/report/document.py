@@ -1,16 +1,13 @@
 """The report written down: Markdown, HTML, CSV, LaTeX."""
 
-import base64
-import re
 from pathlib import Path
-from typing import Any
 
 from markdown_it import MarkdownIt
 
 from analysis.claims.verdicts import PLACEBO
 from analysis.figures import draw_all
 from analysis.markup import markdown_table
-from analysis.page import render
+from analysis.page import drawing, render
 from analysis.report import latex
 from analysis.report.blocks import Drawing, Section, Table
 from analysis.report.content import by_method, sections
@@ -18,8 +15,6 @@ from analysis.report.findings import findings
 from analysis.results import Results
 from analysis.runs.methods import label_of
 
-#: Pixels a point of a figure: its letters are made for paper, and a screen is farther away.
-PIXELS = 2.0
 TITLE = "Does the gain come from better transfer?"
 
 
@@ -69,15 +64,6 @@ def markdown(chapters: list[Section], summary: list[str]) -> str:
 
 def html(chapters: list[Section], summary: list[str], folder: Path) -> str:
     """The report as a page that opens from disk with nothing beside it; HTML in its text is text."""
-
-    def drawing(name: str) -> dict[str, Any]:
-        content = (folder / "figures" / f"{name}.svg").read_bytes()
-        size = re.search(rb'<svg[^>]*\swidth="([\d.]+)pt"', content)
-        return {
-            "data": f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}",
-            "width": round(float(size[1]) * PIXELS) if size else 600,
-        }
-
     prose = MarkdownIt("commonmark", {"html": False}).render
     return render(
         "report.html",
@@ -85,7 +71,7 @@ def html(chapters: list[Section], summary: list[str], folder: Path) -> str:
         summary=summary,
         chapters=chapters,
         prose=prose,
-        drawing=drawing,
+        drawing=lambda name: drawing(folder / "figures" / f"{name}.svg"),
         is_table=lambda block: isinstance(block, Table),
         is_drawing=lambda block: isinstance(block, Drawing),
     )

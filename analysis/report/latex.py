@@ -17,6 +17,9 @@ _SPECIAL = {
     ">": r"\textgreater{}",
     "±": r"$\pm$",
     "−": "$-$",
+    "†": r"$^\dagger$",
+    "↓": r"$\downarrow$",
+    "≤": r"$\leq$",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
