@@ -223,7 +223,7 @@ def read_token_set(path: Path) -> TokenSet:
     return TokenSet(sentences, index, position, token, teacher, digest.hexdigest(), sealed)
 
 
-def iterate_columns(path: Path, names: Sequence[str], rows: int = 1 << 18) -> Iterator[Columns]:
+def iterate_columns(path: Path, names: Sequence[str], rows: int = 1 << 17) -> Iterator[Columns]:
     """Read some number columns of a file, ``rows`` at a time, and check every value.
 
     Raises
