@@ -393,10 +393,12 @@ class Server:
         path: str,
         body: dict[str, Any] | None,
         read: Callable[[dict[str, Any]], Any],
+        retries: int | None = None,
     ) -> Any:
         """What ``read`` makes of the answer, asked for until there is a good one."""
         trouble = ""
-        for attempt in range(self.retries + 1):
+        retries = self.retries if retries is None else retries
+        for attempt in range(retries + 1):
             pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             if attempt and self._stopped.wait(pause):
                 break  # another request has failed for good
@@ -425,7 +427,7 @@ class Server:
             except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 trouble = f"an answer that cannot be read ({type(error).__name__}: {error})"
         raise UserError(
-            f"{self.url}{path}: expected an answer, found {trouble or 'none'}, {self.retries + 1} times; "
+            f"{self.url}{path}: expected an answer, found {trouble or 'none'}, {retries + 1} times; "
             "what was answered is kept: once the server is well, run the command again"
         )
 
@@ -479,8 +481,9 @@ class Server:
             request = way.request(tokens, self.best, self.model)
             try:
                 read = partial(_tried, way=way, tokens=tokens)
-                self._send("POST", request.path, request.body, read)
-            except (Refused, NotThisWay) as error:
+                # llama-cpp-python's server refuses a body with status 500, so few are sent.
+                self._send("POST", request.path, request.body, read, min(2, self.retries))
+            except UserError as error:
                 refusals.append(f"{kind.name}: {error}")
                 continue
             return way

@@ -147,7 +147,7 @@ class StandIn:
             meta = {"input_token_logprobs": chosen, "input_top_logprobs": top}
             return 200, {"text": "x", "meta_info": meta}
         if not isinstance(body["prompt"], str):
-            return 422, {"detail": "Input should be a valid string"}
+            return 500, {"message": "Input should be a valid string"}  # as llama-cpp-python's
         tokens = [*tokenizer.begin, *tokenizer.server_tokens(body["prompt"])]
         known = self.positions(tokens, best)[1:] + [{5: -1.0}]  # and a token that it generates
         tokens = [*tokens[1:], 5]
