@@ -62,6 +62,7 @@ def draw_claims(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> N
             axis.set_yticks(range(len(scopes)), scopes)
             axis.set_title(TITLES[claim])
             axis.set_xlabel(UNITS[claim])
+            axis.locator_params(axis="x", nbins=5)  # labels of many digits would run together
         hide(axes[len(claims) :])
         handles, names = [], []
         for treatment in treatments:
