@@ -5,8 +5,9 @@ from pathlib import Path
 
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.llm.vocabulary import TOKENIZER
+from sekd_fairseq.teachers.answers import Answers
 from sekd_fairseq.teachers.best_tokens import BestTokensEngine
-from sekd_fairseq.teachers.served import Answers, Server
+from sekd_fairseq.teachers.served import Server
 
 
 class HTTPEngine(BestTokensEngine):

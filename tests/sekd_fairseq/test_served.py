@@ -9,7 +9,8 @@ import pytest
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.teachers import served
-from sekd_fairseq.teachers.served import Answers, Server
+from sekd_fairseq.teachers.answers import Answers
+from sekd_fairseq.teachers.served import Server
 
 from .standin import Characters, StandIn, copying
 
