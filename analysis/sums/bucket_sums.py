@@ -40,9 +40,9 @@ METRICS = (
     "q_entropy",
 )
 READ = (
-    *("kl", "kl_target", "kl_nontarget", "p_gold", "q_gold", "p_entropy", "q_entropy"),
-    *("p_top1", "q_top1", "p_max", "q_max", "p_of_q_top1", "overlap_top5"),
-)
+    "kl", "kl_target", "kl_nontarget", "p_gold", "q_gold", "p_entropy", "q_entropy",
+    "p_top1", "q_top1", "p_max", "q_max", "p_of_q_top1", "overlap_top5",
+)  # fmt: skip
 CALIBRATION_BINS = 15
 
 
