@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sekd_fairseq.criterions.configuration import DistillationConfig
 from sekd_fairseq.criterions.projection import output_projection, parse_chunk_tokens
-from sekd_fairseq.errors import UserError
+from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.logits import flat_logits
 from sekd_fairseq.losses import (
     Events,
@@ -93,10 +93,11 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             cfg, 0.0, "label_smoothing", cfg.alpha == 1, "--alpha 1, without cross entropy"
         )
         if not hasattr(task.cfg, "teacher_cache"):
-            raise UserError(
-                f"{name} expects --task self_evolution_kd, found task "
-                f"{getattr(task.cfg, '_name', type(task).__name__)!r}; add the flag"
-            )
+            with one_line_errors():  # another task is no door of the plugin
+                raise UserError(
+                    f"{name} expects --task self_evolution_kd, found task "
+                    f"{getattr(task.cfg, '_name', type(task).__name__)!r}; add the flag"
+                )
         if not task.cfg.teacher_cache and not task.cfg.teacher_path:
             raise UserError(
                 f"{name} expects --teacher-cache DIR, found none; build one with: "
