@@ -38,6 +38,8 @@ PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 #: Statuses of a server that may be well again: timeouts, too many requests, its own failures.
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+#: Failures of its own (500) after which a server does not know a way to ask.
+REFUSALS = 3
 
 
 class Server:
@@ -166,12 +168,12 @@ class Server:
         path: str,
         body: dict[str, Any] | None,
         read: Callable[[dict[str, Any]], Any],
-        retries: int | None = None,
+        known: bool = True,
     ) -> Any:
-        """What ``read`` makes of the answer, asked for until there is a good one."""
-        trouble = ""
-        retries = self.retries if retries is None else retries
-        for attempt in range(retries + 1):
+        """What ``read`` makes of the answer, asked for until there is a good one. To a way to ask that may
+        not be ``known``, llama-cpp-python's server answers with status 500."""
+        trouble, broken = "", 0
+        for attempt in range(self.retries + 1):
             pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             if attempt and self._stopped.wait(pause):
                 break  # another request has failed for good
@@ -183,6 +185,9 @@ class Server:
             except self._httpx.TransportError as error:
                 trouble = f"{type(error).__name__}: {error}".rstrip(": ")
                 continue
+            broken += response.status_code == 500
+            if not known and broken == REFUSALS:
+                raise Refused(500, self._refusal(path, response))
             if response.status_code in PASSING:
                 trouble = f"status {response.status_code}: {_short(response.text)}"
                 self._stopped.wait(_wanted_pause(response.headers.get("retry-after", "")))
@@ -200,7 +205,7 @@ class Server:
             except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 trouble = f"an answer that cannot be read ({type(error).__name__}: {error})"
         raise UserError(
-            f"{self.url}{path}: expected an answer, found {trouble or 'none'}, {retries + 1} times; "
+            f"{self.url}{path}: expected an answer, found {trouble or 'none'}, {self.retries + 1} times; "
             "what was answered is kept: once the server is well, run the command again"
         )
 
@@ -254,8 +259,7 @@ class Server:
             request = way.request(tokens, self.best, self.model)
             try:
                 read = partial(_tried, way=way, tokens=tokens)
-                # llama-cpp-python's server refuses a body with status 500, so few are sent.
-                self._send("POST", request.path, request.body, read, min(2, self.retries))
+                self._send("POST", request.path, request.body, read, known=False)
             except UserError as error:
                 refusals.append(f"{kind.name}: {error}")
                 continue
