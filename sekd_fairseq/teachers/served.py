@@ -1,10 +1,7 @@
-"""Prompt log-probabilities from a server, over HTTP.
+"""Prompt log-probabilities from a server, over HTTP (how it is asked: :mod:`~sekd_fairseq.teachers.protocols`).
 
-What it is asked, and in which of three ways, is in :mod:`~sekd_fairseq.teachers.protocols`.
-
-A request that fails for a reason that may pass (a busy or restarting server, a cut answer) is sent
-again, with growing pauses; answers are kept in a file until they are no longer needed, so that
-nothing is asked twice, whenever the work was stopped.
+A request that fails for a reason that may pass (a busy server, a cut answer) is sent again, with growing
+pauses; answers are kept in a file until they are no longer needed, so that nothing is asked twice.
 """
 
 import hashlib
