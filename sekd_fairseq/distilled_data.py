@@ -31,7 +31,7 @@ from analysis.runs.texts import read_lines
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.evaluate import read_generated
-from sekd_fairseq.splits import check_splits, languages, stored_as
+from sekd_fairseq.splits import check_splits, languages, sentences_of, stored_as
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.data}: expected data of --dataset-impl mmap, lazy, cached or raw, found huffman, "
             "which is not written here; binarise the text again without it"
         )
-    original = indexed_dataset.make_dataset(stored[0], kind, dictionary=dictionary)
+    original = sentences_of(*stored, dictionary)
     if args.sources:
         write_more_text(args, (source, target), kind, dictionary)
         return
@@ -293,7 +293,7 @@ def side_of(
             f"{data}: expected the {side} side of {split} binarised (--dataset-impl mmap, lazy or cached), "
             f"found {'none' if stored is None else stored[1]}"
         )
-    return indexed_dataset.make_dataset(*stored, dictionary=dictionary)
+    return sentences_of(*stored, dictionary)
 
 
 def held_out_sentences(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fairseq import utils
-from fairseq.data import FairseqDataset, data_utils, indexed_dataset
+from fairseq.data import Dictionary, FairseqDataset, data_utils, indexed_dataset
 
 from sekd_fairseq.errors import UserError
 
@@ -49,6 +49,16 @@ def stored_as(
         if kind := indexed_dataset.infer_dataset_impl(path):
             return path, kind
     return None
+
+
+def sentences_of(path: str, kind: str, dictionary: Dictionary) -> Any:
+    """One side of a split, stored as :func:`stored_as` says, its sentences in any order.
+
+    The old format (``cached``) is read as ``lazy``, which needs no list of sentences beforehand, and counts
+    tokens from 1.
+    """
+    kind = "lazy" if kind == "cached" else kind
+    return indexed_dataset.make_dataset(path, kind, fix_lua_indexing=True, dictionary=dictionary)
 
 
 @contextmanager
@@ -95,14 +105,7 @@ def train_targets(task: Any) -> Iterator[FairseqDataset]:
             )
             if found is None:
                 break
-            path, kind = found
-            targets = indexed_dataset.make_dataset(
-                path,
-                "lazy" if kind == "cached" else kind,
-                fix_lua_indexing=True,
-                dictionary=task.target_dictionary,
-            )
-            yield targets
+            yield sentences_of(*found, task.target_dictionary)
 
 
 def load_split(task: Any, split: str, data: str) -> FairseqDataset:

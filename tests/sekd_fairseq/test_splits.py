@@ -7,6 +7,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
+from sekd_fairseq.distilled_data import side_of
 from sekd_fairseq.teacher_cache import TeacherCache
 
 from .conftest import command, error_line, parameters, sentence_pairs, train, write_text
@@ -143,3 +144,11 @@ def test_a_part_that_is_not_distilled_is_said(text: Path, data: Path, tmp_path: 
         tmp_path / "distilled",
     )  # fmt: skip
     assert "holds train1 as it is" in printed
+
+
+def test_the_old_format_has_the_tokens_of_the_new(text: Path, data: Path, tmp_path: Path) -> None:
+    own = binarise_as("cached", text, data, tmp_path / "own")
+    dictionary = Dictionary.load(str(data / "dict.de.txt"))
+    old, new = (side_of(folder, "valid", ("en", "de"), "de", dictionary) for folder in (own, data))
+    assert len(old) == len(new)
+    assert all(torch.equal(old[i].int(), new[i].int()) for i in reversed(range(len(new))))
