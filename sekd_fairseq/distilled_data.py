@@ -112,11 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = chosen_translations(args, dictionary, original, len(original))
     targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
     with atomic_directory(args.output) as folder:
-        for path in args.data.iterdir():
-            if path.is_dir():  # a language model's tokenizer
-                shutil.copytree(path, folder / path.name)
-            elif name not in (path.name, path.stem):
-                shutil.copy(path, folder)
+        copy_others(args.data, folder, [name])
         if kind == "raw":  # as the source beside it is
             text = "".join(f"{' '.join(line.split())}\n" for line in lines)
             (folder / name).write_bytes(text.encode())
@@ -177,7 +173,7 @@ def chosen_translations(
         elif args.choose == "mbr":
             values = mean_chrf(texts)
         else:
-            values = [joined_chrf(text, dictionary.string(references[sentence])) for text in texts]
+            values = against_reference(texts, dictionary.string(references[sentence]))
         chosen.append(texts[int(np.argmax(values))])  # of equals the model's best
     return chosen
 
@@ -217,6 +213,11 @@ def joined_chrf(pieces: str, other: str) -> float:
     be joined whatever cut them."""
     texts = (text.replace(" ", "") for text in (pieces, other))
     return float(CHRF().sentence_score(next(texts), [next(texts)]).score)
+
+
+def against_reference(texts: Sequence[str], reference: str) -> list[float]:
+    """chrF of each translation; a single one need not be compared."""
+    return [joined_chrf(text, reference) for text in texts] if len(texts) > 1 else [0.0]
 
 
 def mean_chrf(texts: Sequence[str]) -> list[float]:
@@ -269,11 +270,7 @@ def write_more_text(
     stored = [stored_as(args.data, args.subset, *language_pair, side) for side in language_pair]
     written = [Path(one[0]).name for one in stored if one is not None]
     with atomic_directory(args.output) as folder:
-        for path in args.data.iterdir():
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            elif path.stem not in written:
-                shutil.copy(path, folder)
+        copy_others(args.data, folder, written)
         for side, name in enumerate(written):
             sentences = [pair[side] for pair in pairs]
             write_indexed(folder / name, kind, sentences, len(dictionaries[side]))
@@ -317,6 +314,15 @@ def held_out_sentences(
 def key(sentence: torch.Tensor) -> bytes:
     """A sentence's tokens, to be found again."""
     return sentence.to(torch.int32).numpy().tobytes()
+
+
+def copy_others(data: Path, folder: Path, written: Sequence[str]) -> None:
+    """Copy a data directory but for the sides of a split that are written anew."""
+    for path in data.iterdir():
+        if path.is_dir():  # a language model's tokenizer
+            shutil.copytree(path, folder / path.name)
+        elif path.name not in written and path.stem not in written:
+            shutil.copy(path, folder)
 
 
 def write_indexed(path: Path, kind: str, sentences: list[torch.Tensor], vocab_size: int) -> None:

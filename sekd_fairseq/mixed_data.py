@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.runs.texts import read_lines
-from sekd_fairseq.distilled_data import encode, joined_chrf, side_of, translations, write_indexed
+from sekd_fairseq.distilled_data import (
+    against_reference,
+    encode,
+    side_of,
+    translations,
+    write_indexed,
+)
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.splits import languages
 
@@ -79,11 +85,8 @@ def nearest_to_references(generated: Path, data: Path) -> tuple[list[Tensor], in
         )
     targets, changed = [], 0
     for sentence, reference in enumerate(references):
-        texts = list(dict.fromkeys(found[sentence]))
-        scores = [0.0]
-        if len(texts) > 1:
-            gold = dictionary.string(reference)
-            scores = [joined_chrf(text, gold) for text in texts]
+        texts = found[sentence]
+        scores = against_reference(texts, dictionary.string(reference))
         best = int(np.argmax(scores))  # of equals the model's best
         changed += best > 0
         targets.append(encode(texts[best], dictionary, generated, sentence))
