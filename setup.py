@@ -56,7 +56,7 @@ setup(
             "protobuf>=4",  # SentencePiece's model format, for transformers and for GGUF files
         ],
         "served": ["httpx>=0.27"],  # teachers behind a server: parallel requests, timeouts
-        "storage": ["fsspec>=2024.6", "s3fs>=2024.6"],  # caches in object storage (copy_cache)
+        "storage": ["fsspec>=2024.6", "s3fs>=2024.6"],  # caches in object storage
         "workflow": ["snakemake>=9,<10"],  # scripts/Snakefile: restarts, parallel jobs, clusters
         "dev": [
             "pytest>=8",
@@ -64,6 +64,11 @@ setup(
             "filelock>=3",  # what their processes share is made once
             "hypothesis>=6",
             "httpx>=0.27",  # the tests of served teachers
+            # A real S3 server for the tests of object storage, and what speaks to it.
+            "s3fs>=2024.6",
+            "moto[s3]>=5",
+            "flask>=3",
+            "flask-cors>=4",
             "triton>=3.5; platform_system == 'Linux'",  # its interpreter proves the GPU kernels on a CPU
             "coverage>=7.10",  # follows forks and os._exit
             "ruff>=0.9",

@@ -3,27 +3,18 @@
     python -m sekd_fairseq.copy_cache CACHE s3://bucket/cache
     python -m sekd_fairseq.copy_cache s3://bucket/cache CACHE
 
-Training maps a cache into memory, so it reads a copy on the machine's own disk.  Whatever fsspec has a
-file system for will do: ``s3://`` (pip install s3fs), ``gs://`` (gcsfs), ``hf://`` (huggingface_hub).
-Every file is checked against the manifest, which is copied last, so that a split without one is not
-whole; an interrupted copy resumes.
+Whatever fsspec has a file system for will do: ``s3://`` (pip install s3fs), ``gs://`` (gcsfs), ``hf://``
+(huggingface_hub).  Every file is checked, and an interrupted copy resumes.  Commands that read a cache
+also take its address (:mod:`sekd_fairseq.teacher_cache.storage`).
 """
 
 import argparse
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from analysis.runs.files import hash_file
-from analysis.terminal import progress
-from sekd_fairseq.errors import CacheError, UserError, one_line_errors
+from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.inspect_cache import split_directories
-from sekd_fairseq.teacher_cache.format import MANIFEST, Manifest
-from sekd_fairseq.teacher_cache.reader import TeacherCache
-from sekd_fairseq.teacher_cache.tail import TAIL
+from sekd_fairseq.teacher_cache.storage import fetch, is_address, publish, remote_splits
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Copy each split."""
     args = parser().parse_args(argv)
-    remote = ["://" in place for place in (args.source, args.destination)]
+    remote = [is_address(place) for place in (args.source, args.destination)]
     if remote.count(True) != 1:
         raise UserError(
             f"expected a directory and an address (s3://...), found {args.source} and {args.destination}; "
@@ -61,161 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for place, name in remote_splits(args.source):
             copied += fetch(place, Path(args.destination) / name)
     print(f"{args.destination}: {copied / 2**20:,.1f} MiB copied, every file checked")
-
-
-def publish(directory: Path, url: str) -> int:
-    """Copy one split's cache to an address; returns the bytes that were sent.
-
-    Raises
-    ------
-    CacheError
-        It is not whole, or another cache is at the address.
-    UserError
-        The address cannot be written to.
-    """
-    manifest = TeacherCache.open(directory).manifest
-    content = (directory / MANIFEST).read_bytes()
-    sent = 0
-    with storage(url) as (system, root):
-        if system.exists(f"{root}/{MANIFEST}"):
-            if system.cat_file(f"{root}/{MANIFEST}") != content:
-                raise CacheError(f"{url}: holds another cache; delete it or name another address")
-            return 0
-        system.makedirs(root, exist_ok=True)
-        for name, digest in progress(files_of(manifest, directory), desc=f"to {url}", unit="file"):
-            path = directory / name
-            if digest is not None and hash_file(path) != digest:
-                raise CacheError(
-                    f"{path}: does not match its checksum; restore it, or delete it and {MANIFEST} and run its "
-                    "build_cache command again"
-                )
-            size = path.stat().st_size
-            if system.exists(f"{root}/{name}") and system.size(f"{root}/{name}") == size:
-                continue
-            system.put_file(str(path), f"{root}/{name}")
-            sent += size
-        system.pipe_file(f"{root}/{MANIFEST}", content)
-    return sent + len(content)
-
-
-def fetch(url: str, directory: Path) -> int:
-    """Copy one split's cache from an address; returns the bytes that were received.
-
-    Raises
-    ------
-    CacheError
-        There is none, a file is missing or damaged, or another cache is in the directory.
-    UserError
-        The address cannot be read.
-    """
-    received = 0
-    with storage(url) as (system, root):
-        content: bytes = system.cat_file(f"{root}/{MANIFEST}")
-        if (directory / MANIFEST).exists():
-            if (directory / MANIFEST).read_bytes() != content:
-                raise CacheError(f"{directory}: holds another cache; delete it or name another")
-            TeacherCache.open(directory)
-            return 0
-        directory.mkdir(parents=True, exist_ok=True)
-        manifest = manifest_of(content, url)
-        wanted = files_of(manifest)
-        if system.exists(f"{root}/{TAIL}"):
-            wanted.append((TAIL, None))
-        for name, digest in progress(wanted, desc=f"from {url}", unit="file"):
-            path = directory / name
-            if path.exists() and (digest is None or hash_file(path) == digest):
-                continue
-            with arriving(path) as temporary:
-                system.get_file(f"{root}/{name}", str(temporary))
-                if digest is not None and hash_file(temporary) != digest:
-                    raise CacheError(
-                        f"{url}/{name}: does not match its checksum; copy the cache there again from where it "
-                        "was built"
-                    )
-                received += temporary.stat().st_size
-        with arriving(directory / MANIFEST) as temporary:
-            temporary.write_bytes(content)
-    TeacherCache.open(directory)
-    return received + len(content)
-
-
-def files_of(manifest: Manifest, directory: Path | None = None) -> list[tuple[str, str | None]]:
-    """The files of a cache beside its manifest, with their SHA-256 where that is in it (a tail law has
-    its own)."""
-    found: list[tuple[str, str | None]] = [(shard.file, shard.sha256) for shard in manifest.shards]
-    if directory is not None and (directory / TAIL).exists():
-        found.append((TAIL, None))
-    for name, _ in found:
-        if Path(name).name != name:
-            raise CacheError(f"{MANIFEST}: names a file elsewhere: {name}")
-    return found
-
-
-def remote_splits(url: str) -> list[tuple[str, str]]:
-    """The address of each split of a cache, and its name (of one split's own address, empty)."""
-    with storage(url) as (system, root):
-        if system.exists(f"{root}/{MANIFEST}"):
-            return [(url, "")]
-        names = sorted(Path(path).name for path in system.ls(root, detail=False))
-        splits = [name for name in names if system.exists(f"{root}/{name}/{MANIFEST}")]
-    if not splits:
-        raise CacheError(
-            f"{url}: expected a teacher cache ({MANIFEST}), found none; copy one there"
-        )
-    return [(f"{url.rstrip('/')}/{name}", name) for name in splits]
-
-
-@contextmanager
-def storage(url: str) -> Iterator[tuple[Any, str]]:
-    """The file system of an address and its path there; what goes wrong there is one line."""
-    try:
-        import fsspec  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise UserError(
-            f"{url}: expected fsspec, found none ({error}); pip install fsspec"
-        ) from error
-    try:
-        system, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{url}: expected an address that fsspec can open, found {reason}"
-        ) from error
-    system.invalidate_cache()  # others may have written since
-    try:
-        yield system, str(root).rstrip("/")
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise CacheError(f"{url}: expected a teacher cache, found none whole ({error})") from error
-    except Exception as error:  # every file system has errors of its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(
-            f"{url}: cannot be read or written ({reason}); what was copied is kept, run the command again"
-        ) from error
-
-
-@contextmanager
-def arriving(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes ``path`` once it is whole."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def manifest_of(content: bytes, url: str) -> Manifest:
-    """The manifest of an address, as checked as a local one."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / MANIFEST).write_bytes(content)
-        try:
-            return Manifest.load(Path(folder))
-        except CacheError as error:
-            raise CacheError(str(error).replace(folder, url)) from error
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m sekd_fairseq.inspect_cache CACHE --student MODEL --data DATA
     python -m sekd_fairseq.inspect_cache CACHE/train --to-parquet train.parquet
 
-CACHE is what build_cache wrote (all splits), or the folder of one split.
+CACHE is what build_cache wrote (all splits), or the folder of one split; or the address of either
+(``s3://...``), of which no more is fetched than is asked for.
 """
 
 import argparse
@@ -23,6 +24,12 @@ from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.teacher_cache import CachedSentence, TeacherCache
 from sekd_fairseq.teacher_cache.finish import upgrade_cache
 from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest
+from sekd_fairseq.teacher_cache.storage import (
+    fetched,
+    is_address,
+    remote_manifest,
+    remote_splits,
+)
 from sekd_fairseq.teacher_cache.tail import TAIL
 
 
@@ -33,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
         description="Show what a teacher cache holds: of which data, teacher and truncation, its "
         "size, and how well its teacher predicts the references.",
     )
-    out.add_argument("cache", type=Path, metavar="CACHE", help="cache directory, or one split's")
+    out.add_argument(
+        "cache", metavar="CACHE", help="cache directory, or one split's, or its address (s3://...)"
+    )
     out.add_argument(
         "--upgrade",
         action="store_true",
@@ -99,8 +108,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         from sekd_fairseq.plugin import quiet_fairseq
 
         quiet_fairseq()
-    directories = split_directories(args.cache)
     unfit = 0
+    if not is_address(args.cache):
+        directories = split_directories(Path(args.cache))
+    elif args.upgrade:
+        raise UserError(f"--upgrade: expected a directory, found {args.cache}; copy it here first")
+    else:
+        places = [place for place, _ in remote_splits(args.cache)]
+        if not (args.verify or args.student or args.to_parquet):
+            for place in places:
+                print(describe(place, remote_manifest(place)), flush=True)
+            return
+        directories = [fetched(place) for place in places]
     if args.to_parquet and len(directories) > 1:
         raise UserError(
             f"--to-parquet: expected the folder of one split, found {len(directories)} in "
@@ -265,7 +284,7 @@ def split_directories(cache: Path) -> list[Path]:
     return splits
 
 
-def describe(directory: Path, manifest: Manifest) -> str:
+def describe(place: str | Path, manifest: Manifest) -> str:
     """A cache as text, one fact a line."""
     size = sum(shard.bytes for shard in manifest.shards)
     quality, teacher = manifest.quality, manifest.teacher
@@ -278,7 +297,7 @@ def describe(directory: Path, manifest: Manifest) -> str:
         who += f", {sum(teacher['parameters']):,} parameters"
     at = f" at temperature {manifest.temperature:g}" if manifest.temperature != 1 else ""
     lines = [
-        f"{directory}",
+        f"{place}",
         f"  split         {manifest.split}: {manifest.sentences:,} sentences, "
         f"{manifest.tokens:,} tokens, vocabulary {manifest.vocab_size:,}",
         f"  teacher       {', '.join(teacher['files'])} ({who}), "

@@ -34,6 +34,7 @@ from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import load_split, too_long, train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
+from sekd_fairseq.teacher_cache.storage import split_folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,9 +50,9 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--teacher-cache",
-        type=Path,
         metavar="CACHE",
-        help="the teacher's cache, with the split to score; without it only run.json is written, "
+        help="the teacher's cache (a directory, or an address as s3://...), with the split to score; "
+        "without it only run.json is written, "
         "as for a teacher itself",
     )
     out.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
@@ -86,7 +87,7 @@ class Scoring:
     """What the checkpoints of a run are scored on and how; attributes are named as the options are."""
 
     data: str
-    teacher_cache: Path | None
+    teacher_cache: str | None
     run: Path
     subset: str
     method: str | None
@@ -171,7 +172,7 @@ def score_checkpoint(
         record.hyperparameters["criterion"]["difficulty"] = "stored"
     if scoring.teacher_cache:
         if split is None:
-            cache = TeacherCache.open(scoring.teacher_cache / scoring.subset)
+            cache = TeacherCache.open(split_folder(scoring.teacher_cache, scoring.subset))
             split = ScoredSplit.open(task, cache, scoring)
         record = replace(record, teacher_cache=cache_record(split.cache))
         too_long(split.dataset, position_limits(models), scoring.subset)

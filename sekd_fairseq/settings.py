@@ -4,6 +4,7 @@ fairseq goes on from ``SAVE_DIR/checkpoint_last.pt`` whatever the options are no
 would then pass for one of the new settings, and one that was stopped would be a mixture.
 """
 
+import itertools
 import logging
 import os
 import zipfile
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq import utils
 from omegaconf import OmegaConf, open_dict
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.teacher_cache.format import MANIFEST, Manifest
+from sekd_fairseq.teacher_cache.storage import is_address, remote_manifest, remote_splits
 
 logger = logging.getLogger(__name__)
 
@@ -83,16 +86,28 @@ def remember_teacher(cfg: Any) -> None:
     move."""
     roots = getattr(cfg.task, "teacher_cache", None)
     if roots:
-        caches = [Path(root) / cfg.dataset.train_subset for root in roots.split(":")]
-        if not all((cache / MANIFEST).is_file() for cache in caches):
+        split = cfg.dataset.train_subset
+        found = [manifests_of(root, split) for root in utils.split_paths(roots)]
+        if not all(found):
             return  # the data say what is missing when they are loaded
-        manifests = [Manifest.load(cache) for cache in caches]
         with open_dict(cfg):
-            cfg.task.teacher = ":".join(manifest.fingerprint for manifest in manifests)
+            cfg.task.teacher = ":".join(one.fingerprint for one in itertools.chain(*found))
     elif getattr(cfg.task, "teacher_path", None):
         with open_dict(cfg):
             names = map(os.path.basename, cfg.task.teacher_path.split(":"))
             cfg.task.teacher = ":".join(names)
+
+
+def manifests_of(root: str, split: str) -> list[Manifest]:
+    """Of the caches of every part (``train``, ``train1``, ...) of a split."""
+    names = (f"{split}{part or ''}" for part in itertools.count())
+    if is_address(root):
+        places = {name: place for place, name in remote_splits(root)}
+        known = itertools.takewhile(places.__contains__, names)
+        return [remote_manifest(places[name]) for name in known]
+    folders = (Path(root) / name for name in names)
+    whole = itertools.takewhile(lambda folder: (folder / MANIFEST).is_file(), folders)
+    return [Manifest.load(folder) for folder in whole]
 
 
 def plain(cfg: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from fairseq.tasks.translation import TranslationConfig
 from omegaconf import II
 
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.teacher_cache.storage import is_address
 
 
 @dataclass
@@ -18,7 +19,8 @@ class SelfEvolutionKDTaskConfig(TranslationConfig):
         default=None,
         metadata={
             "help": "directory that python -m sekd_fairseq.build_cache wrote, with one folder a "
-            "split; with several data directories (bin1:bin2) as many caches (cache1:cache2). "
+            "split, or its address in object storage (s3://...); with several data directories "
+            "(bin1:bin2) as many caches (cache1:cache2; of addresses s3://one|s3://two). "
             "Off by default: then the task is plain translation"
         },
     )
@@ -51,8 +53,13 @@ class SelfEvolutionKDTaskConfig(TranslationConfig):
 
 
 def paths(value: str | None) -> list[str]:
-    """The paths of an option that takes several, ``a:b``; none for an option left out."""
+    """The paths of an option that takes several, ``a:b`` or ``s3://a|s3://b``; none for an option left out."""
     return utils.split_paths(value) if value else []
+
+
+def joined(values: list[str]) -> str | None:
+    """The inverse of :func:`paths`: fairseq separates with ``|`` where there is an address."""
+    return ("|" if any(map(is_address, values)) else ":").join(values) or None
 
 
 def check_options(cfg: SelfEvolutionKDTaskConfig) -> None:

@@ -30,9 +30,15 @@ from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
 from sekd_fairseq.splits import read_whole, readable
-from sekd_fairseq.tasks.configuration import SelfEvolutionKDTaskConfig, check_options, paths
+from sekd_fairseq.tasks.configuration import (
+    SelfEvolutionKDTaskConfig,
+    check_options,
+    joined,
+    paths,
+)
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teacher_cache.format import MANIFEST
+from sekd_fairseq.teacher_cache.storage import is_address, split_folder
 from sekd_fairseq.teachers.online import DenseTeacher, OnlineTeacher
 
 logger = logging.getLogger(__name__)
@@ -112,7 +118,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         dataset = self.datasets[split]
         parts = len(getattr(dataset.tgt, "datasets", [dataset.tgt]))
         names = [split + (str(part) if part else "") for part in range(parts)]
-        caches = [self._open_cache(Path(root), name, turn) for name in names]
+        caches = [self._open_cache(root, name, turn) for name in names]
         if isinstance(self.criterion, DistillationCriterion):
             for cache in caches:
                 self.criterion.check_cache(cache)
@@ -137,21 +143,22 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             sum(cache.manifest.tokens for cache in caches),
         )
 
-    def _open_cache(self, root: Path, split: str, turn: int) -> TeacherCache:
-        if not root.is_dir():
+    def _open_cache(self, root: str, split: str, turn: int) -> TeacherCache:
+        if not is_address(root) and not Path(root).is_dir():
             raise CacheError(
                 f"{root}: expected a teacher cache, found no directory; give its place with "
                 "--teacher-cache CACHE, or leave that out for plain translation"
             )
-        if not (root / split).is_dir():
-            built = sorted(path.name for path in root.iterdir() if path.is_dir())
+        folder = split_folder(root, split)
+        if not folder.is_dir():
+            built = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
             words = ("python", "-m", "sekd_fairseq.build_cache", paths(self.cfg.data)[turn])
             command = suggested(*words, "--path", "TEACHER", "--output", root, "--subset", split)
             raise CacheError(
                 f"{root}: expected the cache of split {split!r}, found {built or 'nothing'}; add "
                 f"it with: {command}"
             )
-        cache = TeacherCache.open(root / split)
+        cache = TeacherCache.open(folder)
         cache.check_dictionary(self.tgt_dict.symbols)
         return cache
 
@@ -160,7 +167,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         """The weights of ``--missing-mass tail``, (V,): those of the training set's cache, or where that
         is not there of the split's."""
         if self._tail_law is None:
-            directory = Path(paths(self.cfg.teacher_cache)[0]) / self.cfg.train_subset
+            directory = split_folder(paths(self.cfg.teacher_cache)[0], self.cfg.train_subset)
             if (directory / MANIFEST).exists():
                 cache = TeacherCache.open(directory)
             else:
@@ -320,10 +327,12 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         self._learnt = state.get("criterion", {})
         for name in ("teacher_cache", "teacher_path"):
             found = [
-                path if os.path.exists(path) else os.path.join(state.get("directory", ""), path)
+                path
+                if is_address(path) or os.path.exists(path)
+                else os.path.join(state.get("directory", ""), path)
                 for path in paths(getattr(self.cfg, name))
             ]
-            setattr(self.cfg, name, ":".join(found) or None)
+            setattr(self.cfg, name, joined(found))
 
     @one_line_errors()
     def eval_lm_dataloader(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,5 @@
 """Caches in object storage: whole there and whole back, whatever stops a copy."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 
 from sekd_fairseq import copy_cache
-from sekd_fairseq.copy_cache import fetch, publish, remote_splits, storage
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.teacher_cache import SentenceColumns, TeacherCache, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import payload_dtypes
+from sekd_fairseq.teacher_cache.storage import fetch, publish, remote_splits, storage
 from sekd_fairseq.teacher_cache.tail import write_tail
 
 pytest.importorskip("fsspec")
@@ -59,28 +58,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(params=["memory", "s3"])
-def address(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An address to copy to: in this process, or of moto's S3 server."""
-    if request.param == "memory":
-        with storage("memory://bucket") as (system, root):
-            if system.exists(root):
-                system.rm(root, recursive=True)
-        yield "memory://bucket/cache"
-        return
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir(f"bucket{port}")  # moto remembers those of other servers
-    yield f"s3://bucket{port}/cache"
-    server.stop()
+def address(request: pytest.FixtureRequest) -> str:
+    """An address to copy to: in this process, or of an S3 server."""
+    if request.param == "s3":
+        bucket: str = request.getfixturevalue("bucket")
+        return f"{bucket}/cache"
+    with storage("memory://bucket") as (system, root):
+        if system.exists(root):
+            system.rm(root, recursive=True)
+    return "memory://bucket/cache"
 
 
 def test_there_and_back(address: str, tmp_path: Path) -> None:
