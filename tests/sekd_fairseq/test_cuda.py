@@ -5,6 +5,7 @@ The commands run in forks, which can use CUDA as long as this process has not (c
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import sentencepiece
 import torch
 
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import ROOT, command, sentence_pairs, train_arguments, write_text
+from .conftest import ROOT, command, prepare, sentence_pairs, train_arguments, write_text
 
 pytestmark = pytest.mark.gpu
 
@@ -28,27 +28,26 @@ UPDATES = 40
 
 @dataclass(frozen=True)
 class Student:
-    """What a kind of model trains on, with the options that make one."""
+    """What a kind of model trains on, and the function that makes a training of it."""
 
     data: Path
     cache: Path
     teacher: Path
-    options: tuple[object, ...]
+    training: Callable[..., list[object]]
 
     def arguments(self, save: Path, *more: object) -> list[object]:
-        """A training of SE-KD on the GPU."""
-        words = train_arguments(
-            self.data, save, "--criterion", "self_evolution_kd", "--teacher-cache", self.cache,
-            "--max-update", UPDATES, "--validate-after-updates", UPDATES, *self.options, *more,
+        """A training of SE-KD."""
+        return on_gpu(
+            self.training(
+                self.data, save, "--criterion", "self_evolution_kd", "--teacher-cache", self.cache,
+                "--max-update", UPDATES, "--validate-after-updates", UPDATES, *more,
+            )
         )  # fmt: skip
-        if "hf_causal_lm" in words:
-            words.remove("--share-all-embeddings")
-        return on_gpu(words)
 
 
 def on_gpu(words: list[object]) -> list[object]:
-    """A command's words without those that keep it on the CPU."""
-    return [word for word in words if word != "--cpu"]
+    """A command's words, without what would keep it on the CPU where there is a GPU."""
+    return [word for word in words if word != "--cpu" or not torch.cuda.is_available()]
 
 
 def records(log: str, key: str) -> list[dict[str, Any]]:
@@ -59,51 +58,36 @@ def records(log: str, key: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def transformer(data: Path, cache: Path, teacher: Path) -> Student:
-    return Student(data, cache, teacher, ())
+    return Student(data, cache, teacher, train_arguments)
 
 
 @pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Student:
+def language_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Student:
     pytest.importorskip("transformers")
+    from .language_models import FAMILIES, train_llm_arguments
+
     folder = tmp_path_factory.mktemp("lm")
     for seed, (split, count) in enumerate({"train": 200, "valid": 20, "test": 13}.items()):
         write_text(folder, split, sentence_pairs(count, seed))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((folder / "train.de").read_text().splitlines()), vocab_size=300,
-        model_prefix=str(folder / "spm"), byte_fallback=True, hard_vocab_limit=False,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    splits = [word for name in ("train", "valid", "test") for word in (f"--{name}", folder / name)]
-    command(
-        "sekd_fairseq.prepare_llm_data", "--tokenizer", folder / "spm.model", *splits, "--source-lang", "en",
-        "--target-lang", "de", "--output", folder / "data", fresh=True,
-    )  # fmt: skip
-    config = {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    options = (
-        "--arch",
-        "hf_causal_lm",
-        "--hf-config",
-        folder / "config.json",
-        "--max-tokens",
-        1200,
-    )
+    prepare(tokenizer, folder, folder / "data")
     data = folder / "data" / "bin"
-    words = train_arguments(
-        data, folder, "--criterion", "cross_entropy", *options, "--max-update", 60
-    )
-    words.remove("--share-all-embeddings")
-    command(*on_gpu(words), "--disable-validation")
+    (folder / "config.json").write_text(json.dumps(FAMILIES["llama"]))
+
+    def training(data: Path, save: Path, *more: object) -> list[object]:
+        # In chunks: the other path through the criterion.
+        model = ("--hf-config", folder / "config.json", "--max-tokens", 1200)
+        return train_llm_arguments(data, save, *model, "--sekd-chunk-tokens", 64, *more)
+
+    words = train_llm_arguments(
+        data, folder, "--criterion", "cross_entropy", "--hf-config", folder / "config.json",
+        "--max-tokens", 1200, "--max-update", 60, "--disable-validation",
+    )  # fmt: skip
+    command(*on_gpu(words))
     command(
         "sekd_fairseq.build_cache", data, "--path", folder / "checkpoint_last.pt", "--output",
         folder / "cache", "--top-k", 8, "--subset", "train,valid,test", "--allow-implausible",
     )  # fmt: skip
-    # In chunks: the other path through the criterion.
-    chunked = (*options, "--sekd-chunk-tokens", 64)
-    return Student(data, folder / "cache", folder / "checkpoint_last.pt", chunked)
+    return Student(data, folder / "cache", folder / "checkpoint_last.pt", training)
 
 
 @pytest.fixture(scope="module", params=["transformer", "language_model"])
@@ -143,7 +127,13 @@ def test_training_and_resuming(
 
 
 @pytest.mark.parametrize(
-    "precision", [(), ("--fp16",), ("--bf16",)], ids=["float32", "fp16", "bf16"]
+    "precision",
+    [
+        # Without a GPU as well, so that what all of these tests stand on is run by every change.
+        pytest.param((), id="float32", marks=pytest.mark.gpu(optional=True)),
+        pytest.param(("--fp16",), id="fp16"),
+        pytest.param(("--bf16",), id="bf16"),
+    ],
 )
 def test_commands(
     student: Student,
@@ -154,7 +144,7 @@ def test_commands(
     best = single[0] / "checkpoint_best.pt"
     out = command(
         "fairseq_cli.validate", student.data, *PLUGIN, "--path", best, "--log-format", "json",
-        "--max-tokens", 1200, *precision,
+        "--max-tokens", 1200, *on_gpu(["--cpu"]), *precision,
     )  # fmt: skip
     (valid,) = records(out, "valid_loss")
     for key in ("valid_loss", "valid_hard_share", "valid_kl_hard"):
@@ -162,7 +152,7 @@ def test_commands(
         assert float(valid[key]) == pytest.approx(float(single[1][key]), rel=limit, abs=limit), key
     out = command(
         "fairseq_cli.generate", student.data, *PLUGIN, "--path", best, "--gen-subset", "test",
-        "--beam", 3, "--max-len-b", 15, *precision,
+        "--beam", 3, "--max-len-b", 15, *on_gpu(["--cpu"]), *precision,
     )  # fmt: skip
     scores = [float(line.split("\t")[1]) for line in out.splitlines() if line.startswith("H-")]
     assert len(scores) == 13 and all(map(math.isfinite, scores))
