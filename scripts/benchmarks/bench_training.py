@@ -12,7 +12,8 @@ results/bench_training.csv, .json and .png.
 
 With a GPU: a transformer-base (65 million parameters) on made-up sentences under a
 dictionary of 32,768 symbols, 16,384 tokens a batch, 4 loader workers, bfloat16, distilled from a
-teacher of three times its size. Writes bench_training_gpu.csv and .json after each round.
+teacher of three times its size; two epochs, the second measured. Writes bench_training_gpu.csv and
+.json after each run.
 
 One file of more than 400 lines: both machines measure and draw the same contenders.
 """
@@ -71,12 +72,11 @@ class Size(NamedTuple):
     student: tuple[int, int, int]  # width, layers a side, attention heads
     teacher: tuple[int, int, int]
     workers: int
-    updates: int
-    warm_up: int
+    interval: int  # updates from one log to the next
 
 
-GPU = Size(32768, 26_000, 16384, (512, 6, 8), (1024, 6, 16), 4, 40, 15)
-SMALLEST = Size(512, 200, 400, (16, 1, 2), (32, 1, 2), 0, 6, 2)
+GPU = Size(32768, 26_000, 16384, (512, 6, 8), (1024, 6, 16), 4, 15)
+SMALLEST = Size(512, 200, 400, (16, 1, 2), (32, 1, 2), 0, 2)
 #: What --minutes is spent on first comes first.
 GPU_METHODS: dict[str, list[str]] = {
     STOCK: METHODS[STOCK],
@@ -303,7 +303,7 @@ def measure_on_gpu(size: Size, rounds: int, minutes: float | None, output: Path)
                     options.append("--teacher-bf16")
                 start = time.monotonic()
                 try:
-                    run = train_here(data, options, size.updates, size.warm_up)
+                    run = train_here(data, options, size.interval)
                 except (SystemExit, torch.OutOfMemoryError) as error:
                     print(f"  {method}: not measured ({str(error)[:80]})")
                     refused.add(method)

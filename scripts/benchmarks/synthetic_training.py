@@ -72,7 +72,7 @@ def write_side(
 
 
 class Run(NamedTuple):
-    """A training: speed after its first updates, peak memory (of a GPU), and what it logged of them."""
+    """A training: speed, peak memory (of a GPU), and what was logged of the updates that were timed."""
 
     updates_a_second: float
     peak_gib: float | None
@@ -109,28 +109,46 @@ def progress_records() -> Iterator[Stamps]:
         logger.removeHandler(stamps)
 
 
-def train(data: Path, options: Sequence[str], updates: int, warm_up: int) -> Run:
-    """``fairseq-train`` in this process; its speed is that of the updates after ``warm_up``.
+def train(data: Path, options: Sequence[str], interval: int) -> Run:
+    """Two epochs of ``fairseq-train`` in this process; what is measured is the second.
+
+    The first time that a GPU meets a batch of some shape, its libraries choose and build kernels for
+    it, which takes longer than the update, and keep them: of contenders that train on the same batches
+    one after the other, the first would pay for all. Within the second epoch, the first ``interval``
+    updates, when loader workers start, are left out too, and those after the last whole interval.
 
     Raises
     ------
     SystemExit
-        The plugin or fairseq refuses the options.
+        The plugin or fairseq refuses the options, or an epoch has less than two intervals.
     """
-    on_gpu = torch.cuda.is_available()
-    # A training that logs every update waits for the GPU in every update.
-    interval = warm_up if on_gpu else 1
-    words = [
-        "fairseq-train", str(data), *PLUGIN, "--optimizer", "adam", "--lr", "1e-4", "--clip-norm",
-        "1.0", "--max-update", str(updates), "--disable-validation", "--distributed-world-size", "1",
-        "--log-format", "json", "--log-interval", str(interval), "--seed", "1", *options,
-    ]  # fmt: skip
-    if "--save-dir" not in options:
-        words.append("--no-save")
-    words.append("--bf16" if on_gpu else "--cpu")
     free_memory()
+    on_gpu = torch.cuda.is_available()
     held = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0
-    arguments, sys.argv = sys.argv, words
+    # A training that logs every update waits for the GPU in every update.
+    records = run_fairseq(
+        [str(data), *options, "--no-save", "--max-epoch", "2", "--log-interval", str(interval)]
+    )
+    peak = None
+    if on_gpu:  # fairseq forgets the peak whenever it logs, so it is taken from the log
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        peak = total - min(float(log["gb_free"]) for _, log in records) - held
+    timed = [(at, log) for at, log in records if int(log["epoch"]) == 2]
+    if len(timed) < 2:
+        raise SystemExit(f"expected two times {interval} updates an epoch, found {len(timed)}")
+    updates = int(timed[-1][1]["num_updates"]) - int(timed[0][1]["num_updates"])
+    seconds = timed[-1][0] - timed[0][0]
+    return Run(updates / seconds, peak, [log for _, log in timed[1:]])
+
+
+def run_fairseq(words: Sequence[str]) -> list[tuple[float, dict[str, str]]]:
+    """Run ``fairseq-train`` here; the updates that it logs, each with the time of its logging."""
+    command = [
+        "fairseq-train", *words, *PLUGIN, "--optimizer", "adam", "--lr", "1e-4", "--clip-norm", "1.0",
+        "--disable-validation", "--distributed-world-size", "1", "--log-format", "json", "--seed", "1",
+        "--bf16" if torch.cuda.is_available() else "--cpu",
+    ]  # fmt: skip
+    arguments, sys.argv = sys.argv, command
     try:
         with progress_records() as stamps, warnings.catch_warnings():
             warnings.simplefilter(
@@ -140,17 +158,7 @@ def train(data: Path, options: Sequence[str], updates: int, warm_up: int) -> Run
     finally:
         sys.argv = arguments
     free_memory()
-    peak = None
-    if on_gpu:  # fairseq forgets the peak whenever it logs, so it is taken from the log
-        total = torch.cuda.get_device_properties(0).total_memory / 2**30
-        peak = total - min(float(log["gb_free"]) for _, log in stamps.records) - held
-    records = [(at, log) for at, log in stamps.records if int(log["num_updates"]) >= warm_up]
-    assert len(records) > 1 or updates == warm_up, f"{updates} updates, {len(records)} records"
-    if len(records) < 2:
-        return Run(float("nan"), peak, [])
-    updates_timed = int(records[-1][1]["num_updates"]) - int(records[0][1]["num_updates"])
-    seconds = records[-1][0] - records[0][0]
-    return Run(updates_timed / seconds, peak, [log for _, log in records[1:]])
+    return stamps.records
 
 
 def free_memory() -> None:
@@ -162,8 +170,12 @@ def free_memory() -> None:
 
 def make_teacher(data: Path, save: Path, options: Sequence[str]) -> Path:
     """A checkpoint of an untrained model: how good a teacher is makes no difference to time."""
-    words = [*options, "--criterion", "label_smoothed_cross_entropy", "--save-dir", str(save)]
-    train(data, [*words, "--no-epoch-checkpoints", "--no-save-optimizer-state"], 1, 1)
+    run_fairseq(
+        [
+            str(data), *options, "--criterion", "label_smoothed_cross_entropy", "--max-update", "1",
+            "--save-dir", str(save), "--no-epoch-checkpoints", "--no-save-optimizer-state",
+        ]
+    )  # fmt: skip
     return save / "checkpoint_last.pt"
 
 
