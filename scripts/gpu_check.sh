@@ -24,7 +24,7 @@ done
 [[ -n $output && $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage
 python=$(command -v "${PYTHON:-python3}") || { echo "error: ${PYTHON:-python3}: not found" >&2; exit 1; }
 case $python in /*) ;; *) python=$PWD/$python ;; esac
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore USE_FLAX=0
 
 device=$("$python" -c '
 import re, torch

@@ -390,7 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (plan.work / folder).mkdir(parents=True, exist_ok=True)
     expected = {kind: float(value) for kind, value in config["seconds"].items()}
     end = begin + 60 * args.minutes - expected["report"] if args.minutes else float("inf")
-    for key, value in (("OMP_NUM_THREADS", "2"), ("HF_HUB_OFFLINE", "1")):
+    # transformers would import jax where that is installed, in each of the many processes.
+    for key, value in (("OMP_NUM_THREADS", "2"), ("HF_HUB_OFFLINE", "1"), ("USE_FLAX", "0")):
         os.environ.setdefault(key, value)
     signal.signal(signal.SIGTERM, stop)
     inputs = inputs_of(args.data, args.model)
