@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -50,14 +51,24 @@ class Resamples:
 
     def sums(self, values: Floats) -> Floats:
         """Column sums of ``values`` (S, C) in every resample: (B, C)."""
-        parts = [np.asarray(counts @ values, dtype=np.float64) for counts in self.blocks()]
-        return np.concatenate(parts)
+        return weighted_sums(self._counts, values)
 
     def blocks(self) -> Iterator[Floats]:
         """The counts, some resamples at a time, each (b, S)."""
-        block = max(1, (1 << 21) // max(self.sentences, 1))
-        for start in range(0, len(self._counts), block):
-            yield self._counts[start : start + block].astype(np.float64)
+        return row_blocks(self._counts)
+
+
+def weighted_sums(weights: NDArray[np.integer], values: Floats) -> Floats:
+    """Column sums of ``values`` (S, C) with each row of small whole ``weights`` (B, S): (B, C)."""
+    parts = [np.asarray(block @ values, dtype=np.float64) for block in row_blocks(weights)]
+    return np.concatenate(parts)
+
+
+def row_blocks(rows: NDArray[Any], elements: int = 1 << 21) -> Iterator[Floats]:
+    """Rows (B, S) as float64, so many at a time that a block has about ``elements``."""
+    block = max(1, elements // max(rows.shape[1], 1))
+    for start in range(0, len(rows), block):
+        yield rows[start : start + block].astype(np.float64)
 
 
 def ratio(numerator: Floats, denominator: Floats) -> Floats:
@@ -197,7 +208,12 @@ def partial_spearman(
     (default: one sample, each once); ranks are those within the sample, ties share their mean rank.
     Returns (B,); NaN where x or y is constant or determined by the others.
     """
-    weights = np.ones((1, len(x))) if counts is None else counts
+    rows = np.ones((1, len(x))) if counts is None else counts
+    blocks = row_blocks(rows, 1 << 17)  # the dozen arrays of a block stay in the processor's cache
+    return np.concatenate([_partial_spearman(x, y, given, block) for block in blocks])
+
+
+def _partial_spearman(x: Floats, y: Floats, given: Sequence[Floats], weights: Floats) -> Floats:
     centred = []
     for values in (x, y, *given):
         ranks = _ranks(values, weights)
@@ -225,9 +241,9 @@ def _ranks(values: Floats, counts: Floats) -> Floats:
     )  # of groups of equal values
     group = np.empty(len(values), dtype=np.int64)
     group[order] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(values)))
-    sizes = np.add.reduceat(counts[:, order], starts, axis=1)
+    sizes = np.add.reduceat(np.take(counts, order, axis=1), starts, axis=1)
     ranks = np.cumsum(sizes, axis=1) - (sizes - 1) / 2
-    return np.asarray(ranks[:, group], dtype=np.float64)
+    return np.asarray(np.take(ranks, group, axis=1), dtype=np.float64)
 
 
 def sorted_ranks(values: NDArray[np.floating], order: NDArray[np.intp]) -> Floats:

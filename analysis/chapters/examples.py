@@ -69,13 +69,9 @@ def example_groups(directions: Sequence[Direction], options: Options) -> list[Gr
 def _examples(
     direction: Direction, run: ScoredRun, other: ScoredRun, options: Options
 ) -> list[Example]:
-    assert direction.corpus is not None
     assert run.translations is not None and other.translations is not None
     texts, others = run.translations.texts, other.translations.texts
-    after, before = (
-        direction.corpus.sentence_scores(item, "chrF")
-        for item in (run.translations, other.translations)
-    )
+    after, before = run.translations.chrf, other.translations.chrf
     order = np.argsort(before - after, kind="stable")
     count = min(SHOWN, len(order) // 2)
     best, worst = order[:count], order[len(order) - count :][::-1]

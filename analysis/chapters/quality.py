@@ -1,4 +1,4 @@
-"""Translation quality by run: sacreBLEU's scores, intervals and significance tests, by its own code."""
+"""Translation quality by run: sacreBLEU's scores, intervals and significance tests."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,19 +6,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sacrebleu.metrics.base import Metric
-from sacrebleu.significance import PairedTest
 
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of, ordered
 from analysis.style import Look, abreast, direction_panels
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import BASELINES, partner
-from analysis.sums.translations import Corpus
+from analysis.sums.significance import PairedScores, Significance
 from analysis.terminal import progress
 
-#: Resamples and trials of the significance tests between two runs.
-TRIALS = 1000
 #: Columns of a table without rows.
 RUN_COLUMNS = ["direction", "method", "seed", "run"]
 
@@ -33,15 +29,18 @@ def results_table(directions: Sequence[Direction], options: Options) -> pd.DataF
     total = sum(len(direction.translated) for direction in directions)
     with progress(total=total, desc="score translations", unit="run") as bar:
         for direction in directions:
+            if direction.corpus is None:
+                continue
+            tests = Significance(direction.corpus)
             for run in direction.translated:
-                assert direction.corpus is not None
-                rows.append(_result(direction, direction.corpus, run))
+                rows.append(_result(direction, tests, run))
                 bar.update()
     return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
 
 
-def _result(direction: Direction, corpus: Corpus, run: ScoredRun) -> dict[str, Any]:
-    hypotheses = _hypotheses(run)
+def _result(direction: Direction, tests: Significance, run: ScoredRun) -> dict[str, Any]:
+    corpus = direction.corpus
+    assert corpus is not None
     row: dict[str, Any] = {
         "direction": direction.name,
         "method": str(run.method),
@@ -49,41 +48,24 @@ def _result(direction: Direction, corpus: Corpus, run: ScoredRun) -> dict[str, A
         "run": run.label,
         "updates": run.run.updates,
         "parameters": run.run.parameters,
-        "sentences": len(hypotheses),
+        "sentences": corpus.sentences,
     }
-    for name, metric in corpus.metrics.items():
-        score = metric.corpus_score(hypotheses, corpus.references, n_bootstrap=TRIALS)
+    for name in corpus.metrics:
+        score = tests.score(run, name)
         row[name] = score.score
         row[f"{name}_low"], row[f"{name}_high"] = score._mean - score._ci, score._mean + score._ci
     for name, metric in corpus.metrics.items():
         row[f"{name}_signature"] = str(metric.get_signature())
     for baseline in BASELINES:
         other = partner(run, direction.translated, baseline)
-        for name, metric in corpus.metrics.items():
-            gain, p_bootstrap, p_randomisation = np.nan, np.nan, np.nan
+        for name in corpus.metrics:
+            found = PairedScores(np.nan, np.nan, np.nan)
             if other is not None and run.method.id != "teacher" and run.method != other.method:
-                systems = _hypotheses(other), hypotheses
-                gain, p_bootstrap = _paired(metric, systems, corpus.references, "bs")
-                _, p_randomisation = _paired(metric, systems, corpus.references, "ar")
-            row[f"{name}_gain_over_{baseline}"] = gain
-            row[f"{name}_p_bootstrap_over_{baseline}"] = p_bootstrap
-            row[f"{name}_p_randomisation_over_{baseline}"] = p_randomisation
+                found = tests.compare(run, other, name)
+            row[f"{name}_gain_over_{baseline}"] = found.gain
+            row[f"{name}_p_bootstrap_over_{baseline}"] = found.p_bootstrap
+            row[f"{name}_p_randomisation_over_{baseline}"] = found.p_randomisation
     return row
-
-
-def _hypotheses(run: ScoredRun) -> list[str]:
-    assert run.translations is not None
-    return run.translations.texts.hypotheses
-
-
-def _paired(
-    metric: Metric, systems: tuple[list[str], list[str]], references: list[list[str]], kind: str
-) -> tuple[float, float]:
-    """Gain of the second system over the first and sacreBLEU's p-value of it."""
-    named: list[tuple[str, Sequence[str]]] = [("baseline", systems[0]), ("system", systems[1])]
-    test = PairedTest(named, {"metric": metric}, references, test_type=kind, n_samples=TRIALS)
-    scores: Any = next(values for key, values in test()[1].items() if key != "System")
-    return scores[1].score - scores[0].score, scores[1].p_value
 
 
 def draw_quality(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:

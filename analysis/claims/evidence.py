@@ -1,5 +1,6 @@
 """What decides, or accompanies, each claim: measured by seed, observed and resampled."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from analysis.sums.selection import bias
 #: A rank correlation below this is too weak to matter.
 CORRELATION_MARGIN = 0.1
 Couple = tuple[ScoredRun, ScoredRun]
+#: Of each couple the correlation and, (B,), that of every resample; None where there is none.
+Correlations = list[tuple[float, Floats]] | None
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,31 @@ class Evidence:
     Attributes
     ----------
     couples : (run, baseline's run), by seed
-    chance : the baseline's runs, each with another of its own
+    chance : that of the baseline's runs, each with another of its own; None where this is it
     """
 
     direction: Direction
     couples: Sequence[Couple]
-    chance: Sequence[Couple]
+    chance: "Evidence | None" = None
 
     @classmethod
-    def of(cls, direction: Direction, treatment: str, baseline: str) -> "Evidence":
-        """Of a method."""
+    def of(
+        cls, direction: Direction, treatment: str, baseline: str, chance: "Evidence | None" = None
+    ) -> "Evidence":
+        """Of a method; methods of one direction may share the placebo."""
         own = [run for run in direction.scored if str(run.method) == treatment]
         found = couples(own, direction.scored, baseline)
-        return cls(direction, found, placebo_couples(direction.scored, baseline))
+        return cls(direction, found, chance or cls.placebo(direction, baseline))
 
     @classmethod
     def placebo(cls, direction: Direction, baseline: str) -> "Evidence":
         """Of the baseline against itself."""
-        chance = placebo_couples(direction.scored, baseline)
-        return cls(direction, chance, chance)
+        return cls(direction, placebo_couples(direction.scored, baseline))
+
+    @functools.cached_property
+    def correlations(self) -> Correlations:
+        """Of the gain in KL and the gain in chrF, given length and the baseline's chrF."""
+        return _correlations(self.direction, self.couples, given_others=True)
 
 
 @dataclass(frozen=True)
@@ -168,27 +177,27 @@ def easy_times(direction: Direction, run: ScoredRun, other: ScoredRun) -> Floats
     return np.stack(columns, axis=1)
 
 
-def correlation_sample(evidence: Evidence, given_others: bool) -> Sample | None:
+def correlation_sample(evidence: Evidence) -> Sample | None:
     """Spearman's correlation over sentences of the gain in KL and the gain in chrF, beyond the one that
     the baseline's runs show among themselves; None without translations or a second baseline run.
 
     Of two runs of one method, whichever is nearer to the teacher in a sentence by chance also
     translates it better by chance: that much says nothing of a method.
     """
-    direction = evidence.direction
-    own = _correlations(direction, evidence.couples, given_others)
-    chance = _correlations(direction, evidence.chance, given_others)
-    if own is None or chance is None or not chance:
+    chance = evidence.chance or evidence
+    own = evidence.correlations
+    if own is None or not chance.correlations:
         return None
     placebo = {
-        other.label: found for (_, other), found in zip(evidence.chance, chance, strict=True)
+        other.label: found
+        for (_, other), found in zip(chance.couples, chance.correlations, strict=True)
     }
     effect, drawn = [], []
     for (_, other), (value, values) in zip(evidence.couples, own, strict=True):
         without, without_drawn = placebo[other.label]
         effect.append(value - without)
         drawn.append(values - without_drawn)
-    return _correlation_sample(direction, effect, drawn)
+    return _correlation_sample(evidence.direction, effect, drawn)
 
 
 def plain_correlation_sample(evidence: Evidence) -> Sample | None:
@@ -217,9 +226,8 @@ def _correlation_sample(
 
 def _correlations(
     direction: Direction, found: Sequence[Couple], given_others: bool
-) -> list[tuple[float, Floats]] | None:
-    """Of each couple the correlation and, (B,), that of every resample; None without translations of
-    both runs or where their scores do not vary."""
+) -> Correlations:
+    """None without translations of both runs or where their scores do not vary."""
     assert direction.resamples is not None
     values = []
     for run, other in found:
@@ -238,7 +246,7 @@ def sentence_gains(
     direction: Direction, run: ScoredRun, other: ScoredRun
 ) -> tuple[Floats, Floats, Floats, Floats]:
     """Of each sentence: gain in mean KL (nats), gain in sentence chrF, tokens, baseline's chrF."""
-    assert direction.tokens is not None and direction.corpus is not None
+    assert direction.tokens is not None
     assert run.translations is not None and other.translations is not None
     partition = direction.cut(run, other)
     column = partition.columns("all")
@@ -246,8 +254,7 @@ def sentence_gains(
     length = partition.by_sentence[:, column].sum(axis=1)
     lines = direction.tokens.sentences
     scores, reference = (
-        direction.corpus.sentence_scores(translations, "chrF")[lines]
-        for translations in (run.translations, other.translations)
+        translations.chrf[lines] for translations in (run.translations, other.translations)
     )
     return (base - own) / length, scores - reference, length, reference
 
@@ -288,7 +295,7 @@ MEASURES = (
     Measure(
         4,
         "partial rank correlation beyond the placebo's, given length and baseline's chrF",
-        lambda e: correlation_sample(e, True),
+        correlation_sample,
         _TEXTS,
         margin=CORRELATION_MARGIN,
     ),

@@ -69,11 +69,14 @@ def claims_table(
     treatments = sorted(method for method in methods if Method.of(method).is_treatment)
     if options.subset.startswith("train") or not treatments:
         return pd.DataFrame(columns=COLUMNS), relation_table({}, options)[0]
+    placebos = [Evidence.placebo(direction, options.baseline) for direction in scored]
     groups = {
-        treatment: [Evidence.of(direction, treatment, options.baseline) for direction in scored]
+        treatment: [
+            Evidence.of(item.direction, treatment, options.baseline, item) for item in placebos
+        ]
         for treatment in treatments
     }
-    groups[PLACEBO] = [Evidence.placebo(direction, options.baseline) for direction in scored]
+    groups[PLACEBO] = placebos
     groups = {name: [item for item in group if item.couples] for name, group in groups.items()}
     relation, unequal = relation_table(groups, options)
     rows: list[dict[str, Any]] = []

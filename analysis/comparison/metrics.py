@@ -63,18 +63,24 @@ def measure_systems(
     tokenizer = corpus.tokenizer
     if tokenizer.remark:
         warn(tokenizer.remark)
-    metrics: dict[str, Any] = {"BLEU": BLEU(tokenize=tokenizer.name), "chrF": CHRF()}
+    references = (
+        corpus.references
+    )  # given to the metrics, which then read them once for all systems
+    metrics: dict[str, Any] = {
+        "BLEU": BLEU(tokenize=tokenizer.name, references=references),
+        "chrF": CHRF(references=references),
+    }
     if ter and tokenizer.name == "char":
         warn("TER is left out: it needs words, and this tokenizer finds none (tok:char)")
     elif ter:
         asian = tokenizer.name in _ASIAN
-        metrics["TER"] = TER(normalized=asian, asian_support=asian)
+        metrics["TER"] = TER(normalized=asian, asian_support=asian, references=references)
     measures = []
     with progress(total=len(metrics) * len(corpus.systems), desc="score", unit="system") as bar:
         for name, metric in metrics.items():
             statistics = {}
             for system, lines in corpus.systems.items():
-                found = metric._extract_corpus_statistics(lines, corpus.references)
+                found = metric._extract_corpus_statistics(lines, references=None)
                 statistics[system] = np.array(found, dtype=np.float64)
                 bar.update()
             compute = _score_of(metric)

@@ -9,6 +9,7 @@ buckets          ways to cut the tokens
 bucket_sums      sums over tokens by bucket and sentence
 surprise         how alike teacher and student rank the references
 translations     sacreBLEU's statistics of every run's translations
+significance     its intervals and tests of them
 comet            COMET, where it is installed
 ===============  ==================================================================================
 """

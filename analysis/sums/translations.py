@@ -1,7 +1,7 @@
 """Translations with sacreBLEU's sufficient statistics, so that scores are sums of sentences."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +16,6 @@ from analysis.stats import Floats, Resamples
 from analysis.terminal import warn
 
 
-class RememberedBLEU(BLEU):
-    """BLEU that computes the sufficient statistics of a list of translations once."""
-
-    def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        return _remember(self, super()._extract_corpus_statistics, hypotheses, references)
-
-
-class RememberedCHRF(CHRF):
-    """chrF that computes the sufficient statistics of a list of translations once."""
-
-    def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: Any) -> Any:
-        return _remember(self, super()._extract_corpus_statistics, hypotheses, references)
-
-
-def _remember(metric: Any, extract: Any, hypotheses: Sequence[str], references: Any) -> Any:
-    # Keyed by identity; the lists are kept beside the result, so an identity is never reused.
-    store = metric.__dict__.setdefault("_remembered", {})
-    key = (id(hypotheses), id(references))
-    if key not in store:
-        store[key] = (hypotheses, references, extract(hypotheses, references))
-    return store[key][2]
-
-
 @dataclass(frozen=True)
 class Translations:
     """A run's translations.
@@ -47,10 +24,12 @@ class Translations:
     ----------
     texts : with references and sources
     statistics : sufficient statistics of each sentence by metric, (S, C)
+    chrf : of each sentence alone, (S,)
     """
 
     texts: Texts
     statistics: Mapping[str, Floats]
+    chrf: Floats
 
 
 @dataclass(frozen=True)
@@ -59,29 +38,29 @@ class Corpus:
 
     Attributes
     ----------
-    references : as sacreBLEU takes them
-    metrics : by name
+    metrics : by name, each with the references
     resamples : of the sentences
     """
 
-    references: list[list[str]]
     metrics: Mapping[str, Any]
     resamples: Resamples
 
     @property
     def sentences(self) -> int:
         """How many there are."""
-        return len(self.references[0])
+        return self.resamples.sentences
 
     def translations(self, texts: Texts) -> Translations:
         """A run's translations with their statistics."""
         found = {
             name: np.asarray(
-                metric._extract_corpus_statistics(texts.hypotheses, self.references), np.float64
+                metric._extract_corpus_statistics(texts.hypotheses, references=None), np.float64
             )
             for name, metric in self.metrics.items()
         }
-        return Translations(texts, found)
+        return Translations(
+            texts, found, np.array([self.score("chrF", row) for row in found["chrF"]])
+        )
 
     def score(self, metric: str, sums: Floats) -> float:
         """A corpus score from summed statistics, (C,)."""
@@ -90,10 +69,6 @@ class Corpus:
     def corpus_score(self, translations: Translations, metric: str) -> float:
         """A run's score."""
         return self.score(metric, translations.statistics[metric].sum(axis=0))
-
-    def sentence_scores(self, translations: Translations, metric: str) -> Floats:
-        """The score of each sentence alone, (S,)."""
-        return np.array([self.score(metric, row) for row in translations.statistics[metric]])
 
     def resampled_scores(self, translations: Translations, metric: str) -> Floats:
         """Corpus scores of every resample, (B,)."""
@@ -106,8 +81,11 @@ def make_corpus(run: Run, references: list[str], subset: str, resamples: Resampl
     tokenizer = _tokenizer(run, subset)
     if tokenizer.remark:
         warn(f"{run.direction}: {tokenizer.remark}")
-    metrics = {"BLEU": RememberedBLEU(tokenize=tokenizer.name), "chrF": RememberedCHRF()}
-    return Corpus([references], metrics, resamples)
+    metrics = {
+        "BLEU": BLEU(tokenize=tokenizer.name, references=[references]),
+        "chrF": CHRF(references=[references]),
+    }
+    return Corpus(metrics, resamples)
 
 
 def _tokenizer(run: Run, subset: str) -> Tokenizer:
