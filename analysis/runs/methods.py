@@ -9,6 +9,7 @@ NAMES = {
     "finetune": "fine-tuning",
     "seq_kd": "sequence-level KD",
     "word_kd": "word-level KD",
+    "seq_word_kd": "sequence- and word-level KD",
     "reverse_kl": "reverse KL",
     "skew_forward_kl": "skew KL",
     "skew_reverse_kl": "skew reverse KL",

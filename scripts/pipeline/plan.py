@@ -100,6 +100,13 @@ class Plan:
         self.generation = dict(config.get("generation", {}))
         #: Length penalties to choose from on the validation set, for each run; or None.
         self.length_penalties: list[float] | None = self.generation.pop(TUNED, None)
+        for method, own in self.methods.items():
+            word_level = own.get("criterion") in DISTILLING
+            if word_level and self.distilled(method) and self.teacher_prompts:
+                raise ValueError(
+                    f"{method}: a cache of the teacher's translations is made for students' prompts, and "
+                    "the teacher has prompts of its own; expected a criterion without a teacher"
+                )
 
     @cached_property
     def run_folders(self) -> list[str]:
@@ -180,12 +187,16 @@ class Plan:
             return [corpus["src"], corpus["tgt"]]
         return [f"{self.data}/raw/{wildcards.direction}.json"]
 
+    @cached_property
+    def teacher_prompts(self) -> bool:
+        """Whether a language-model teacher has prompts of its own."""
+        given = self.config["data"].items()
+        return any(name.startswith("teacher-") and value for name, value in given)
+
     def data_of(self, wildcards: Any) -> str:
         """The data directory that a run reads; a language-model teacher may have prompts of its own."""
         folder = f"{self.data}/{wildcards.direction}"
-        data = self.config["data"]
-        own = any(name.startswith("teacher-") and value for name, value in data.items())
-        if own and getattr(wildcards, "run", "teacher") == "teacher":
+        if self.teacher_prompts and getattr(wildcards, "run", "teacher") == "teacher":
             return f"{folder}/teacher"
         return f"{folder}/bin"
 
@@ -211,6 +222,27 @@ class Plan:
         """The data directory that a student trains on."""
         kind = "distilled" if self.distilled(wildcards.method) else "bin"
         return f"{self.data}/{wildcards.direction}/{kind}"
+
+    def student_cache(self, wildcards: Any) -> str | None:
+        """The teacher's distributions at the targets that a student trains on, if it is distilled from
+        them."""
+        if self.methods[wildcards.method]["criterion"] not in DISTILLING:
+            return None
+        kind = "distilled-cache" if self.distilled(wildcards.method) else "cache"
+        return f"{self.data}/{wildcards.direction}/{kind}"
+
+    def distill_arguments(self, wildcards: Any) -> list[str]:
+        """Arguments of sekd_fairseq.distilled_data; references are mixed in from the same data."""
+        given = dict(self.config.get("distill", {}))
+        if "gold-share" in given:
+            given["sources"] = f"{self.data}/{wildcards.direction}/bin"
+        return options(given)
+
+    def distill_generate_arguments(self) -> list[str]:
+        """Arguments of fairseq-generate for the teacher's translations of the training set."""
+        nbest = self.config.get("distill", {}).get("nbest")
+        arguments = self.generate_arguments("train", detokenize=False)
+        return [*arguments, "--nbest", str(nbest)] if nbest else arguments
 
     def warm_start(self, wildcards: Any) -> str | None:
         """The run of the main study whose parameters a student starts from: METHOD.SEED, one for all,
@@ -254,8 +286,8 @@ class Plan:
             arguments += ["--finetune-from-model", f"{start}/checkpoints/checkpoint_best.pt"]
         if stored := self.stored_difficulty(wildcards):
             arguments += ["--stored-difficulty", stored]
-        if own["criterion"] in DISTILLING:
-            arguments += ["--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
+        if cache := self.student_cache(wildcards):
+            arguments += ["--teacher-cache", cache]
         return arguments
 
     def method_inputs(self, wildcards: Any) -> list[str]:
@@ -264,8 +296,8 @@ class Plan:
         needed = [f"{data}/data.json"]
         if self.distilled(wildcards.method):
             needed.append(f"{data}/distilled.done")
-        if self.methods[wildcards.method]["criterion"] in DISTILLING:
-            needed.append(f"{data}/cache.done")
+        if cache := self.student_cache(wildcards):
+            needed.append(f"{cache}.done")
         if start := self.warm_start(wildcards):
             needed.append(f"{start}/train.done")
         if stored := self.stored_difficulty(wildcards):
@@ -312,7 +344,8 @@ class Plan:
         method = wildcards.run.rsplit(".", 1)[0]
         own = self.methods.get(method, {})
         if self.distilled(method):
-            arguments += ["--method", "seq_kd"]
+            word_level = own["criterion"] in DISTILLING
+            arguments += ["--method", "seq_word_kd" if word_level else "seq_kd"]
         elif own.get("rounds"):
             arguments += ["--method", f"rounds_{own['rounds'].get('by', 'student')}"]
         return [*arguments, *self.cpu]

@@ -57,6 +57,29 @@ def test_a_student_is_made_from_what_its_method_needs() -> None:
     assert "runs/demo/en-de/teacher/train.done" in plan.everything
 
 
+def test_the_teachers_translations_have_a_cache_of_their_own() -> None:
+    new = {"both": {"criterion": "cached_kd", "targets": "distilled"}}
+    plan = of("demo.yaml", methods=new, distill={"gold-share": 0.5, "nbest": 4})
+    both = job(method="both", seed=1)
+    assert plan.student_data(both) == "data/demo/en-de/distilled"
+    assert plan.method_inputs(both)[1:] == [
+        "data/demo/en-de/distilled.done", "data/demo/en-de/distilled-cache.done",
+    ]  # fmt: skip
+    assert plan.method_arguments(both)[-2:] == [
+        "--teacher-cache", "data/demo/en-de/distilled-cache",
+    ]  # fmt: skip
+    # It is compared with the teacher on the references, as every run.
+    assert plan.score_arguments(job(run="both.1")) == [
+        "--earlier", "--teacher-cache", "data/demo/en-de/cache", "--method", "seq_word_kd", "--cpu",
+    ]  # fmt: skip
+    assert plan.distill_arguments(both) == [
+        "--gold-share", "0.5", "--nbest", "4", "--sources", "data/demo/en-de/bin",
+    ]  # fmt: skip
+    assert plan.distill_generate_arguments()[-2:] == ["--nbest", "4"]
+    with pytest.raises(ValueError, match=r"both: .*prompts of its own"):
+        of("demo.yaml", methods=new, data={"teacher-template": "t.txt"})
+
+
 def test_a_training_with_patience_is_at_most_so_long() -> None:
     student = job(method="se_kd", seed=1)
     assert of("demo.yaml").updates(student, "student") == ["--total", "1600"]
