@@ -90,6 +90,7 @@ setup(
             "sekd-inspect-cache = sekd_fairseq.inspect_cache:main",
             "sekd-align-cache = sekd_fairseq.align_cache:main",
             "sekd-distilled-data = sekd_fairseq.distilled_data:main",
+            "sekd-join-data = sekd_fairseq.join_data:main",
             "sekd-rounds = sekd_fairseq.rounds:main",
             "sekd-score = sekd_fairseq.score:main",
             "sekd-evaluate = sekd_fairseq.evaluate:main",

@@ -54,6 +54,7 @@ class Settings:
     vocab_size: int
     character_coverage: float
     max_pieces: int
+    vocabulary: Path | None = None
 
     @property
     def languages(self) -> tuple[str, str]:
@@ -214,10 +215,12 @@ def write_subset(pairs: list[Pair], prefix: Path, languages: tuple[str, str]) ->
         Path(f"{prefix}.{language}").write_bytes(text.encode("utf-8"))
 
 
-def binarise(pieces: Path, destination: Path, languages: tuple[str, str]) -> None:
+def binarise(pieces: Path, destination: Path, settings: Settings) -> None:
     """Run ``fairseq-preprocess`` with a joined dictionary; its output goes to its own log."""
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
-    command += ["--source-lang", languages[0], "--target-lang", languages[1]]
+    command += ["--source-lang", settings.source_lang, "--target-lang", settings.target_lang]
+    if settings.vocabulary:
+        command += ["--srcdict", str(dictionary_of(settings.vocabulary))]
     for subset in SUBSETS:
         command += [f"--{subset}pref", str(pieces / subset)]
     command += ["--destdir", str(destination), "--workers", "1"]
@@ -234,6 +237,17 @@ def fingerprint(directory: Path, languages: tuple[str, str]) -> str:
         digest.update((directory / "pieces" / name).read_bytes() + b"\0")
     digest.update((directory / "bin" / f"dict.{languages[0]}.txt").read_bytes())
     return digest.hexdigest()
+
+
+def dictionary_of(vocabulary: Path) -> Path:
+    """The dictionary of a directory that an earlier call made; ``UserError`` where there is none."""
+    found = sorted((vocabulary / "bin").glob("dict.*.txt"))
+    if not found or not (vocabulary / "sentencepiece.model").is_file():
+        raise UserError(
+            f"--vocabulary {vocabulary}: expected a directory that this script made, with "
+            "sentencepiece.model and bin/, found none"
+        )
+    return found[0]
 
 
 def check_output(output: Path) -> None:
@@ -261,15 +275,22 @@ def prepare(
     building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         prefix = building / "sentencepiece"
-        train_text = (sentence for pair in subsets["train"] for sentence in pair)
-        train_sentencepiece(train_text, prefix, settings)
+        if settings.vocabulary:
+            for suffix in (".model", ".vocab"):
+                shutil.copyfile(
+                    (settings.vocabulary / "sentencepiece").with_suffix(suffix),
+                    prefix.with_suffix(suffix),
+                )
+        else:
+            train_text = (sentence for pair in subsets["train"] for sentence in pair)
+            train_sentencepiece(train_text, prefix, settings)
         texts, pieces, too_long, inexact = encode(
             subsets, prefix.with_suffix(".model"), settings, given_splits
         )
         for subset in SUBSETS:
             write_subset(texts[subset], building / subset, settings.languages)
             write_subset(pieces[subset], building / "pieces" / subset, settings.languages)
-        binarise(building / "pieces", building / "bin", settings.languages)
+        binarise(building / "pieces", building / "bin", settings)
         # More than the model's pieces where the text has characters that it does not cover; a line
         # a symbol, and fairseq's own four.
         dictionary = building / "bin" / f"dict.{settings.source_lang}.txt"
@@ -325,6 +346,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="new, or made by an earlier call, which is replaced with all that lies in it",
     )
+    parser.add_argument(
+        "--vocabulary",
+        type=Path,
+        metavar="DIR",
+        help="take pieces and dictionary of what an earlier call made, instead of training them: for "
+        "language pairs that share one",
+    )
     parser.add_argument("--vocab-size", type=int, default=4000, help="pieces (%(default)s)")
     parser.add_argument(
         "--character-coverage",
@@ -373,8 +401,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.vocab_size,
         args.character_coverage,
         args.max_pieces,
+        args.vocabulary,
     )
     check_output(args.output)
+    if args.vocabulary:
+        dictionary_of(args.vocabulary)  # before the work
     text = text_of(args)
     subsets, dropped = text.load()
     summary = prepare(

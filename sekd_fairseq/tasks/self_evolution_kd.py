@@ -165,14 +165,27 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     @one_line_errors()
     def tail_law(self, device: torch.device) -> Tensor:
         """The weights of ``--missing-mass tail``, (V,): those of the training set's cache, or where that
-        is not there of the split's."""
+        is not there of the split's.
+
+        Raises
+        ------
+        UserError
+            The parts of a split have several teachers, each with a law of its own.
+        """
         if self._tail_law is None:
+            loaded = [one for one in self.datasets.values() if isinstance(one, TeacherDataset)]
+            for dataset in loaded:
+                models = [cache.manifest.teacher.get("sha256") for cache in dataset.caches]
+                if any(model != models[0] for model in models):
+                    raise UserError(
+                        f"--missing-mass tail: expected one teacher, whose law it is, found several for {len(models)} "
+                        "parts of a split (join_data); take --missing-mass bucket or uniform"
+                    )
             directory = split_folder(paths(self.cfg.teacher_cache)[0], self.cfg.train_subset)
             if (directory / MANIFEST).exists():
                 cache = TeacherCache.open(directory)
             else:
-                loaded = (d for d in self.datasets.values() if isinstance(d, TeacherDataset))
-                cache = next(loaded).caches[0]
+                cache = loaded[0].caches[0]
             self._tail_law = torch.from_numpy(cache.tail_law())
         self._tail_law = self._tail_law.to(device)
         return self._tail_law
