@@ -101,8 +101,13 @@ def test_its_options_exist(shown: str) -> None:
     words = SHOWN[shown]
     if words[0] == "python" and not words[2].startswith(("sekd_fairseq", "analysis")):
         pytest.skip("another project's")
-    given = [word.split("=")[0] for word in words[1:] if re.match(r"--[a-z]", word)]
-    assert set(given) <= known(words), (given, shown)
+    end = words.index("--") if "--" in words else len(words)
+    for part in (
+        words[:end],
+        ["fairseq-train", *words[end + 1 :]],
+    ):  # after --, as rounds takes them
+        given = [word.split("=")[0] for word in part[1:] if re.match(r"--[a-z]", word)]
+        assert set(given) <= known(part), (given, shown)
 
 
 def test_every_page_is_read() -> None:
@@ -203,6 +208,11 @@ def test_own_data_from_raw_text_to_the_report(folder: Path) -> None:
     block = block_with("docs/method.md", "tune_lenpen").replace("DATA", "data/bin")
     execute(folder, block)
     assert (folder / "runs/mine/se_kd/length_penalty.json").exists()
+    block = block_with("docs/more-text.md", "sekd_fairseq.rounds")
+    for option, value in {"updates": 20, "beam": 2, "max-tokens": 600}.items():
+        block = re.sub(rf"--{option} \S+", f"--{option} {value}", block)
+    execute(folder, block.replace(" -- ", " --cpu -- --cpu ").rstrip() + " " + " ".join(TINY))
+    assert (folder / "runs/mine/rounds/checkpoints/checkpoint_best.pt").exists()
 
 
 @pytest.mark.slow
