@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -49,7 +50,8 @@ SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "analysis",  # the same file for the same table
     "figure.constrained_layout.use": True,
 }
-
+#: Settings that follow ``font.size``.
+TEXT_SIZES = ("axes.titlesize", "axes.labelsize", "legend.fontsize", "xtick.labelsize", "ytick.labelsize")  # fmt: skip
 
 matplotlib.use("Agg")
 
@@ -97,7 +99,8 @@ _OWN: ContextVar[dict[str, Any] | None] = ContextVar("own", default=None)
 @contextmanager
 def own_style(path: Path | None) -> Iterator[None]:
     """Draw figures with the settings of a matplotlib style file on top of those here, for one's own
-    fonts and sizes; the width in ``figure.figsize`` is that of a figure over both columns.
+    fonts and sizes. ``font.size`` scales all text, and the height of figures with it; the width in
+    ``figure.figsize`` is that of a figure over both columns.
 
     Raises
     ------
@@ -125,8 +128,11 @@ def figure(
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure in the house style with its axes, row by row; closed afterwards."""
     own = _OWN.get() or {}
-    with matplotlib.rc_context(SETTINGS | own):
+    scale = own.get("font.size", SETTINGS["font.size"]) / SETTINGS["font.size"]
+    sizes = {name: SETTINGS[name] * scale for name in TEXT_SIZES}
+    with matplotlib.rc_context(SETTINGS | sizes | own):
         width *= own.get("figure.figsize", [PAGE])[0] / PAGE
+        height *= scale
         drawn, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
         try:
             yield drawn, [axis for row in axes for axis in row]
@@ -145,6 +151,50 @@ def save(drawn: Figure, path: Path) -> None:
     drawn.set_layout_engine("none")  # the layout is done; not again for every format
     for suffix in FORMATS:
         drawn.savefig(path.with_suffix(f".{suffix}"), metadata=dates[suffix])
+
+
+def row_mark(
+    axis: Axes, place: float, row: Mapping[Any, Any], name: str, look: Look, at_zero: bool
+) -> None:
+    """The value ``name`` of a row of a table with its interval, at a height; at 0 for what the others are
+    compared with, and where a row has no value, words that say so."""
+    value = 0.0 if at_zero else row[name]
+    if pd.isna(value):
+        inside = axis.get_yaxis_transform()
+        axis.text(0.5, place, "no run to compare with", transform=inside, ha="center", va="center",
+                  fontsize="small", color="0.4")  # fmt: skip
+        return
+    reach = [[value - row[f"{name}_low"]], [row[f"{name}_high"] - value]]
+    axis.errorbar(
+        [value],
+        [place],
+        xerr=None if at_zero else np.abs(reach),
+        fmt=look.marker,
+        color=look.colour,
+        elinewidth=0.9,
+        capsize=1.8,
+    )
+
+
+def row_level(axis: Axes, place: float, text: str) -> None:
+    """A number at the right of a panel."""
+    inside = axis.get_yaxis_transform()
+    axis.text(1.01, place, text, transform=inside, va="center", fontsize="small")
+
+
+def label_rows(axis: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
+    """Rows from the top down, with their names at the left."""
+    axis.set_yticks(places, labels)
+    axis.invert_yaxis()
+    axis.margins(y=0.12)
+    axis.grid(axis="x", linewidth=0.3, color="0.85")
+
+
+def share_x(axes: Sequence[Axes]) -> None:
+    """Give panels of one unit the same limits, so that they compare."""
+    low, high = zip(*(axis.get_xlim() for axis in axes), strict=True)
+    for axis in axes:
+        axis.set_xlim(min(low), max(high))
 
 
 def hide(axes: Sequence[Axes]) -> None:

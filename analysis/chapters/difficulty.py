@@ -74,7 +74,7 @@ def draw_difficulty(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) 
                 (gamma, 1.0),
                 xycoords=("data", "axes fraction"),
                 va="top",
-                fontsize=6,
+                fontsize="small",
                 color="0.25",
             )
             axis.set_xscale("log")

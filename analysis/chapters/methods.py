@@ -8,11 +8,19 @@ import numpy as np
 import pandas as pd
 
 from analysis.chapters.chapter import Figure
-from analysis.chapters.quality import RUN_COLUMNS
+from analysis.chapters.quality import PREFERRED, RUN_COLUMNS
 from analysis.claims.verdicts import PLACEBO
 from analysis.runs.methods import label_of, ordered
 from analysis.stats import LEVEL, Floats, hierarchical, holm
-from analysis.style import Look, abreast, direction_panels
+from analysis.style import (
+    Look,
+    abreast,
+    direction_panels,
+    label_rows,
+    row_level,
+    row_mark,
+    share_x,
+)
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import BASELINES, couples, placebo_couples
 from analysis.sums.translations import Corpus
@@ -155,45 +163,26 @@ def draw_methods(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> 
     """The results table as a figure: BLEU gained over word-level KD (or, where there is none, over
     fine-tuning) by method and direction, with hierarchical 95 % intervals and the mean BLEU."""
     table = table[(table["metric"] == "BLEU") & ~table["method"].isin(["teacher", PLACEBO])]
-    over = "word_kd" if table["gain_over_word_kd"].notna().any() else "finetune"
-    gain = f"gain_over_{over}"
-    if table[gain].isna().all():
+    over = next((name for name in PREFERRED if table[f"gain_over_{name}"].notna().any()), "")
+    if not over:
         return
     height = 0.55 + 0.2 * max(table.groupby("direction").size())
     with direction_panels(table, height, path, abreast(table)) as panels:
         for axis, part in panels:
             methods = ordered(part["method"])
             for place, method in enumerate(methods):
-                row = part[part["method"] == method].iloc[0]
-                look = looks[method]
-                value = 0.0 if pd.isna(row[gain]) else row[gain]
-                reach = [[value - row[f"{gain}_low"]], [row[f"{gain}_high"] - value]]
-                axis.errorbar(
-                    [value],
-                    [place],
-                    xerr=None if pd.isna(row[gain]) else np.abs(reach),
-                    fmt=look.marker,
-                    color=look.colour,
-                    elinewidth=0.9,
-                    capsize=1.8,
-                )
-                axis.annotate(
-                    f"{row['mean']:.2f}",
-                    (1.01, place),
-                    xycoords=("axes fraction", "data"),
-                    va="center",
-                    fontsize=6,
-                )
+                row = part[part["method"] == method].iloc[0].to_dict()
+                row_mark(axis, place, row, f"gain_over_{over}", looks[method], method == over)
+                row_level(axis, place, f"{row['mean']:.2f}")
+            label_rows(axis, range(len(methods)), [label_of(method) for method in methods])
             axis.axvline(0, color="0.6", linewidth=0.6)
-            axis.set_yticks(range(len(methods)), [label_of(method) for method in methods])
-            axis.invert_yaxis()
-            axis.grid(axis="x", linewidth=0.3, color="0.85")
-            axis.margins(y=0.12)
             axis.set_xlabel(f"BLEU over {label_of(over)}")
+        share_x([axis for axis, _ in panels])
 
 
 FIGURE = Figure(
     "methods",
     draw_methods,
-    f"BLEU over the baseline, {LEVEL:.0%} intervals over sentences and seeds; BLEU itself on the right.",
+    f"BLEU over the baseline, {LEVEL:.0%} intervals over sentences and seeds; BLEU itself on the right. The "
+    "teacher is in the table only.",
 )

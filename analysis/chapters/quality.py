@@ -9,18 +9,29 @@ import pandas as pd
 
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of, ordered
-from analysis.style import Look, abreast, direction_panels
+from analysis.style import (
+    Look,
+    abreast,
+    direction_panels,
+    label_rows,
+    row_level,
+    row_mark,
+    share_x,
+)
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import BASELINES, partner
 from analysis.sums.significance import PairedScores, Significance
 from analysis.terminal import progress
 
 #: Columns of a table without rows.
+#: Baselines in the order in which a figure of gains takes the first that there is.
+PREFERRED = ("word_kd", "finetune")
 RUN_COLUMNS = ["direction", "method", "seed", "run"]
 
 
 def results_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
-    """One row a run: scores with bootstrap intervals, and gains over the baselines with p-values.
+    """One row a run: scores with bootstrap intervals, and gains over the baselines with intervals and
+    p-values.
 
     ``*_p_bootstrap_*`` is sacreBLEU's paired bootstrap, ``*_p_randomisation_*`` its approximate
     randomisation; both compare two runs on the same sentences and know nothing of seeds.
@@ -59,55 +70,47 @@ def _result(direction: Direction, tests: Significance, run: ScoredRun) -> dict[s
     for baseline in BASELINES:
         other = partner(run, direction.translated, baseline)
         for name in corpus.metrics:
-            found = PairedScores(np.nan, np.nan, np.nan)
+            found = PairedScores(*[np.nan] * 5)
             if other is not None and run.method.id != "teacher" and run.method != other.method:
                 found = tests.compare(run, other, name)
             row[f"{name}_gain_over_{baseline}"] = found.gain
+            row[f"{name}_gain_over_{baseline}_low"] = found.low
+            row[f"{name}_gain_over_{baseline}_high"] = found.high
             row[f"{name}_p_bootstrap_over_{baseline}"] = found.p_bootstrap
             row[f"{name}_p_randomisation_over_{baseline}"] = found.p_randomisation
     return row
 
 
 def draw_quality(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
-    """BLEU of every run with its bootstrap interval, a panel a direction."""
-    height = 0.5 + 0.17 * max(table.groupby("direction").size())
-    with direction_panels(table, height, path, abreast(table)) as panels:
+    """BLEU of every run over that of the baseline's run that it is compared with, with paired bootstrap
+    intervals, a panel a direction; BLEU itself on the right. Without a baseline its own intervals."""
+    over = next((name for name in PREFERRED if table[f"BLEU_gain_over_{name}"].notna().any()), "")
+    value = f"BLEU_gain_over_{over}" if over else "BLEU"
+    shown = table[table["method"] != "teacher"] if over else table
+    height = 0.5 + 0.17 * max(shown.groupby("direction").size())
+    with direction_panels(shown, height, path, abreast(shown)) as panels:
         for axis, part in panels:
-            methods = ordered(part["method"])
             place = 0.0
             ticks = []
+            methods = ordered(part["method"])
             for method in methods:
-                look = looks[method]
                 own = part[part["method"] == method].sort_values("seed")
                 places = place + np.arange(len(own)) * 0.5
-                errors = np.stack([own["BLEU"] - own["BLEU_low"], own["BLEU_high"] - own["BLEU"]])
-                axis.errorbar(
-                    own["BLEU"],
-                    places,
-                    xerr=np.abs(errors),
-                    fmt=look.marker,
-                    color=look.colour,
-                    elinewidth=0.9,
-                    capsize=1.8,
-                )
-                for value, high, at in zip(own["BLEU"], own["BLEU_high"], places, strict=True):
-                    axis.annotate(
-                        f"{value:.1f}",
-                        (high, at),
-                        xytext=(3, 0),
-                        textcoords="offset points",
-                        va="center",
-                        fontsize=6,
-                    )
+                for at, row in zip(places, own.to_dict("records"), strict=True):
+                    row_mark(axis, at, row, value, looks[method], method == over)
+                    row_level(axis, at, f"{row['BLEU']:.1f}")
                 ticks.append(float(places.mean()))
                 place = float(places[-1]) + 1.0
-            axis.set_yticks(ticks, [label_of(method) for method in methods])
-            axis.invert_yaxis()
-            axis.margins(x=0.12)
-            axis.grid(axis="x", linewidth=0.3, color="0.85")
-            axis.set_xlabel("BLEU, 95 % interval over sentences")
+            label_rows(axis, ticks, [label_of(method) for method in methods])
+            axis.set_xlabel(f"BLEU over {label_of(over)}" if over else "BLEU")
+            if over:
+                axis.axvline(0, color="0.6", linewidth=0.6)
+        share_x([axis for axis, _ in panels])
 
 
 FIGURE = Figure(
-    "quality", draw_quality, "BLEU of every run, 95 % bootstrap interval over sentences."
+    "quality",
+    draw_quality,
+    "BLEU of every run, by seed, over the baseline's run that it is compared with, with paired 95 % bootstrap "
+    "intervals over sentences; BLEU itself on the right. The teacher is in the table only.",
 )

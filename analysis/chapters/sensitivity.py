@@ -114,38 +114,48 @@ SYMBOLS = {"gamma": "Γ", "lambda_max": "λ_max", "beta": "β", "alpha": "α"}
 
 
 def draw_sensitivity(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
-    """BLEU by the value of one hyper-parameter, the others as in most runs, a panel each: means over
-    directions and seeds, the runs as points; the broken line is word-level KD."""
+    """BLEU (without translations KL to the teacher) by the value of one hyper-parameter, the others as in
+    most runs, a panel each: means over directions and seeds, the runs as points; the broken line is
+    word-level KD. Values stand beside each other as they are, so no line joins them."""
+    measure = "BLEU" if table["BLEU"].notna().any() else "kl"
     own = table[table["parameter"] != BASELINE]
     parameters = sorted(own["parameter"].unique())
     rows = -(-len(parameters) // 2)
     width = COLUMN if len(parameters) == 1 else PAGE
+    shown = among(looks, own["method"])
     with figure(width, 1.9 * rows, rows, min(2, len(parameters))) as (drawn, axes):
         for axis, parameter in zip(axes, parameters, strict=False):
-            part = own[own["parameter"] == parameter]
-            values = sorted(part["value"].astype(str).unique(), key=value_key)
-            for method, look in among(looks, own["method"]).items():
-                runs = part[part["method"] == method]
-                if runs.empty:
-                    continue
-                place = runs["value"].astype(str).map(values.index)
-                mean = runs["BLEU"].groupby(place).mean()
+            part = own[own["parameter"] == parameter].astype({"value": str})
+            values = sorted(part["value"].unique(), key=value_key)
+            for index, (method, look) in enumerate(shown.items()):
+                runs = part[part["method"] == method].dropna(subset=measure)
+                aside = (index - (len(shown) - 1) / 2) * 0.5 / len(shown)
+                place = runs["value"].map(values.index) + aside
+                mean = runs[measure].groupby(place).mean()
+                axis.plot(place, runs[measure], ".", color=look.colour, markersize=2, alpha=0.6)
                 axis.plot(
                     mean.index,
                     mean,
                     color=look.colour,
-                    linestyle=look.line,
+                    linestyle="none",
                     marker=look.marker,
                     label=label_of(method),
                 )
-                axis.plot(place, runs["BLEU"], ".", color=look.colour, markersize=2, alpha=0.6)
-            baseline = table.loc[table["parameter"] == BASELINE, "BLEU"].dropna()
+            for value in set(values) - set(part.dropna(subset=measure)["value"]):
+                inside = axis.get_xaxis_transform()
+                axis.text(
+                    values.index(value), 0.5, f"no {measure}", transform=inside, ha="center",
+                    fontsize="small", color="0.4",
+                )  # fmt: skip
+            baseline = table.loc[table["parameter"] == BASELINE, measure].dropna()
             if len(baseline):
                 axis.axhline(baseline.mean(), color="0.5", linewidth=0.7, linestyle=(0, (4, 2)))
             axis.set_xticks(range(len(values)), values)
-            axis.margins(x=0.08)
+            axis.set_xlim(-0.5, len(values) - 0.5)
+            axis.margins(y=0.1)
+            axis.grid(axis="y", linewidth=0.3, color="0.85")
             axis.set_xlabel(SYMBOLS.get(parameter, parameter.replace("_", " ")))
-            axis.set_ylabel("BLEU")
+            axis.set_ylabel("BLEU" if measure == "BLEU" else "KL(p‖q), nats")
         hide(axes[len(parameters) :])
         axes[0].legend(loc="best")
         save(drawn, path)
@@ -154,5 +164,6 @@ def draw_sensitivity(table: pd.DataFrame, path: Path, looks: Mapping[str, Look])
 FIGURE = Figure(
     "sensitivity",
     draw_sensitivity,
-    "BLEU by one hyper-parameter at a time, the others as in most runs; the broken line is the baseline.",
+    "BLEU (without translations the KL to the teacher) by one hyper-parameter at a time, the others as in most "
+    "runs: means, and the runs as points; the broken line is the baseline.",
 )

@@ -114,10 +114,10 @@ def read_log(run: Run) -> dict[int, dict[str, float]]:
 
 
 def draw_training(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
-    """KL on easy and hard tokens over training (mean over seeds), from records where there are some,
+    """KL on easy and hard tokens over training (mean over seeds), from records where a direction has some,
     else from the log; a panel a direction."""
-    source = "records" if (table["source"] == "records").any() else "log"
-    table = table[table["source"] == source]
+    recorded = table["source"] == "records"
+    table = table[recorded | ~table["direction"].isin(table.loc[recorded, "direction"])]
     with direction_panels(table, 2.1, path) as panels:
         for axis, part in panels:
             for method, look in among(looks, table["method"]).items():

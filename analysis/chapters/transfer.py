@@ -266,7 +266,12 @@ def draw_transfer(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) ->
             axis.set_xticks(range(len(labels)), labels)
             for code in names.loc[names["tokens"] == 0, "code"]:
                 axis.annotate(
-                    "no\ntokens", (code, 0), ha="center", va="bottom", fontsize=5, color="0.4"
+                    "no\ntokens",
+                    (code, 0),
+                    ha="center",
+                    va="bottom",
+                    fontsize="x-small",
+                    color="0.4",
                 )
             axis.set_xlabel(PANELS[family])
             axis.set_ylabel("KL(p‖q), nats")

@@ -56,7 +56,7 @@ def draw_buckets(table: pd.DataFrame, bucket: str, value: str, path: Path) -> No
         axis.set_xticks(range(len(buckets)), buckets)
         axis.set_xlabel(_AXES[bucket])
         axis.set_ylabel("F-measure" if value == "f" else value)
-        axis.legend(fontsize=5.5)
+        axis.legend()
         save(drawn, path)
 
 

@@ -152,6 +152,10 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
     if results.empty:
         return ["No run has translations."]
     blocks: list[Block] = [*_figure("methods", drawn)]
+    if methods[[f"gain_over_{name}" for name in BASELINES]].isna().all(axis=None):
+        blocks.append(
+            "No run of fine-tuning or word-level KD to compare with, so there are no gains."
+        )
     if (methods["seeds"] > 1).any():
         rows = [
             {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from sacrebleu.significance import _compute_p_value
 
-from analysis.stats import Floats, Resamples, weighted_sums
+from analysis.stats import Floats, Resamples, interval, weighted_sums
 from analysis.sums.direction import ScoredRun
 from analysis.sums.translations import Corpus
 
@@ -28,11 +28,13 @@ class PairedScores:
 
     Attributes
     ----------
-    gain : difference of their scores
+    gain, low, high : difference of their scores, with the percentile interval of the paired bootstrap
     p_bootstrap, p_randomisation : of no difference, by paired bootstrap and approximate randomisation
     """
 
     gain: float
+    low: float
+    high: float
     p_bootstrap: float
     p_randomisation: float
 
@@ -73,6 +75,7 @@ class Significance:
             np.array([score.score for score in self._resampled(item, metric)])
             for item in (run, baseline)
         )
+        low, high = interval(drawn - drawn_base)
         differences = np.abs(drawn - drawn_base)
         p_bootstrap = _compute_p_value(differences - differences.mean(), abs(gain))
         # A trial gives each sentence's two translations to either of two pseudo-systems.
@@ -81,7 +84,8 @@ class Significance:
         scores, others = (
             np.array([self._value(metric, sums) for sums in both]) for both in (first, second)
         )
-        return PairedScores(gain, p_bootstrap, _compute_p_value(np.abs(scores - others), abs(gain)))
+        p_randomisation = _compute_p_value(np.abs(scores - others), abs(gain))
+        return PairedScores(gain, float(low), float(high), p_bootstrap, p_randomisation)
 
     def _resampled(self, run: ScoredRun, metric: str) -> list[Any]:
         """The score of every resample."""

@@ -8,7 +8,7 @@ import pytest
 from conftest import WriteRun
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import PairedTest, _bootstrap_resample
 
 from analysis.runs.texts import Texts, write_texts
 from analysis.sums.direction import Direction, Options
@@ -55,6 +55,12 @@ def test_equal_sacrebleu_to_the_last_digit(
         base, own = next(values for key, values in test()[1].items() if key != "System")
         assert p == own.p_value and compared.gain == own.score - base.score
         assert 0.001 < p < 1
+    drawn = []
+    for item in (run, baseline):
+        statistics = item.translations.statistics[name].tolist()
+        drawn.append([score.score for score in _bootstrap_resample(statistics, plain(), TRIALS)[1]])
+    ends = np.percentile(np.subtract(*drawn), [2.5, 97.5])
+    assert [compared.low, compared.high] == pytest.approx(ends, abs=1e-5)
 
 
 def test_a_resample_of_a_run_is_scored_once(

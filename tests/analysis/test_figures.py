@@ -1,0 +1,187 @@
+"""What figures show, their size, and one's own style."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import figures, style
+from analysis.chapters import methods, quality, sensitivity, training
+from analysis.runs.errors import UserError
+from analysis.style import COLUMN, PAGE, looks
+
+Drawn = Callable[..., list[Axes]]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Drawn:
+    """Draws a table and gives its panels."""
+    saved: list[Figure] = []
+    for module in (style, sensitivity):
+        monkeypatch.setattr(module, "save", lambda figure, path: saved.append(figure))
+
+    def draw(function: Callable[..., None], table: pd.DataFrame) -> list[Axes]:
+        function(table, tmp_path / "figure", looks(set(table["method"]) - {"placebo"}))
+        (figure,) = saved
+        return figure.axes
+
+    return draw
+
+
+def settings(**changes: Any) -> pd.DataFrame:
+    rows = [
+        {
+            "direction": "de-en", "method": "se_kd_blend", "parameter": "schedule", "value": value,
+            "run": f"{value}.{seed}", "seed": seed, "BLEU": bleu + seed, "kl": bleu / 10,
+        }
+        for value, bleu in (("linear", 20.0), ("exp", 24.0), ("step", 21.0))
+        for seed in (1, 2)
+    ]  # fmt: skip
+    return pd.DataFrame(rows).assign(**changes)
+
+
+def test_settings_are_not_joined_by_lines(drawn: Drawn) -> None:
+    (axis,) = drawn(sensitivity.draw_sensitivity, settings())
+    lines = axis.get_lines()
+    assert {line.get_linestyle() for line in lines} == {"None"}
+    means = next(line for line in lines if len(line.get_xdata()) == 3)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["exp", "linear", "step"]
+    assert means.get_ydata().tolist() == [25.5, 21.5, 22.5]
+    assert axis.get_ylabel() == "BLEU"
+
+
+def test_settings_without_a_score_are_named(drawn: Drawn) -> None:
+    table = settings()
+    table.loc[table["value"] == "exp", "BLEU"] = np.nan
+    (axis,) = drawn(sensitivity.draw_sensitivity, table)
+    assert [text.get_text() for text in axis.texts] == ["no BLEU"]
+    assert axis.texts[0].get_position()[0] == 0
+
+
+def test_settings_without_translations_show_the_distance(drawn: Drawn) -> None:
+    (axis,) = drawn(sensitivity.draw_sensitivity, settings(BLEU=np.nan))
+    assert axis.get_ylabel().startswith("KL(p‖q)")
+    assert any(line.get_ydata().tolist() == [2.4, 2.0, 2.1] for line in axis.get_lines())
+
+
+def scores(**changes: Any) -> pd.DataFrame:
+    rows = []
+    for direction, gain in (("de-en", 1.5), ("en-de", -3.0)):
+        for method in ("teacher", "word_kd", "se_kd_blend"):
+            own = gain if method == "se_kd_blend" else np.nan
+            rows.append(
+                {
+                    "direction": direction, "method": method, "seed": 1, "run": f"{direction}/{method}",
+                    "BLEU": 20.0, "BLEU_low": 19.0, "BLEU_high": 21.0,
+                    "BLEU_gain_over_word_kd": own, "BLEU_gain_over_word_kd_low": own - 0.5,
+                    "BLEU_gain_over_word_kd_high": own + 0.25, "BLEU_gain_over_finetune": np.nan,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows).assign(**changes)
+
+
+def ends(axis: Axes) -> list[list[float]]:
+    """The intervals in a panel."""
+    return [path.vertices[:, 0].tolist() for item in axis.collections for path in item.get_paths()]
+
+
+def test_runs_show_paired_differences(drawn: Drawn) -> None:
+    first, second = drawn(quality.draw_quality, scores())
+    assert ends(first) == [[1.0, 1.75]] and ends(second) == [[-3.5, -2.75]]
+    names = [label.get_text() for label in first.get_yticklabels()]
+    assert names == ["word-level KD", "SE-KD (blend)"]
+    assert [text.get_text() for text in first.texts] == ["20.0", "20.0"]
+    assert first.get_xlabel() == "BLEU over word-level KD"
+    assert first.get_xlim() == second.get_xlim()
+
+
+def test_runs_without_a_baseline_show_levels(drawn: Drawn) -> None:
+    first, _ = drawn(quality.draw_quality, scores(BLEU_gain_over_word_kd=np.nan))
+    assert ends(first) == [[19.0, 21.0]] * 3 and first.get_xlabel() == "BLEU"
+
+
+def test_a_method_without_a_partner_is_not_drawn_at_zero(drawn: Drawn) -> None:
+    table = pd.DataFrame(
+        {
+            "direction": "de-en", "method": ["word_kd", "se_kd_blend", "se_kd_student"], "metric": "BLEU",
+            "mean": [20.0, 21.0, 22.0], "gain_over_word_kd": [np.nan, 1.0, np.nan],
+            "gain_over_word_kd_low": [np.nan, 0.5, np.nan],
+            "gain_over_word_kd_high": [np.nan, 1.5, np.nan], "gain_over_finetune": np.nan,
+        }
+    )  # fmt: skip
+    (axis,) = drawn(methods.draw_methods, table)
+    texts = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert texts.pop("no run to compare with") == 2
+    assert texts == {"20.00": 0, "21.00": 1, "22.00": 2}
+
+
+def test_a_direction_with_a_log_alone_has_its_panel(drawn: Drawn) -> None:
+    rows = [
+        {"direction": direction, "method": "word_kd", "run": direction, "bucket": "hard",
+         "source": source, "step": step, "kl": 1.0 / step}
+        for direction, sources in (("de-en", ("records", "log")), ("en-de", ("log",)))
+        for source in sources
+        for step in (1, 2)
+    ]  # fmt: skip
+    first, second = drawn(training.draw_training, pd.DataFrame(rows))
+    assert len(first.get_lines()) == len(second.get_lines()) == 1
+
+
+def widths(folder: Path) -> dict[str, float]:
+    """Of the drawings in a folder, in inches."""
+    found = {}
+    for path in folder.glob("*.svg"):
+        size = re.search(r'<svg[^>]*\swidth="([\d.]+)pt"', path.read_text())
+        found[path.stem] = round(float(size[1]) / 72, 2)
+    return found
+
+
+def test_widths_are_those_of_an_acl_page_and_style_changes_them(tmp_path: Path) -> None:
+    settings().to_csv(tmp_path / "sensitivity.csv", index=False)
+    scores().to_csv(tmp_path / "quality.csv", index=False)
+    assert figures.draw_all(tmp_path) == ["quality", "sensitivity"]
+    assert widths(tmp_path) == {"quality": PAGE, "sensitivity": COLUMN}
+    before = (tmp_path / "quality.pdf").read_bytes()
+    assert b"DejaVuSans" in before and b"DejaVuSerif" not in before
+    own = tmp_path / "own.mplstyle"
+    own.write_text("font.family: DejaVu Serif\nfont.size: 9\nfigure.figsize: 5.04, 3\n")
+    figures.main([str(tmp_path), "--output", str(folder_of(tmp_path)), "--style", str(own)])
+    assert widths(tmp_path / "report/figures") == {"quality": 5.04, "sensitivity": 2.42}
+    after = (tmp_path / "report/figures/quality.pdf").read_bytes()
+    assert b"DejaVuSerif" in after and b"DejaVuSans" not in after
+
+
+def folder_of(tmp_path: Path) -> Path:
+    """A report with the same tables."""
+    (tmp_path / "report/figures").mkdir(parents=True)
+    for path in tmp_path.glob("*.csv"):
+        (tmp_path / "report/figures" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "report"
+
+
+@pytest.mark.parametrize(("size", "label", "height"), [(None, 7.0, 2.0), (14.0, 14.0, 4.0)])
+def test_font_size_scales_all_text_and_the_height(
+    tmp_path: Path, size: float | None, label: float, height: float
+) -> None:
+    own = tmp_path / "own.mplstyle"
+    own.write_text("" if size is None else f"font.size: {size}\n")
+    with style.own_style(own), style.figure(PAGE, 2.0) as (whole, (axis,)):
+        axis.set_xlabel("x")
+        assert axis.xaxis.label.get_size() == label
+        assert axis.get_xticklabels()[0].get_size() == pytest.approx(label * 6.5 / 7)
+        assert whole.get_size_inches().tolist() == [PAGE, height]
+    own.write_text("font.size: 14\naxes.labelsize: 8\n")
+    with style.own_style(own), style.figure(PAGE, 2.0) as (_, (axis,)):
+        assert axis.xaxis.label.get_size() == 8
+
+
+def test_a_style_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    missing = style.own_style(tmp_path / "none.mplstyle")
+    with pytest.raises(UserError, match="--style: expected a matplotlib style file"), missing:
+        pass
