@@ -116,14 +116,13 @@ def _lengths(direction: Direction) -> pd.DataFrame:
     rows = []
     for run in direction.translated:
         assert run.translations is not None
-        words, reference = run.translations.statistics["BLEU"].sum(axis=0)[:2]
         lines = run.translations.texts.hypotheses
         rows.append(
             {
                 "direction": direction.name,
                 "method": str(run.method),
-                "length_ratio": words / reference if reference else np.nan,
-                "brevity_penalty": brevity_penalty(words, reference),
+                "length_ratio": run.translations.length_ratio,
+                "brevity_penalty": brevity_penalty(*run.translations.lengths),
                 "repetition": np.mean([repeats(cut(line).split()) for line in lines]),
             }
         )

@@ -30,6 +30,13 @@ def percent(value: Any) -> str:
     return "" if pd.isna(value) else f"{100 * value:.1f} %"
 
 
+def span(low: Any, high: Any) -> str:
+    """A number, or two with what lies between them; nothing where there is none."""
+    if pd.isna(low):
+        return ""
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
 def interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
     """A value with its interval."""
     if pd.isna(value):

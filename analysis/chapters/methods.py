@@ -36,7 +36,8 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
     :func:`analysis.stats.hierarchical`); with one seed the latter is missing. ``*_p_holm`` is
     corrected for the methods that stand beside each other in a direction; ``gain_over_*_seeds`` counts
     the couples of runs with a baseline's run of their own (:func:`analysis.sums.pairing.couples`);
-    ``*_detectable`` is the smallest gain that these runs could tell from 0.
+    ``*_detectable`` is the smallest gain that these runs could tell from 0. ``length_ratio`` is a mean,
+    ``lenpen_low`` and ``lenpen_high`` are the least and the greatest length penalty of the runs' searches.
 
     The method ``placebo`` is each baseline's seeds against its own next ones. Its mean is 0 by design;
     how wide its interval is says how far apart equal runs are.
@@ -99,18 +100,25 @@ class _Compared:
 def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]:
     scores = [[item.score(run, metric) for run in item.runs(method)] for item in group]
     over_seeds = _seed_means(scores)
+    found = [[run.translations for run in item.runs(method) if run.translations] for item in group]
+    penalties = [own.texts.lenpen for runs in found for own in runs if own.texts.lenpen is not None]
     row = _row(group, method, metric) | {
         "seeds": min(len(values) for values in scores),
         "mean": float(np.mean([np.mean(values) for values in scores])),
         "sd_over_seeds": float(np.std(over_seeds, ddof=1)) if len(over_seeds) > 1 else np.nan,
+        "length_ratio": float(
+            np.mean([np.mean([own.length_ratio for own in runs]) for runs in found])
+        ),
+        "lenpen_low": min(penalties, default=np.nan),
+        "lenpen_high": max(penalties, default=np.nan),
     }
     for baseline in BASELINES:
         compared = method not in ("teacher", baseline)
-        found = [
+        pairs = [
             couples(item.runs(method), item.direction.translated, baseline) if compared else []
             for item in group
         ]
-        row |= _gain(group, found, baseline, metric)
+        row |= _gain(group, pairs, baseline, metric)
     return row
 
 
@@ -120,7 +128,8 @@ def _seed_means(scores: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _placebo_row(group: Sequence[_Compared], metric: str) -> dict[str, Any]:
-    row = _row(group, PLACEBO, metric) | {"seeds": 0, "mean": np.nan, "sd_over_seeds": np.nan}
+    names = ("mean", "sd_over_seeds", "length_ratio", "lenpen_low", "lenpen_high")
+    row = _row(group, PLACEBO, metric) | dict.fromkeys(names, np.nan)
     for baseline in BASELINES:
         found = [placebo_couples(item.direction.translated, baseline) for item in group]
         row |= _gain(group, found, baseline, metric)

@@ -30,8 +30,8 @@ RUN_COLUMNS = ["direction", "method", "seed", "run"]
 
 
 def results_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
-    """One row a run: scores with bootstrap intervals, and gains over the baselines with intervals and
-    p-values.
+    """One row a run: length ratio, length penalty of the search (where it is known), scores with bootstrap
+    intervals, and gains over the baselines with intervals and p-values.
 
     ``*_p_bootstrap_*`` is sacreBLEU's paired bootstrap, ``*_p_randomisation_*`` its approximate
     randomisation; both compare two runs on the same sentences and know nothing of seeds.
@@ -50,8 +50,8 @@ def results_table(directions: Sequence[Direction], options: Options) -> pd.DataF
 
 
 def _result(direction: Direction, tests: Significance, run: ScoredRun) -> dict[str, Any]:
-    corpus = direction.corpus
-    assert corpus is not None
+    corpus, translations = direction.corpus, run.translations
+    assert corpus is not None and translations is not None
     row: dict[str, Any] = {
         "direction": direction.name,
         "method": str(run.method),
@@ -60,6 +60,8 @@ def _result(direction: Direction, tests: Significance, run: ScoredRun) -> dict[s
         "updates": run.run.updates,
         "parameters": run.run.parameters,
         "sentences": corpus.sentences,
+        "length_ratio": translations.length_ratio,
+        "lenpen": translations.texts.lenpen,
     }
     for name in corpus.metrics:
         score = tests.score(run, name)

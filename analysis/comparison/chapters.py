@@ -21,6 +21,7 @@ from analysis.comparison.words import (
     accuracy_table,
     bucket_table,
     histogram_table,
+    length_ratio,
     length_table,
     ngram_table,
 )
@@ -156,7 +157,7 @@ def _joined(names: Sequence[str]) -> str:
 def _scores(results: Results) -> Chapter:
     corpus, scores = results.corpus, results.comparison.scores
     shown = pd.DataFrame({"system": list(corpus.systems)})
-    best = np.zeros((len(shown), 1 + len(results.measures)), dtype=bool)
+    best = np.zeros((len(shown), 2 + len(results.measures)), dtype=bool)
     for column, measure in enumerate(results.measures, start=1):
         own = scores[scores["metric"] == measure.name].to_dict("records")
         shown[_heading(measure)] = [
@@ -165,7 +166,12 @@ def _scores(results: Results) -> Chapter:
             for row in own
         ]
         best[:, column] = [row["system"] == results.best(measure) for row in own]
-    caption = f"Scores on {_size(corpus)} with 95 % bootstrap intervals."
+    shown["length ratio"] = [
+        number(length_ratio(results.measures[0], system), 3) for system in corpus.systems
+    ]
+    caption = (
+        f"Scores on {_size(corpus)} with 95 % bootstrap intervals, and length by the references'."
+    )
     if corpus.others:
         caption += f" The best is bold; † differs from {corpus.baseline} (corrected p ≤ {ALPHA})."
     if any(measure.lower_is_better for measure in results.measures):

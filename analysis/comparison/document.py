@@ -108,7 +108,7 @@ def latex_table(table: Table) -> str:
     heads = [escape(name) for name in cells.columns]
     layout = "".join("lr"[number] for number in numeric(table))
     label = f"tab:{table.name}"
-    return tabular(heads, cells.to_numpy().tolist(), layout, escape(table.caption), label)
+    return tabular(heads, [cells.to_numpy().tolist()], layout, escape(table.caption), label)
 
 
 #: What a number begins with; "no words" and "no sentences" stand in place of one.

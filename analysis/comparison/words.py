@@ -83,7 +83,7 @@ def length_table(corpus: Corpus, bleu: Measure, texts: CutTexts) -> pd.DataFrame
                 "sentences": corpus.sentences,
                 "words": int(words),
                 "reference_words": int(reference),
-                "length_ratio": words / reference if reference else np.nan,
+                "length_ratio": length_ratio(bleu, system),
                 "brevity_penalty": brevity_penalty(words, reference),
                 "empty": sum(not line.strip() for line in lines),
                 "repetition": float(np.mean([repeats(own) for own in texts.systems[system]])),
@@ -99,6 +99,12 @@ def length_table(corpus: Corpus, bleu: Measure, texts: CutTexts) -> pd.DataFrame
         }
     )
     return pd.DataFrame(rows)
+
+
+def length_ratio(bleu: Measure, system: str) -> float:
+    """Words of a system by those of the closest references; NaN without any."""
+    words, reference = bleu.statistics[system].sum(axis=0)[:2]
+    return float(words / reference) if reference else float("nan")
 
 
 def brevity_penalty(words: float, reference: float) -> float:

@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.claims import verdicts
 from analysis.claims.verdicts import PLACEBO
 from analysis.figures import FIGURES
-from analysis.markup import interval, number, p_value, percent
+from analysis.markup import interval, number, p_value, percent, span
 from analysis.report.blocks import Block, Drawing, Section, Table
 from analysis.report.findings import judged
 from analysis.runs.methods import label_of, ordered
@@ -19,6 +19,12 @@ from analysis.sums.pairing import BASELINES
 
 Rows = list[dict[str, Any]]
 Tables = dict[str, pd.DataFrame]
+#: Beside the tables of BLEU.
+LENGTHS = (
+    "The length ratio is words of the translations by words of the references, as BLEU counts them: below 1 "
+    "BLEU has its brevity penalty, and a difference of BLEU may be one of length. The length penalty is the one "
+    "that a run's search was given."
+)
 
 
 def sections(
@@ -164,6 +170,8 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
                 "metric": row["metric"],
                 "seeds": str(row["seeds"]),
                 "mean ± sd": mean_sd(row),
+                "length ratio": number(row["length_ratio"], 3),
+                "length penalty": span(row["lenpen_low"], row["lenpen_high"]),
                 **{f"over {label_of(base)}": _over(row, base) for base in BASELINES},
             }
             for row in by_method(methods).to_dict("records")
@@ -173,7 +181,8 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
             "Holm's correction over the methods of a direction. The placebo is each baseline's seeds against "
             "its own next ones: its mean is 0 by design, and its interval says how far apart equal runs are."
         )
-        blocks.append(Table(pd.DataFrame(rows), source="tables/methods.csv"))
+        blocks.append(Table(_without_empty(rows), source="tables/methods.csv"))
+        blocks.append(LENGTHS)
     rows = [
         {
             "direction": row["direction"],
@@ -184,6 +193,8 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
                 for name in ("BLEU", "chrF", "COMET")
                 if name in row
             },
+            "length ratio": number(row["length_ratio"], 3),
+            "length penalty": span(row["lenpen"], row["lenpen"]),
             "over fine-tuning": _gain(row, "finetune"),
             "over word-level KD": _gain(row, "word_kd"),
             "sentences": str(row["sentences"]),
@@ -191,7 +202,9 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
         for row in by_method(results).to_dict("records")
     ]
     fold = "Every run" if len(blocks) > 1 else ""
-    blocks.append(Table(pd.DataFrame(rows), fold=fold, source="tables/results.csv"))
+    blocks.append(Table(_without_empty(rows), fold=fold, source="tables/results.csv"))
+    if not fold:
+        blocks.append(LENGTHS)
     blocks.append(
         "Gains of single runs are in BLEU, with the p-value of sacreBLEU's paired bootstrap between the two "
         "runs (approximate randomisation and chrF: `tables/results.csv`); they know nothing of seeds."
@@ -200,6 +213,12 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
     signatures = sorted({*results["BLEU_signature"], *results["chrF_signature"]})
     blocks.append("Signatures: " + ", ".join(f"`{item}`" for item in signatures))
     return blocks
+
+
+def _without_empty(rows: Rows) -> pd.DataFrame:
+    """A table without the length penalty where no run names one."""
+    table = pd.DataFrame(rows)
+    return table if table["length penalty"].any() else table.drop(columns="length penalty")
 
 
 def mean_sd(row: dict[Any, Any]) -> str:

@@ -1,5 +1,6 @@
 """What was found and how sure it is, in a paragraph."""
 
+import numpy as np
 import pandas as pd
 
 from analysis.claims.verdicts import CLAIMS, MIN_SEEDS, PLACEBO
@@ -14,6 +15,8 @@ SHORT = {
     4: "quality follows transfer",
     5: "hard tokens turn easy faster",
 }
+#: Length ratios farther apart than this are told beside a gain in BLEU.
+LENGTH_MARGIN = 0.01
 assert SHORT.keys() == CLAIMS.keys()
 
 
@@ -72,14 +75,29 @@ def _quality(methods: pd.DataFrame, treatment: str, options: Options) -> str:
     if rows.empty or pd.isna(rows.iloc[0][prefix]):
         return ""
     row = rows.iloc[0]
+    same = (methods["metric"] == "BLEU") & (methods["direction"] == row["direction"])
+    lengths = methods[same].set_index("method")["length_ratio"]
     low, high = row[f"{prefix}_low"], row[f"{prefix}_high"]
     text = f"{row[prefix]:+.2f} BLEU [{low:.2f}, {high:.2f}]"
     where = f" over {_pooled(methods)}" if row["direction"] == "all" else ""
     if row[f"{prefix}_seeds"] < 2:
-        return f"{text}{where}, from one seed, which says nothing of training again. "
+        found = f"{text}{where}, from one seed, which says nothing of training again. "
+    else:
+        found = (
+            f"{text}{where}; with these runs, a gain of {row[f'{prefix}_detectable']:.1f} BLEU would be "
+            "told from none four times in five. "
+        )
+    return found + _length(lengths[treatment], lengths.get(options.baseline, np.nan))
+
+
+def _length(own: float, baseline: float) -> str:
+    """What a reader of BLEU must know of translations of other lengths."""
+    if not abs(own - baseline) >= LENGTH_MARGIN:
+        return ""
+    longer = "longer" if own > baseline else "shorter"
     return (
-        f"{text}{where}; with these runs, a gain of {row[f'{prefix}_detectable']:.1f} BLEU would be told "
-        "from none four times in five. "
+        f"Its translations are {longer} than the baseline's, {own:.3f} of the references' words against "
+        f"{baseline:.3f}, so part of a difference of BLEU may be one of length. "
     )
 
 

@@ -1,11 +1,13 @@
 """Tables for a paper: booktabs, captions that stand alone, text escaped."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.claims.verdicts import ALPHA, PLACEBO
+from analysis.markup import number, span
 from analysis.report.content import by_method, claim_rows
 from analysis.runs.methods import label_of, ordered
 
@@ -30,10 +32,15 @@ def escape(text: object) -> str:
 
 
 def tabular(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], layout: str, caption: str, label: str
+    heads: Sequence[str],
+    groups: Sequence[Sequence[Sequence[str]]],
+    layout: str,
+    caption: str,
+    label: str,
 ) -> str:
-    """A table of cells that are LaTeX already (needs the package booktabs)."""
-    lines = [" & ".join(row) + r" \\" for row in rows]
+    """A table of cells that are LaTeX already, with a rule between groups of rows (needs the package
+    booktabs)."""
+    blocks = ["\n".join(" & ".join(row) + r" \\" for row in rows) for rows in groups]
     return "\n".join(
         [
             r"\begin{table}[t]",
@@ -44,7 +51,7 @@ def tabular(
             r"\toprule",
             " & ".join(heads) + r" \\",
             r"\midrule",
-            *lines,
+            "\n\\midrule\n".join(blocks),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
@@ -55,55 +62,56 @@ def tabular(
 
 def results_table(methods: pd.DataFrame, baseline: str) -> str:
     """BLEU and chrF of every method by direction: mean and standard deviation over seeds, the best in
-    bold, and what is certainly better than the baseline marked."""
+    bold, and what is certainly better than the baseline marked; beside them the length ratio and, where
+    runs name one, the length penalty."""
     if methods.empty:
         return "% no rows\n"
     table = by_method(methods[methods["method"] != PLACEBO])
-    directions = list(dict.fromkeys(table["direction"]))
-    columns = [(one, metric) for one in directions for metric in dict.fromkeys(table["metric"])]
-    cells = {
-        (str(row["method"]), str(row["direction"]), str(row["metric"])): row
-        for row in table.to_dict("records")
-    }
-    corrected = f"gain_over_{baseline}_p_holm"
-    students = [name for name in ordered(table["method"]) if name != "teacher"]
-    best = {
-        (one, metric): max(
-            (
-                row["mean"]
-                for (name, *place), row in cells.items()
-                if name in students and place == [one, metric]
-            ),
-            default=np.nan,
-        )
-        for one, metric in columns
-    }
-    rows = []
-    for name in ordered(table["method"]):
-        row = [escape(label_of(name))]
-        for one, metric in columns:
-            cell = cells.get((name, one, metric))
-            if cell is None:
-                row.append("")
-                continue
-            text = f"{cell['mean']:.2f}"
-            if not pd.isna(cell["sd_over_seeds"]):
-                text += f" {{\\scriptsize$\\pm${cell['sd_over_seeds']:.2f}}}"
-            if name in students and cell["mean"] == best[one, metric]:
-                text = f"\\textbf{{{text}}}"
-            certain = cell.get(corrected, np.nan) <= ALPHA
-            better = certain and cell[f"gain_over_{baseline}"] > 0
-            row.append(text + (r"$^{\dagger}$" if better else ""))
-        rows.append(row)
-    heads = ["method"] + [
-        escape(f"{'mean' if one == 'all' else one} {metric}") for one, metric in columns
-    ]
+    metrics = list(dict.fromkeys(table["metric"]))
+    penalties = bool(table["lenpen_low"].notna().any())
+    groups = []
+    for direction, own in table.groupby("direction", sort=False):
+        students = own[own["method"] != "teacher"]
+        best = students.groupby("metric")["mean"].max()
+        rows = []
+        for name in ordered(own["method"]):
+            of_method = own[own["method"] == name].set_index("metric")
+            cells = [
+                _score(
+                    of_method.loc[metric].to_dict(), name != "teacher" and best[metric], baseline
+                )
+                for metric in metrics
+            ]
+            first = of_method.iloc[0]
+            cells.append(number(first["length_ratio"], 3))
+            if penalties:
+                cells.append(span(first["lenpen_low"], first["lenpen_high"]))
+            scope = "" if rows else escape("mean" if direction == "all" else direction)
+            rows.append([scope, escape(label_of(name)), *cells])
+        groups.append(rows)
+    heads = ["direction", "method", *map(escape, metrics), "length"]
+    if penalties:
+        heads.append("penalty")
     caption = (
         "Translation quality (sacreBLEU), mean $\\pm$ standard deviation over "
         f"{int(table['seeds'].max())} training seeds; best student in bold; $\\dagger$: better than "
-        f"{escape(label_of(baseline))}, $p\\leq{ALPHA:.2f}$ over sentences and seeds with Holm's correction."
+        f"{escape(label_of(baseline))}, $p\\leq{ALPHA:.2f}$ over sentences and seeds with Holm's correction. "
+        "Length: words of the translations by words of the references"
+        f"{'; penalty: the length penalty of the search' if penalties else ''}."
     )
-    return tabular(heads, rows, "l" + "r" * len(columns), caption, "tab:results")
+    return tabular(heads, groups, "ll" + "r" * (len(heads) - 2), caption, "tab:results")
+
+
+def _score(row: dict[Any, Any], best: float, baseline: str) -> str:
+    """The cell of a method's score; ``best`` is that of the students, False for who is none."""
+    text = f"{row['mean']:.2f}"
+    if not pd.isna(row["sd_over_seeds"]):
+        text += f" {{\\scriptsize$\\pm${row['sd_over_seeds']:.2f}}}"
+    if best and row["mean"] == best:
+        text = f"\\textbf{{{text}}}"
+    certain = row.get(f"gain_over_{baseline}_p_holm", np.nan) <= ALPHA
+    better = certain and row[f"gain_over_{baseline}"] > 0
+    return text + (r"$^{\dagger}$" if better else "")
 
 
 def claims_table(claims: pd.DataFrame, baseline: str) -> str:
@@ -118,4 +126,4 @@ def claims_table(claims: pd.DataFrame, baseline: str) -> str:
         "interval over sentences and seeds (above 0 is in the claim's favour), $p$ with Holm's correction, "
         "verdict. The placebo is the baseline against itself."
     )
-    return tabular([escape(name) for name in names], rows, "lp{5cm}rrl", caption, "tab:claims")
+    return tabular([escape(name) for name in names], [rows], "lp{5cm}rrl", caption, "tab:claims")

@@ -55,13 +55,19 @@ def _decode(line: bytes, path: Path, number: int) -> str:
 
 @dataclass(frozen=True)
 class Texts:
-    """Translations with their references and sources, line by line, each of equal length; ``sealed``
-    is whether ``scores.json`` holds their checksums."""
+    """Translations with their references and sources, line by line, each of equal length.
+
+    Attributes
+    ----------
+    sealed : whether ``scores.json`` holds their checksums
+    lenpen : the length penalty of the search, where ``scores.json`` says it
+    """
 
     hypotheses: list[str]
     references: list[str]
     sources: list[str] | None
     sealed: bool = False
+    lenpen: float | None = None
 
     @property
     def digest(self) -> str:
@@ -84,7 +90,9 @@ def read_texts(run: Path, subset: str) -> Texts | None:
     if not path.exists():
         return None
     scores, sealed = read_scores(run)
-    checksums = scores.get(subset, {}).get(LINES, {}) if sealed else {}
+    own = scores.get(subset, {})
+    checksums = own.get(LINES, {}) if sealed else {}
+    lenpen = float(own["lenpen"]) if isinstance(own.get("lenpen"), (int, float)) else None
     lines: dict[str, list[str]] = {}
     for suffix in ("", ".ref", ".src"):
         file = folder / f"{subset}{suffix}.txt"
@@ -101,7 +109,7 @@ def read_texts(run: Path, subset: str) -> Texts | None:
                 f"{file}: the lines do not match their checksum in scores.json, so they were edited "
                 "or damaged; evaluate the run again"
             )
-    return Texts(lines[""], lines[".ref"], lines.get(".src"), bool(checksums))
+    return Texts(lines[""], lines[".ref"], lines.get(".src"), bool(checksums), lenpen)
 
 
 def write_texts(run: Path, subset: str, texts: Texts) -> dict[str, str]:

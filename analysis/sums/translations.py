@@ -31,6 +31,18 @@ class Translations:
     statistics: Mapping[str, Floats]
     chrf: Floats
 
+    @property
+    def lengths(self) -> tuple[float, float]:
+        """Words of the translations, and of the references, as BLEU counts them."""
+        words, reference = self.statistics["BLEU"].sum(axis=0)[:2]
+        return float(words), float(reference)
+
+    @property
+    def length_ratio(self) -> float:
+        """Words of the translations by words of the references; NaN without any."""
+        words, reference = self.lengths
+        return words / reference if reference else float("nan")
+
 
 @dataclass(frozen=True)
 class Corpus:

@@ -1,0 +1,75 @@
+"""Length ratio and length penalty beside BLEU, so that a difference of length is seen."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sacrebleu.metrics import BLEU
+
+from analysis import transfer
+from analysis.report import document
+from analysis.runs.run_record import write_scores
+from analysis.runs.simulated import write_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two seeds; those of the SE-KD method leave every fifth sentence's last words out."""
+    root = write_study(tmp_path_factory.mktemp("study") / "runs", seeds=2, sentences=40)
+    for run in (root / "en-de").glob("treatment*"):
+        path = run / "hyps/test.txt"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        cut = [
+            " ".join(line.split()[:3]) if number % 5 == 0 else line
+            for number, line in enumerate(lines)
+        ]
+        path.write_text("".join(f"{line}\n" for line in cut), encoding="utf-8")
+    return root
+
+
+def report(study: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(document, "draw_all", lambda *_: [])
+    transfer.main([str(study), "--resamples", "100"])
+    return study / "report"
+
+
+def test_length_ratio_stands_beside_bleu(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = report(study, monkeypatch)
+    table = pd.read_csv(folder / "tables/results.csv").set_index("run")
+    hyps = study / "en-de/treatment1/hyps"
+    lines, references = (
+        (hyps / f"test{suffix}.txt").read_text(encoding="utf-8").splitlines()
+        for suffix in ("", ".ref")
+    )
+    score = BLEU().corpus_score(lines, [references])
+    expected = score.sys_len / score.ref_len
+    assert table.loc["en-de/treatment1", "length_ratio"] == pytest.approx(expected)
+    methods = pd.read_csv(folder / "tables/methods.csv").set_index(["method", "metric"])
+    mean = table.loc[["en-de/treatment1", "en-de/treatment2"], "length_ratio"].mean()
+    assert methods.loc[("se_kd_student", "BLEU"), "length_ratio"] == pytest.approx(mean)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| mean ± sd | length ratio | over" in text and "length penalty |" not in text
+    assert f"Its translations are shorter than the baseline's, {mean:.3f} of" in text
+    assert f" & {mean:.3f} \\\\" in (folder / "tables/results.tex").read_text()
+
+
+def test_length_penalties_are_shown_where_runs_name_them(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, penalty in (("treatment1", 0.6), ("treatment2", 1.2), ("word_kd1", 1.0)):
+        write_scores(study / "en-de" / name, "test", {"lenpen": penalty})
+    folder = report(study, monkeypatch)
+    table = pd.read_csv(folder / "tables/results.csv").set_index("run")
+    assert table.loc["en-de/treatment2", "lenpen"] == 1.2
+    assert pd.isna(table.loc["en-de/finetune1", "lenpen"])
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (folder / "report.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    place = next(row.index("length penalty") for row in rows if "length penalty" in row)
+    found = {row[1]: row[place] for row in rows if row[2] == "BLEU"}
+    assert found == {
+        "fine-tuning": "", "word-level KD": "1", "SE-KD (student)": "0.6 to 1.2", "placebo": "",
+    }  # fmt: skip
+    assert " & penalty \\\\" in (folder / "tables/results.tex").read_text()
