@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from sekd_fairseq.checkpoints import load_models
 from sekd_fairseq.datasets import TeacherDataset
+from sekd_fairseq.patches import attend_without_plans
 from sekd_fairseq.splits import load_split
 from sekd_fairseq.teacher_cache import TeacherCache
 
@@ -157,3 +158,20 @@ def test_fairseq_rounds_nothing_of_the_teacher(
     cast = trainer._fp_convert_sample(sample)
     assert sample["teacher"].keys() == cast["teacher"].keys() and "difficulty" in cast["teacher"]
     torch.testing.assert_close(cast["teacher"], sample["teacher"], rtol=0, atol=0)  # and of type
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("0", False), ("1", True)])
+def test_cudnn_does_not_compile_attention_for_every_shape(
+    asked: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", asked)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        attend_without_plans()
+        assert torch.backends.cuda.cudnn_sdp_enabled() is kept
+        # The kernels that take any shape are left.
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
