@@ -41,6 +41,8 @@ from benchmarking import Target, write_targets  # noqa: E402
 
 #: What is kept of a report's tables.
 TABLES = ("results.csv", "methods.csv", "claims.csv")
+#: What gains are not counted of.
+BASELINES = ("teacher", "finetune", "word_kd", "placebo")
 #: What fairseq logged of a training, beside its losses.
 LOGGED = (
     "loss", "difficulty", "gamma", "hard_share", "hard_lambda", "kl_easy", "kl_hard",
@@ -159,7 +161,7 @@ def training_log(plan: Plan, every: int = 50) -> pd.DataFrame:
 
 
 def summarise(plan: Plan, runs: Sequence[Path], steps: pd.DataFrame, output: Path) -> None:
-    """``STUDY.csv``, a line per run, and ``STUDY.json``, the gains of SE-KD over word-level KD."""
+    """``STUDY.csv``, a line per run, and ``STUDY.json``, the gains over word-level KD."""
     rows = []
     for run in runs:
         record, scores = (
@@ -180,19 +182,26 @@ def summarise(plan: Plan, runs: Sequence[Path], steps: pd.DataFrame, output: Pat
         rows.append(row)
     pd.DataFrame(rows).to_csv(output.with_name(f"{output.name}.csv"), index=False)
     methods = output / "tables" / "methods.csv"
-    targets = []
-    if methods.exists():
-        table = pd.read_csv(methods)
-        table = table[table["metric"] == "BLEU"]
-        scope = "all" if "all" in set(table["direction"]) else table["direction"].iloc[0]
-        table = table[table["direction"] == scope]
-        for row in table[table["method"].str.startswith("se_kd")].to_dict("records"):
-            who = f"{row['method']}, {scope}, {row['seeds']} seeds"
-            gain, p = row["gain_over_word_kd"], row["gain_over_word_kd_p_holm"]
-            targets.append(Target(f"BLEU gain over word KD: {who}", gain, 1.4, at_least=True))
-            if gain > 0:  # of a loss there is none to speak of
-                targets.append(Target(f"its p-value, corrected: {who}", p, 0.05))
+    targets = gains(pd.read_csv(methods)) if methods.exists() else []
     write_targets(output.name, targets, torch.device("cpu"), output.parent)
+
+
+def gains(table: pd.DataFrame) -> list[Target]:
+    """What every method that was compared with word-level KD gains in BLEU, over all directions or the only
+    one, and the smallest gain that so many runs would detect."""
+    table = table[table["metric"] == "BLEU"]
+    scope = "all" if "all" in set(table["direction"]) else table["direction"].iloc[0]
+    table = table[(table["direction"] == scope) & ~table["method"].isin(BASELINES)]
+    targets = []
+    for row in table[table["gain_over_word_kd"].notna()].to_dict("records"):
+        who = f"{row['method']}, {scope}, {row['seeds']} seeds"
+        gain, p = row["gain_over_word_kd"], row["gain_over_word_kd_p_holm"]
+        targets.append(Target(f"BLEU gain over word KD: {who}", gain, 1.4, at_least=True))
+        if gain > 0:  # of a loss there is none to speak of
+            targets.append(Target(f"its p-value, corrected: {who}", p, 0.05))
+        smallest = row["gain_over_word_kd_detectable"]
+        targets.append(Target(f"smallest gain that is detected: {who}", smallest, 0.5))
+    return targets
 
 
 def restore(configs: Sequence[Path], plan: Plan, output: Path) -> None:

@@ -210,3 +210,32 @@ def test_results_are_small() -> None:
     index = (ROOT / "results" / "README.md").read_text()
     for study in (path.name for path in (ROOT / "results").iterdir() if path.is_dir()):
         assert f"`{study}`" in index, study
+
+
+def test_gains_are_of_all_directions_and_of_no_baseline() -> None:
+    columns = (
+        "direction",
+        "method",
+        "metric",
+        "seeds",
+        "gain_over_word_kd",
+        "gain_over_word_kd_p_holm",
+    )
+    rows = [
+        ("de-en", "se_kd", "BLEU", 3, 9.0, 0.0, 9.0),
+        ("all", "finetune", "BLEU", 3, -2.0, 0.0, 0.3),
+        ("all", "placebo", "BLEU", 3, 0.0, 1.0, 0.3),
+        ("all", "word_kd", "BLEU", 3, None, None, None),
+        ("all", "se_kd", "chrF", 3, 9.0, 0.0, 9.0),
+        ("all", "se_kd", "BLEU", 3, 1.5, 0.01, 0.4),
+        ("all", "seq_word_kd", "BLEU", 3, -0.5, 0.2, 0.7),
+    ]
+    table = pd.DataFrame(rows, columns=[*columns, "gain_over_word_kd_detectable"])
+    found = {target.name: (target.value, target.met()) for target in archive.gains(table)}
+    assert found == {
+        "BLEU gain over word KD: se_kd, all, 3 seeds": (1.5, True),
+        "its p-value, corrected: se_kd, all, 3 seeds": (0.01, True),
+        "smallest gain that is detected: se_kd, all, 3 seeds": (0.4, True),
+        "BLEU gain over word KD: seq_word_kd, all, 3 seeds": (-0.5, False),
+        "smallest gain that is detected: seq_word_kd, all, 3 seeds": (0.7, False),
+    }
