@@ -18,7 +18,7 @@ from analysis.comparison.document import write_report
 from analysis.comparison.metrics import compare_systems, measure_systems
 from analysis.comparison.systems import Corpus, load_corpus, named_paths
 from analysis.comparison.words import cut, splitter
-from analysis.neural import load_comet, sentence_scores
+from analysis.neural import add_comet_option, load_comet, sentence_scores
 from analysis.report.folder import check_output, replace_report
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.texts import read_lines
@@ -82,13 +82,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="scores of one's own, a number a line, higher is better; once for each system, in order",
     )
-    add(
-        "--comet",
-        type=Path,
-        metavar="MODEL",
-        help="score with this COMET model too: a checkpoint, or the folder that holds "
-        "checkpoints/model.ckpt (needs unbabel-comet)",
-    )
+    add_comet_option(out)
     add("--no-ter", dest="ter", action="store_false", help="leave out TER, which takes longest")
     add("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
     add(

@@ -18,10 +18,10 @@ import scipy.optimize
 
 from analysis.comparison.words import brevity_penalty, repeats
 from analysis.markup import markdown_table, number, percent
-from analysis.neural import load_comet, sentence_scores
+from analysis.neural import add_comet_option, load_comet, sentence_scores
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.methods import label_of, ordered
-from analysis.stats import LEVEL, Floats, hierarchical
+from analysis.stats import ALPHA, Floats, hierarchical
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.loading import load
 from analysis.sums.pairing import couples, partner
@@ -207,13 +207,13 @@ def share_closed(
     if lead.effect <= 0:
         return Share(np.nan, np.nan, np.nan)
     share = float(np.mean([e.observed.mean() for e in gains])) / lead.effect
-    if lead.p > 1 - LEVEL:
+    if lead.p > ALPHA:
         return Share(share, np.nan, np.nan)
 
     def excess(at: float) -> float:
         rest = [gain.less(at, own) for gain, own in zip(gains, leads, strict=True)]
         tested = hierarchical([e.observed for e in rest], [e.drawn for e in rest], sentences)
-        return tested.p - (1 - LEVEL)
+        return tested.p - ALPHA
 
     return Share(share, _bound(excess, share, -1.0), _bound(excess, share, 1.0))
 
@@ -277,13 +277,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help="what the teacher's lead is over (default: %(default)s)",
     )
-    add(
-        "--comet",
-        type=Path,
-        metavar="MODEL",
-        help="score with this COMET model too: a checkpoint, or the folder that holds "
-        "checkpoints/model.ckpt (needs unbabel-comet)",
-    )
+    add_comet_option(out)
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
     return out
 

@@ -1,5 +1,6 @@
 """COMET, where it is installed and a model is at hand; everything else works without."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,17 @@ from analysis.runs.errors import UserError
 from analysis.stats import Floats
 from analysis.sums.direction import Direction, Options
 from analysis.terminal import progress
+
+
+def add_comet_option(out: argparse.ArgumentParser) -> None:
+    """The option that names a model."""
+    out.add_argument(
+        "--comet",
+        type=Path,
+        metavar="MODEL",
+        help="score with this COMET model too: a checkpoint, or the folder that holds "
+        "checkpoints/model.ckpt (needs unbabel-comet)",
+    )
 
 
 def load_comet(model: Path) -> Any:

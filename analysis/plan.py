@@ -17,10 +17,10 @@ import pandas as pd
 
 from analysis.claims.evidence import Evidence, bucket_sample
 from analysis.markup import markdown_table
-from analysis.power import Spread, seeds_needed, smallest_detectable
+from analysis.power import POWER, Spread, seeds_needed, smallest_detectable
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.methods import label_of, ordered
-from analysis.stats import Floats
+from analysis.stats import ALPHA, Floats
 from analysis.sums.buckets import HARD
 from analysis.sums.direction import Direction, Options
 from analysis.sums.loading import load
@@ -112,7 +112,7 @@ class Pilot:
     methods: Sequence[str]
     base: float
 
-    def smallest_detectable(self, power: float = 0.8, alpha: float = 0.05) -> float:
+    def smallest_detectable(self, power: float = POWER, alpha: float = ALPHA) -> float:
         """The smallest gain that the runs as they are detect, mean of the directions."""
         return smallest_detectable(self.spread, self.seeds, self.spread.sentences, power, alpha)
 
@@ -257,13 +257,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--power",
         type=float,
-        default=0.8,
+        default=POWER,
         help="probability that the gain is found significant (default: %(default)s)",
     )
     add(
         "--alpha",
         type=float,
-        default=0.05,
+        default=ALPHA,
         help="level of the test; with Holm's correction for five claims, 0.01 is safe "
         "(default: %(default)s)",
     )

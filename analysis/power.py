@@ -30,8 +30,10 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 
-from analysis.stats import Floats
+from analysis.stats import ALPHA, Floats
 
+#: Probability with which an effect of the size called detectable is found, where nothing else is asked for.
+POWER = 0.8
 #: Draws of the variances over seeds; the error of a power is below 1 % of it.
 DRAWS = 2000
 
@@ -93,14 +95,33 @@ class Spread:
         )
 
 
-def power(effect: float, spread: Spread, seeds: int, sentences: int, alpha: float = 0.05) -> float:
+#: Of a method: one number for all directions, or one for each.
+Seeds = int | Sequence[int]
+
+
+def power(
+    effect: float, spread: Spread, seeds: Seeds, sentences: int, alpha: float = ALPHA
+) -> float:
     """Probability that the test finds an effect significant with ``seeds`` seeds a method, in each
     direction, and ``sentences`` sentences."""
     return _power(effect, *_error_and_critical(spread, seeds, sentences, alpha))
 
 
+def detectable(
+    observed: Sequence[Floats], resampled: Sequence[Floats], sentences: Sequence[int]
+) -> float:
+    """The effect that a study like this one finds significant (uncorrected) with probability
+    :data:`POWER`; NaN where a direction has one seed, which says nothing of training. The arguments are
+    those of :func:`analysis.stats.hierarchical`."""
+    seeds = [len(values) for values in observed]
+    if min(seeds) < 2:
+        return float("nan")
+    spread = Spread.of(observed, resampled, sentences)
+    return smallest_detectable(spread, seeds, spread.sentences)
+
+
 def smallest_detectable(
-    spread: Spread, seeds: int, sentences: int, power: float = 0.8, alpha: float = 0.05
+    spread: Spread, seeds: Seeds, sentences: int, power: float = POWER, alpha: float = ALPHA
 ) -> float:
     """The effect that is found significant with probability ``power``; 0 where nothing varies."""
     error, critical = _error_and_critical(spread, seeds, sentences, alpha)
@@ -117,8 +138,8 @@ def seeds_needed(
     effect: float,
     spread: Spread,
     sentences: int,
-    power: float = 0.8,
-    alpha: float = 0.05,
+    power: float = POWER,
+    alpha: float = ALPHA,
     most: int = 100,
 ) -> int | None:
     """The fewest seeds with which ``effect`` is detected; None where ``most`` are too few."""
@@ -144,25 +165,26 @@ def _power(effect: float, error: float, critical: Floats) -> float:
 
 
 def _error_and_critical(
-    spread: Spread, seeds: int, sentences: int, alpha: float
+    spread: Spread, seeds: Seeds, sentences: int, alpha: float
 ) -> tuple[float, Floats]:
     """The true standard error of the mean effect, and the test's critical value in each draw of the
     variances over seeds, (DRAWS,)."""
-    if seeds < 2:
+    counts = np.broadcast_to(seeds, spread.seed.shape)  # (D,)
+    if counts.min() < 2:
         raise ValueError(f"expected at least 2 seeds, found {seeds}: one says nothing of training")
     scale = spread.sentences / sentences
-    share = 1 / seeds / len(spread.seed) ** 2
+    share = 1 / counts / len(counts) ** 2  # (D,)
     within = spread.seed + scale * spread.interaction  # (D,), variance over seeds
     sentence = scale * spread.sentence
-    interaction = scale * float(spread.interaction.sum()) * share
-    error = float(np.sqrt(sentence + within.sum() * share))
+    interaction = scale * float((spread.interaction * share).sum())
+    error = float(np.sqrt(sentence + (within * share).sum()))
 
     rng = np.random.default_rng(0)
-    chi_squared = rng.chisquare(seeds - 1, (DRAWS, len(within))) / (seeds - 1)
+    chi_squared = rng.chisquare(counts - 1, (DRAWS, len(within))) / (counts - 1)
     parts = chi_squared * within * share  # (DRAWS, D)
     between = parts.sum(axis=1)
     rest = np.maximum(sentence, sentence + interaction - between)
-    terms = (parts**2).sum(axis=1) / (seeds - 1)
+    terms = (parts**2 / (counts - 1)).sum(axis=1)
     critical = _critical(between + rest, terms + rest**2 / max(1, sentences - 1), alpha)
     return error, np.maximum(critical, _critical(between, terms, alpha))
 

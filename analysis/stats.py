@@ -9,9 +9,9 @@ import scipy.stats
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-LEVEL = 0.95
-#: Of studies in which a true effect of the size called detectable would be found.
-POWER = 0.8
+#: Level of tests, and of intervals.
+ALPHA = 0.05
+LEVEL = 1 - ALPHA
 
 
 class Resamples:
@@ -99,8 +99,6 @@ class Estimate:
     freedom : Satterthwaite's degrees of freedom
     low, high : interval at :data:`LEVEL`
     p : two-sided p-value of effect = 0
-    detectable : smallest effect that would be told from 0 (uncorrected, at 1 - :data:`LEVEL`) in
-        :data:`POWER` of such studies
     """
 
     effect: float
@@ -109,7 +107,6 @@ class Estimate:
     low: float
     high: float
     p: float
-    detectable: float
 
 
 def hierarchical(
@@ -165,18 +162,16 @@ def hierarchical(
     error = float(np.sqrt(variance))
     if error == 0.0:
         p = 1.0 if effect == 0 else 0.0
-        return Estimate(effect, 0.0, float("inf"), effect, effect, p, 0.0)
+        return Estimate(effect, 0.0, float("inf"), effect, effect, p)
     freedom = variance**2 / terms
     candidates = [(error, freedom)]
     if between > 0:
         candidates.append((float(np.sqrt(between)), between**2 / between_terms))
-    half, p, detectable = 0.0, 0.0, 0.0
+    half, p = 0.0, 0.0
     for own, degrees in candidates:
-        quantiles = scipy.stats.t.ppf([0.5 + LEVEL / 2, POWER], degrees)
-        half = max(half, float(quantiles[0]) * own)
+        half = max(half, float(scipy.stats.t.ppf(0.5 + LEVEL / 2, degrees)) * own)
         p = max(p, float(2 * scipy.stats.t.sf(abs(effect) / own, degrees)))
-        detectable = max(detectable, float(quantiles.sum()) * own)
-    return Estimate(effect, error, freedom, effect - half, effect + half, p, detectable)
+    return Estimate(effect, error, freedom, effect - half, effect + half, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

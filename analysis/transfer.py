@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.figures import add_style
+from analysis.neural import add_comet_option
 from analysis.report.document import terminal_summary, write_report
 from analysis.report.folder import MARK, check_output, replace_report
 from analysis.results import analyse
@@ -65,13 +66,7 @@ def parser() -> argparse.ArgumentParser:
         default=0.02,
         help="smallest relative effect that matters, for the verdicts (default: %(default)s)",
     )
-    add(
-        "--comet",
-        type=Path,
-        metavar="MODEL",
-        help="score with this COMET model too: a checkpoint, or the folder that holds "
-        "checkpoints/model.ckpt (needs unbabel-comet)",
-    )
+    add_comet_option(out)
     add(
         "--documents",
         type=Path,

@@ -10,6 +10,7 @@ import pandas as pd
 from analysis.chapters.chapter import Figure
 from analysis.chapters.quality import PREFERRED, RUN_COLUMNS
 from analysis.claims.verdicts import PLACEBO
+from analysis.power import detectable
 from analysis.runs.methods import label_of, ordered
 from analysis.stats import LEVEL, Floats, hierarchical, holm
 from analysis.style import (
@@ -163,8 +164,10 @@ def _gain(
         drawn.append(
             np.stack([item.drawn(run, metric) - item.drawn(other, metric) for run, other in both])
         )
-    estimate = hierarchical(observed, drawn, [item.corpus.resamples.units for item in group])
-    values = (estimate.effect, estimate.low, estimate.high, estimate.p, estimate.detectable)
+    units = [item.corpus.resamples.units for item in group]
+    estimate = hierarchical(observed, drawn, units)
+    smallest = detectable(observed, drawn, units)
+    values = (estimate.effect, estimate.low, estimate.high, estimate.p, smallest)
     return row | dict(zip([f"{prefix}{name}" for name in names], values, strict=True))
 
 

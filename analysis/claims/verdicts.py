@@ -9,11 +9,11 @@ import pandas as pd
 from analysis.claims.across import across_runs
 from analysis.claims.evidence import CORRELATION_MARGIN, MEASURES, Evidence, Measure, Sample
 from analysis.claims.relation import relation_table
+from analysis.power import detectable
 from analysis.runs.methods import Method, label_of
-from analysis.stats import LEVEL, hierarchical, holm
+from analysis.stats import ALPHA, LEVEL, hierarchical, holm
 from analysis.sums.direction import Direction, Options
 
-ALPHA = 1 - LEVEL
 MIN_SEEDS = 3
 MIN_SENTENCES = 100
 #: The baseline's runs, judged against others of their own as if they were a method.
@@ -135,9 +135,8 @@ def _rows(
 def _estimate(measure: Measure, group: Sequence[Sample], options: Options) -> dict[str, Any]:
     sentences = [sample.sentences for sample in group]
     units = [min(sample.sentences, sample.units) for sample in group]
-    gain = hierarchical(
-        [sample.effect for sample in group], [sample.drawn for sample in group], units
-    )
+    effects, drawn = [sample.effect for sample in group], [sample.drawn for sample in group]
+    gain = hierarchical(effects, drawn, units)
     margin = options.margin if measure.margin is None else measure.margin
     base = float(np.mean([sample.base.mean() for sample in group]))
     tested = gain
@@ -159,7 +158,7 @@ def _estimate(measure: Measure, group: Sequence[Sample], options: Options) -> di
         "low": gain.low,
         "high": gain.high,
         "relative_effect": gain.effect / base if base > 0 else np.nan,
-        "detectable": gain.detectable,
+        "detectable": detectable(effects, drawn, units),
         "p": tested.p,
         "seeds": seeds,
         "sentences": sum(sentences),

@@ -26,10 +26,8 @@ from analysis.comparison.words import (
     ngram_table,
 )
 from analysis.markup import interval, number, p_value, percent
-from analysis.stats import Floats
+from analysis.stats import ALPHA, Floats
 
-#: Level of what is called significant.
-ALPHA = 0.05
 #: Sentences shown of each kind, for each system.
 EXAMPLES = 5
 #: The metric that examples and the distribution of sentences go by.

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.claims.verdicts import ALPHA, PLACEBO
+from analysis.claims.verdicts import PLACEBO
 from analysis.markup import number, span
 from analysis.report.content import by_method, claim_rows
 from analysis.runs.methods import label_of, ordered
+from analysis.stats import ALPHA
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -73,7 +74,7 @@ def results_table(methods: pd.DataFrame, baseline: str) -> str:
     for direction, own in table.groupby("direction", sort=False):
         students = own[own["method"] != "teacher"]
         best = students.groupby("metric")["mean"].max()
-        rows = []
+        rows: list[list[str]] = []
         for name in ordered(own["method"]):
             of_method = own[own["method"] == name].set_index("metric")
             cells = [

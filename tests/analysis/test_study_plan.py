@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from conftest import WriteRun
 
-from analysis import plan
-from analysis.power import Spread, power, seeds_needed, smallest_detectable
+from analysis import plan, transfer
+from analysis.power import Spread, detectable, power, seeds_needed, smallest_detectable
+from analysis.report import document
 from analysis.stats import Floats, Resamples, hierarchical
 from analysis.sums.direction import Options
 from analysis.sums.loading import load
@@ -163,6 +165,34 @@ def test_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found is not None and f"**{found.smallest_detectable():.2f}**" in text
     # The table's cell for the runs as they are is the figure in bold.
     assert f"**{rows[0].split(' | ')[1]}**" in text
+
+
+def test_a_report_and_a_plan_say_the_same(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "draw_all", lambda *_: [])
+    transfer.main([str(runs), "--resamples", "200"])
+    directions, _ = load(runs, Options(resamples=200))
+    methods = pd.read_csv(runs / "report/tables/methods.csv").set_index(["method", "metric"])
+    bleu = plan.bleu_pilot(directions, "word_kd")
+    assert bleu is not None
+    shown = methods.loc[("se_kd_blend", "BLEU"), "gain_over_word_kd_detectable"]
+    assert shown == pytest.approx(bleu.smallest_detectable(), rel=1e-8)
+    claims = pd.read_csv(runs / "report/tables/claims.csv")
+    kl = plan.kl_pilot(directions, "word_kd")
+    own = claims["measure"] == "KL on hard tokens (nats)"
+    (shown,) = claims.loc[own & (claims["treatment"] == "se_kd_blend"), "detectable"]
+    # The test counts the sentences that have a hard token, the plan all of them.
+    assert kl is not None and shown == pytest.approx(kl.smallest_detectable(), rel=0.01)
+
+
+def test_detectable_with_other_numbers_of_seeds() -> None:
+    rng = np.random.default_rng(3)
+    own = [rng.normal(0, 1, seeds) for seeds in (3, 3)]
+    drawn = [values[:, None] + rng.normal(0, 0.2, (3, 400)) for values in own]
+    both = detectable(own, drawn, [500, 500])
+    spread = Spread.of(own, drawn, [500, 500])
+    assert both == smallest_detectable(spread, 3, 500) == smallest_detectable(spread, [3, 3], 500)
+    assert smallest_detectable(spread, [3, 9], 500) < both
+    assert np.isnan(detectable([own[0], own[1][:1]], [drawn[0], drawn[1][:1]], [500, 500]))
 
 
 @pytest.mark.parametrize(
