@@ -29,7 +29,7 @@ from analysis.markup import interval, number, p_value, percent
 from analysis.stats import ALPHA, Floats
 
 #: Sentences shown of each kind, for each system.
-EXAMPLES = 5
+EXAMPLES = 25
 #: The metric that examples and the distribution of sentences go by.
 SENTENCE_METRIC = "chrF"
 
@@ -364,11 +364,13 @@ def _examples(results: Results) -> Chapter:
     for system in corpus.others:
         after = results.sentence_scores(system)
         order = np.argsort(before - after, kind="stable").tolist()
+        gained = [i for i in order if after[i] > before[i]]
+        lost = [i for i in reversed(order) if after[i] < before[i]]
         for title, chosen in (
-            (f"{system} gains most over {corpus.baseline}", order),
-            (f"{system} loses most to {corpus.baseline}", order[::-1]),
+            (f"{system} gains most over {corpus.baseline}", gained),
+            (f"{system} loses most to {corpus.baseline}", lost),
         ):
-            found[title] = [
+            examples = [
                 Example(
                     number=i + 1,
                     source=corpus.sources[i] if corpus.sources else None,
@@ -379,8 +381,9 @@ def _examples(results: Results) -> Chapter:
                     scores=(float(before[i]), float(after[i])),
                 )
                 for i in chosen[:EXAMPLES]
-                if after[i] != before[i]
             ]
+            if examples:
+                found[title] = examples
     return Chapter(
         "Examples",
         f"The sentences whose {SENTENCE_METRIC} differs most; all are in `tables/sentences.csv`.",

@@ -22,6 +22,8 @@ from analysis.page import drawing, render
 from analysis.report.latex import escape, tabular
 
 TITLE = "Systems compared"
+#: Examples of a group in Markdown, which cannot be searched.
+IN_MARKDOWN = 5
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -47,6 +49,7 @@ def write_report(results: Results, folder: Path) -> None:
         title=TITLE,
         summary=summary,
         chapters=found,
+        metric=SENTENCE_METRIC,
         latex=latex_table,
         numeric=numeric,
         prose=MarkdownIt("commonmark", {"html": False}).renderInline,
@@ -70,7 +73,7 @@ def markdown(found: Sequence[Chapter], summary: str) -> str:
             parts.append(f"![{caption}](figures/{name}.svg)\n\n*{caption}*")
         for title, examples in (chapter.examples or {}).items():
             parts.append(f"### {title}")
-            parts += [_example(example) for example in examples]
+            parts += [_example(example) for example in examples[:IN_MARKDOWN]]
     return "\n\n".join(parts) + "\n"
 
 

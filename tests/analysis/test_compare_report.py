@@ -124,6 +124,16 @@ def test_comet(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TER" not in table.index.get_level_values("metric")
 
 
+def test_examples_have_the_sign_of_their_group(files: dict[str, Path]) -> None:
+    arguments = ("poor", "good", "--ref", "ref", "--output", "output")
+    given = [str(files.get(argument, argument)) for argument in arguments]
+    compare.main([*given, "--resamples", "100", "--trials", "100"])
+    text = (files["output"] / "report.md").read_text(encoding="utf-8")
+    assert "gains most over" in text and "loses most to" not in text  # it loses nowhere
+    changes = re.findall(r"chrF ([\d.]+) → ([\d.]+)", text)
+    assert changes and all(float(after) > float(before) for before, after in changes)
+
+
 def test_latex() -> None:
     shown = pd.DataFrame({"a_b": ["50 % ↓", "{x}"], "p": ["< 0.1", "\\"]})
     table = Table("name", "95 % of x", shown, shown, np.array([[False, True], [False, False]]))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from test_compare import GOOD, POOR, REFERENCE
 
-from analysis import transfer
+from analysis import compare, transfer
 from analysis.report.blocks import Section, Table
 from analysis.report.document import html
 from analysis.runs.simulated import write_study
@@ -147,3 +148,54 @@ def test_examples_are_filtered_in_the_page(report: Path, browser: Any) -> None:
     browser.find_element("id", "text").send_keys("no such word anywhere")
     assert shown() == []
     assert browser.find_element("id", "count").text == f"0 of {len(everything)} sentences"
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on two systems, of which one says what no other text does."""
+    folder = tmp_path_factory.mktemp("comparison")
+    for name, lines in (("ref", REFERENCE), ("poor", [*POOR[:5], "unheard"]), ("good", GOOD)):
+        text = "".join(f"{line}\n" for line in lines * 6)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    files = [str(folder / f"{name}.txt") for name in ("poor", "good", "ref")]
+    options = ["--resamples", "100", "--trials", "100", "--output", str(folder / "out")]
+    compare.main([*files[:2], "--ref", files[2], *options])
+    return folder / "out"
+
+
+def test_a_comparison_has_the_filter_of_the_examples(comparison: Path, report: Path) -> None:
+    pages = [comparison / "report.html", report / "examples.html"]
+    scripts = [path.read_text(encoding="utf-8").split("<script>")[1] for path in pages]
+    assert scripts[0].split("</script>")[0] == scripts[1].split("</script>")[0]
+    assert 'id="hard"' in pages[1].read_text() and 'id="hard"' not in pages[0].read_text()
+    text = pages[0].read_text(encoding="utf-8")
+    assert text.count('class="example"') > 20
+    assert text.count("unheard") > 5
+    assert (comparison / "report.md").read_text(encoding="utf-8").count("    sentence ") == 5
+
+
+def test_a_comparison_is_filtered_in_the_page(comparison: Path, browser: Any) -> None:
+    browser.get((comparison / "report.html").as_uri())
+    groups = browser.find_elements("css selector", "details.group")
+    assert [group.get_attribute("open") for group in groups] == [None] * len(groups)
+    browser.find_element("id", "text").send_keys("unheard")
+    found = browser.find_elements("css selector", ".example:not([hidden])")
+    assert found and all("unheard" in example.text for example in found)  # opened, so seen
+    assert browser.find_element("id", "count").text.startswith(f"{len(found)} of ")
+    browser.find_element("id", "text").clear()
+    browser.execute_script(
+        "document.getElementById('kind').value = 'lost';"
+        "document.querySelector('.filter').dispatchEvent(new Event('input'))"
+    )
+    lost = browser.find_elements("css selector", ".example:not([hidden])")
+    assert all(float(example.get_attribute("data-change")) < 0 for example in lost)
+    shown = [group for group in groups if group.is_displayed()]
+    assert len(shown) < len(groups)  # a group without any is hidden
+
+
+def test_nothing_is_folded_or_cut_on_paper(report: Path, browser: Any) -> None:
+    browser.get((report / "report.html").as_uri())
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert browser.find_elements("css selector", "details:not([open])") == []
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert browser.find_elements("css selector", "details[open]") == []
