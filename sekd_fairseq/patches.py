@@ -28,6 +28,7 @@ from omegaconf.nodes import AnyNode
 
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.settings import check_settings, remember_teacher
+from sekd_fairseq.sharding import shard_weights
 
 logger = logging.getLogger(__name__)
 
@@ -288,6 +289,11 @@ PATCHES = (
         attend_without_plans,
         "torch.backends.cuda",
         "cuDNN's attention compiles a plan for each new shape of batch, which takes longer than the update",
+    ),
+    Patch(
+        shard_weights,
+        "DistributedFairseqModel, Trainer._build_optimizer, consolidate_optimizer and clip_grad_norm",
+        "sharded weights need fairscale, which is no longer maintained",
     ),
 )
 

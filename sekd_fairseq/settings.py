@@ -42,7 +42,7 @@ FREE = {
     "encoder_embed_path", "decoder_embed_path", "checkpoint_activations", "offload_activations", "min_params_to_wrap", "no_seed_provided",
     "data", "teacher_cache", "teacher_path", "teacher_fp16", "teacher_bf16", "stored_difficulty",
     "dataset_impl", "num_batch_buckets", "hf_state", "hf_model", "hf_gguf_file", "hf_config",
-    "hf_gradient_checkpointing", "sekd_chunk_tokens",
+    "hf_gradient_checkpointing", "sekd_chunk_tokens", "shard_weights",
 }  # fmt: skip
 
 

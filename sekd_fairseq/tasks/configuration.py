@@ -45,6 +45,13 @@ class SelfEvolutionKDTaskConfig(TranslationConfig):
             "and not from the student as it is now. With bin1:bin2 as many files (file1:file2)"
         },
     )
+    shard_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "shard the student's weights, gradients and optimiser state over the processes "
+            "(torch's FSDP2), for a student that does not fit one GPU; with one process no change"
+        },
+    )
     bf16: bool = II("common.bf16")
     teacher: Optional[str] = field(  # noqa: UP045
         default=None,

@@ -202,6 +202,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
 
     def _built(self, cfg: Any, from_checkpoint: bool) -> Any:
         model = super().build_model(cfg, from_checkpoint)
+        model.shard_weights = self.cfg.shard_weights and not from_checkpoint
         if from_checkpoint and self.cfg.bf16:
             model.bfloat16()
         self.joint_positions = getattr(model, "joint_positions", math.inf)

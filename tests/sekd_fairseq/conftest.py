@@ -52,10 +52,10 @@ def command(*arguments: object, check: bool = True, cwd: Path = ROOT, fresh: boo
     return printed
 
 
-def start_command(*arguments: object) -> int:
-    """Start ``python -m ...`` in a fork, its output dropped; returns the process id."""
-    with open(os.devnull, "w") as output:
-        return fork_module(list(map(str, arguments)), ROOT, output)
+def start_command(*arguments: object, output: Path = Path(os.devnull)) -> int:
+    """Start ``python -m ...`` in a fork, its output in a file or dropped; returns the process id."""
+    with output.open("w") as stream:
+        return fork_module(list(map(str, arguments)), ROOT, stream)
 
 
 def fork_module(words: list[str], cwd: Path, output: IO[str], fresh: bool = False) -> int:
@@ -150,8 +150,10 @@ def train(data: object, save: Path, *options: object, check: bool = True) -> str
     return command(*train_arguments(data, save, *options), check=check)
 
 
-def train_in_two_processes(arguments: list[object]) -> None:
-    """Run a training in two processes on this machine, over gloo."""
+def train_in_two_processes(
+    arguments: list[object], output: Path = Path(os.devnull), check: bool = True
+) -> None:
+    """Run a training in two processes on this machine, over gloo; ``output`` is the first's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -160,10 +162,14 @@ def train_in_two_processes(arguments: list[object]) -> None:
         2, "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn",
     ]  # fmt: skip
     children = [
-        start_command(*arguments, *spread, "--distributed-rank", rank, "--device-id", rank)
+        start_command(
+            *arguments, *spread, "--distributed-rank", rank, "--device-id", rank,
+            output=Path(os.devnull) if rank else output,
+        )
         for rank in range(2)
-    ]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    ]  # fmt: skip
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 for child in children]
+    assert ends == [check, check]
 
 
 def parameters(checkpoint: Path) -> torch.Tensor:
