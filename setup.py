@@ -99,6 +99,7 @@ setup(
             "analysis-transfer = analysis.transfer:main",
             "analysis-compare = analysis.compare:main",
             "analysis-plan = analysis.plan:main",
+            "analysis-sizes = analysis.sizes:main",
             "analysis-gap = analysis.gap:main",
             "analysis-figures = analysis.figures:main",
         ]

@@ -226,6 +226,9 @@ def run_record(config: Any, model: Any, scoring: Scoring, step: int, task: Any) 
     """The content of ``run.json``, without a teacher cache."""
     optimisation = OmegaConf.to_container(config.optimization, resolve=False)
     criterion = OmegaConf.to_container(config.criterion, resolve=False)
+    # Checkpoints of earlier versions lack it.
+    sentences = getattr(config.task, "train_sentences", 0)
+    of_all = sum(map(len, train_targets(task)))
     if config.criterion._name == "self_evolution_kd":
         criterion |= partners(config.criterion)
     return RunRecord(
@@ -242,9 +245,13 @@ def run_record(config: Any, model: Any, scoring: Scoring, step: int, task: Any) 
             "max_update": optimisation["max_update"],
             "update_freq": optimisation["update_freq"],
             "max_tokens": config.dataset.max_tokens,
+            **({"train_sentences": sentences} if sentences else {}),
             **({"warm_start": True} if config.checkpoint.finetune_from_model else {}),
         },
-        data={"fingerprint": hash_symbols(task.target_dictionary.symbols)[:16]},
+        data={
+            "fingerprint": hash_symbols(task.target_dictionary.symbols)[:16],
+            **({"sentences": sentences or of_all} if of_all else {}),
+        },
         versions={
             "sekd_fairseq": sekd_fairseq.__version__,
             "torch": str(torch.__version__),

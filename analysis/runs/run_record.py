@@ -36,7 +36,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     updates : of the optimiser, at the checkpoint that stands for the run
     parameters : that the model has
     hyperparameters : nested; what differs between runs of a method tells them apart
-    data : the dictionary's fingerprint
+    data : the dictionary's fingerprint, and on how many sentences the run was trained
     teacher_cache : what it was compared with; None for a teacher
     versions : of the programs
     """
@@ -59,7 +59,8 @@ class Run:
     """One ``run.json`` with the directory that holds it.
 
     ``label`` is the directory's path below the runs root and so unique; ``updates`` counts
-    optimiser updates; ``sealed`` is whether the record has a checksum.
+    optimiser updates; ``sealed`` is whether the record has a checksum; ``sentences`` are those that it
+    was trained on, where the record says so.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Run:
     hyperparameters: Mapping[str, Any]
     parameters: int | None
     sealed: bool = False
+    sentences: int | None = None
 
     def steps(self, subset: str) -> list[int]:
         """Updates at which token records of ``subset`` exist, ascending."""
@@ -177,6 +179,7 @@ def read_run(path: Path, label: str) -> Run:
         hyperparameters=record.hyperparameters,
         parameters=record.parameters,
         sealed=sealed,
+        sentences=record.data.get("sentences"),
     )
 
 

@@ -45,6 +45,13 @@ class SelfEvolutionKDTaskConfig(TranslationConfig):
             "and not from the student as it is now. With bin1:bin2 as many files (file1:file2)"
         },
     )
+    train_sentences: int = field(
+        default=0,
+        metadata={
+            "help": "train on so many sentences of the training set, always the same ones, those of a "
+            "smaller number among those of a larger (default: 0, all)"
+        },
+    )
     shard_weights: bool = field(
         default=False,
         metadata={

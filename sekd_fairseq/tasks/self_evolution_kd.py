@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
@@ -377,6 +378,15 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     ) -> Any:
         """As fairseq's, but a set of which nothing is left is an error that says so, and of a
         language model prompt and translation must fit together."""
+        wanted = self.cfg.train_sentences
+        if wanted and dataset is self.datasets.get(self.cfg.train_subset):
+            if wanted > len(dataset):
+                raise UserError(
+                    f"--train-sentences {wanted}: expected at most the {len(dataset)} sentences of "
+                    f"{self.cfg.train_subset}"
+                )
+            chosen = np.random.default_rng(0).permutation(len(dataset))[:wanted]
+            indices = indices[np.isin(indices, chosen)]
         kept = super().filter_indices_by_size(
             indices, dataset, max_positions, ignore_invalid_inputs
         )

@@ -119,6 +119,16 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     assert "score.test.done" in out and "--output runs/multi30k-shortlist/report\n" in out
 
 
+def test_a_study_of_a_part_of_the_training_set_lies_beside_the_main_one(tmp_path: Path) -> None:
+    own = ("runs=multi30k-2000", "student={train-sentences: 2000}")
+    out = plan("multi30k.yaml", tmp_path, *own, options=("-c2", "-p"))
+    students = [line for line in out.splitlines() if "/checkpoints --log-file" in line]
+    students = [line for line in students if "/teacher/" not in line]
+    assert students and all("--train-sentences 2000" in line for line in students)
+    assert all("--save-dir runs/multi30k-2000/" in line for line in students)
+    assert out.count("--train-sentences") == len(students)  # the teacher is that of all
+
+
 def test_plan_of_chinese_to_english(tmp_path: Path) -> None:
     own = (CONFIGS / "tatoeba.yaml", "-c2", "-p")
     for subset in ("train", "valid", "test"):

@@ -321,3 +321,30 @@ def test_eval_bleu_checkpoint_resumes(data: Path, cache: Path, tmp_path: Path) -
     train(data, tmp_path / "save", *base, "--max-update", "6")
     log = train(data, tmp_path / "save", *base, "--max-update", "12")
     assert "Loaded checkpoint" in log and "valid_bleu" in log
+
+
+def test_a_part_of_the_training_set(data: Path, cache: Path, tmp_path: Path) -> None:
+    """--train-sentences: always the same sentences, and the cache of all of them."""
+    base = (*SE_KD, "--teacher-cache", cache, "--batch-size", "10", "--max-epoch", "1")
+    options = (*base, "--max-update", "1000", "--no-epoch-checkpoints")
+    updates = {}
+    for name, words in {
+        "all": (),
+        "part": ("--train-sentences", "60"),
+        "again": ("--train-sentences", "60"),
+    }.items():
+        log = train(data, tmp_path / name, *options, *words)
+        updates[name] = int(records(log, "train_")[-1]["train_num_updates"])
+    assert updates == {"all": 21, "part": 6, "again": 6}
+    ends = [parameters(tmp_path / name / "checkpoint_last.pt") for name in ("part", "again")]
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+    too_many = train(data, tmp_path / "more", *base, "--train-sentences", "204", check=False)
+    assert "expected at most the 203 sentences" in error_line(too_many)
+    other = train(data, tmp_path / "part", *base, "--train-sentences", "70", check=False)
+    assert "--train-sentences 60 is now 70" in error_line(other)
+    command(
+        "sekd_fairseq.score", data, "--path", tmp_path / "part" / "checkpoint_last.pt", "--cpu",
+        "--run", tmp_path / "run",
+    )  # fmt: skip
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["hyperparameters"]["train_sentences"] == record["data"]["sentences"] == 60

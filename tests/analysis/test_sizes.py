@@ -1,0 +1,47 @@
+"""Quality by the size of the training set: a table and a figure of several folders of runs."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import WriteRun
+
+from analysis import sizes, transfer
+
+
+def test_a_line_per_method(
+    tmp_path: Path, write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roots = []
+    for number, count in enumerate((2000, 8000, 29000)):
+        root = tmp_path / f"runs-{count}"
+        roots.append(str(root))
+        data = {"fingerprint": "data-1", "sentences": count}
+        for method, better in (("finetune", 0.0), ("word_kd", 0.1)):
+            for seed in (1, 2):
+                write_run(
+                    root, f"{method}.{seed}", method, seed=seed, wrong=0.5 - 0.1 * number - better, data=data
+                )  # fmt: skip
+    write_run(tmp_path / "runs-29000", "teacher", "teacher", wrong=0.05, data=data)
+    sizes.main([*roots, "--output", str(tmp_path / "sizes")])
+    printed = capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "sizes" / "sizes.csv")
+    assert len(table) == 13 and set(table["sentences"]) == {2000, 8000, 29000}
+    means = table.groupby(["method", "sentences"])["BLEU"].mean()
+    for method in ("finetune", "word_kd"):
+        assert means[method].is_monotonic_increasing
+    assert (means["word_kd"] > means["finetune"]).all()
+    assert f"{means['word_kd', 8000]:.2f}" in printed and "| 29,000" in printed
+    assert (tmp_path / "sizes" / "sizes.svg").stat().st_size > 5000
+    # The scores are those of the report that each folder has.
+    transfer.main([roots[0], "--resamples", "100"])
+    results = pd.read_csv(Path(roots[0]) / "report/tables/results.csv")
+    own = table[table["sentences"] == 2000]
+    assert sorted(own["BLEU"]) == pytest.approx(sorted(results["BLEU"]))
+
+
+def test_a_record_without_sentences_is_named(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "runs", "one", "finetune")
+    with pytest.raises(SystemExit, match="runs/one: expected the number of training sentences"):
+        sizes.main([str(tmp_path / "runs"), "--output", str(tmp_path / "sizes")])
+    assert not (tmp_path / "sizes").exists()
