@@ -213,14 +213,14 @@ def direction_panels(
     table: pd.DataFrame, height: float, path: Path, columns: int = 2
 ) -> Iterator[list[tuple[Axes, pd.DataFrame]]]:
     """A figure with a panel of ``height`` inches for each direction, ``columns`` in a row: every panel
-    with its rows of the table. It is saved when all are drawn."""
-    directions = sorted(table["direction"].unique())
+    with its rows of the table, their mean last. It is saved when all are drawn."""
+    directions = sorted(table["direction"].unique(), key=lambda name: (name == "all", name))
     rows = -(-len(directions) // columns)
     width = COLUMN if len(directions) == 1 < columns else PAGE
     with figure(width, height * rows, rows, min(columns, len(directions))) as (drawn, axes):
         for axis, direction in zip(axes, directions, strict=False):
             if len(directions) > 1:
-                axis.set_title(direction)
+                axis.set_title("mean of the directions" if direction == "all" else direction)
         hide(axes[len(directions) :])
         yield [
             (axis, table[table["direction"] == direction])

@@ -93,7 +93,7 @@ def claims_blocks(tables: Tables, options: Options) -> list[Block]:
     for treatment in judged(claims):
         own = deciding[deciding["treatment"] == treatment]
         blocks.append(f"**{label_of(treatment)}** against {label_of(options.baseline)}:")
-        blocks.append(Table(pd.DataFrame(claim_rows(own)), source="tables/claims.csv"))
+        blocks.append(Table(without_empty(claim_rows(own)), source="tables/claims.csv"))
     few = deciding[~deciding["treatment"].isin([*judged(claims), PLACEBO])]
     rest = pooled[~pooled["decides"].astype(bool) & (pooled["treatment"] != PLACEBO)]
     rest = rest[rest["effect"].notna()]
@@ -105,7 +105,7 @@ def claims_blocks(tables: Tables, options: Options) -> list[Block]:
     ):
         if len(part):
             rows = claim_rows(part, method=True, verdict=part is not rest)
-            blocks.append(Table(pd.DataFrame(rows), fold=fold, source="tables/claims.csv"))
+            blocks.append(Table(without_empty(rows), fold=fold, source="tables/claims.csv"))
     if not tables["relation"].empty:
         rows = [
             {
@@ -181,7 +181,12 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
             "Holm's correction over the methods of a direction. The placebo is each baseline's seeds against "
             "its own next ones: its mean is 0 by design, and its interval says how far apart equal runs are."
         )
-        blocks.append(Table(_without_empty(rows), source="tables/methods.csv"))
+        pooled = [row for row in rows if row["direction"] == "all"]
+        if pooled:
+            blocks.append(Table(without_empty(pooled), source="tables/methods.csv"))
+        fold = "Each direction" if pooled else ""
+        alone = [row for row in rows if row["direction"] != "all"]
+        blocks.append(Table(without_empty(alone), fold=fold, source="tables/methods.csv"))
         blocks.append(LENGTHS)
     rows = [
         {
@@ -202,7 +207,7 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
         for row in by_method(results).to_dict("records")
     ]
     fold = "Every run" if len(blocks) > 1 else ""
-    blocks.append(Table(_without_empty(rows), fold=fold, source="tables/results.csv"))
+    blocks.append(Table(without_empty(rows), fold=fold, source="tables/results.csv"))
     if not fold:
         blocks.append(LENGTHS)
     blocks.append(
@@ -215,10 +220,10 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
     return blocks
 
 
-def _without_empty(rows: Rows) -> pd.DataFrame:
-    """A table without the length penalty where no run names one."""
+def without_empty(rows: Rows) -> pd.DataFrame:
+    """A table without the columns in which no row has anything."""
     table = pd.DataFrame(rows)
-    return table if table["length penalty"].any() else table.drop(columns="length penalty")
+    return table.loc[:, (table != "").any()]
 
 
 def mean_sd(row: dict[Any, Any]) -> str:
@@ -248,7 +253,9 @@ def transfer_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
     if table.empty:
         return ["No run has token records."]
     blocks: list[Block] = [*_figure("transfer", drawn)]
-    for family, fold in (("difficulty", ""), ("all", "All tokens together")):
+    several = table["direction"].nunique() > 1
+    by_bucket = "Easy and hard tokens of each direction" if several else ""
+    for family, fold in (("difficulty", by_bucket), ("all", "All tokens together")):
         rows = [
             {
                 "direction": row["direction"],

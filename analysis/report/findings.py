@@ -42,17 +42,19 @@ def findings(claims: pd.DataFrame, methods: pd.DataFrame, options: Options) -> l
             & (claims["scope"] == "all")
             & claims["decides"].astype(bool)
         ].drop_duplicates("claim")
-        sentences = []
+        sentences: list[str] = []
         for verdict in ("supported", "not supported", "inconclusive"):
             found = own[own["verdict"] == verdict]
             if len(found):
                 named = "; ".join(SHORT[int(claim)] for claim in found["claim"])
-                sentences.append(f"{verdict}: {named}")
+                sentences.append(
+                    f"**{verdict if not sentences else verdict.capitalize()}**: {named}."
+                )
         reasons = list(dict.fromkeys(reason for reason in own["reason"] if reason))
         text = (
             f"**{label_of(treatment)} against {baseline}.** {_quality(methods, treatment, options)}"
+            f"Of the claims about better transfer, {' '.join(sentences)}"
         )
-        text += f"Does the gain come from better transfer? {'. '.join(map(_capital, sentences))}."
         if reasons:
             text += f" Why some stay open: {'; '.join(reasons)}."
         parts.append(text)
@@ -77,8 +79,12 @@ def _quality(methods: pd.DataFrame, treatment: str, options: Options) -> str:
     row = rows.iloc[0]
     same = (methods["metric"] == "BLEU") & (methods["direction"] == row["direction"])
     lengths = methods[same].set_index("method")["length_ratio"]
-    low, high = row[f"{prefix}_low"], row[f"{prefix}_high"]
-    text = f"{row[prefix]:+.2f} BLEU [{low:.2f}, {high:.2f}]"
+    gain, low, high = row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"]
+    certain = int(low > 0) - int(high < 0)
+    kind = {1: "A gain of", -1: "A loss of", 0: "No certain difference:"}[certain]
+    text = f"{kind} {abs(gain) if certain else gain:.2f} BLEU [{low:.2f}, {high:.2f}]".replace(
+        "-", "−"
+    )
     where = f" over {_pooled(methods)}" if row["direction"] == "all" else ""
     if row[f"{prefix}_seeds"] < 2:
         found = f"{text}{where}, from one seed, which says nothing of training again. "
@@ -87,25 +93,27 @@ def _quality(methods: pd.DataFrame, treatment: str, options: Options) -> str:
             f"{text}{where}; with these runs, a gain of {row[f'{prefix}_detectable']:.1f} BLEU would be "
             "told from none four times in five. "
         )
-    return found + _length(lengths[treatment], lengths.get(options.baseline, np.nan))
+    return found + _length(certain, lengths[treatment], lengths.get(options.baseline, np.nan))
 
 
-def _length(own: float, baseline: float) -> str:
-    """What a reader of BLEU must know of translations of other lengths."""
+def _length(certain: int, own: float, baseline: float) -> str:
+    """What a reader of BLEU must know of translations of other lengths; ``certain`` is the sign of a certain
+    difference of BLEU, else 0."""
     if not abs(own - baseline) >= LENGTH_MARGIN:
         return ""
     longer = "longer" if own > baseline else "shorter"
-    return (
-        f"Its translations are {longer} than the baseline's, {own:.3f} of the references' words against "
-        f"{baseline:.3f}, so part of a difference of BLEU may be one of length. "
+    told = (
+        f"Its translations are {longer} than the baseline's ({own:.3f} of the references' words against "
+        f"{baseline:.3f})"
     )
+    if not certain:
+        return f"{told}. "
+    nearer = abs(own - 1) < abs(baseline - 1)
+    part = "may be part of the difference" if nearer == (certain > 0) else "is not the reason"
+    return f"{told}; length {part}. "
 
 
 def _pooled(methods: pd.DataFrame) -> str:
     """How many directions are pooled, in words for a sentence."""
     count = methods.loc[methods["direction"] != "all", "direction"].nunique()
     return f"{count} directions"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

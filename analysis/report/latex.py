@@ -1,5 +1,6 @@
 """Tables for a paper: booktabs, captions that stand alone, text escaped."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +29,9 @@ _SPECIAL = {
 
 
 def escape(text: object) -> str:
-    """Text for LaTeX."""
-    return "".join(_SPECIAL.get(character, character) for character in str(text))
+    """Text for LaTeX, with minus signs before numbers."""
+    signed = re.sub(r"(?<!\w)-(?=\d)", "−", str(text))
+    return "".join(_SPECIAL.get(character, character) for character in signed)
 
 
 def tabular(

@@ -121,6 +121,18 @@ def test_a_method_without_a_partner_is_not_drawn_at_zero(drawn: Drawn) -> None:
     assert texts == {"20.00": 0, "21.00": 1, "22.00": 2}
 
 
+def test_the_mean_of_the_directions_comes_last(drawn: Drawn) -> None:
+    rows = [
+        {"direction": direction, "method": method, "metric": "BLEU", "mean": 20.0,
+         "gain_over_word_kd": gain, "gain_over_word_kd_low": gain, "gain_over_word_kd_high": gain}
+        for direction in ("all", "de-en", "en-de")
+        for method, gain in (("word_kd", np.nan), ("se_kd_blend", 1.0))
+    ]  # fmt: skip
+    panels = drawn(methods.draw_methods, pd.DataFrame(rows).assign(gain_over_finetune=np.nan))
+    titles = [axis.get_title() for axis in panels if axis.axison]
+    assert titles == ["de-en", "en-de", "mean of the directions"]
+
+
 def test_a_direction_with_a_log_alone_has_its_panel(drawn: Drawn) -> None:
     rows = [
         {"direction": direction, "method": "word_kd", "run": direction, "bucket": "hard",

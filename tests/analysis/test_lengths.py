@@ -7,9 +7,12 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from analysis import transfer
+from analysis.claims.verdicts import COLUMNS
 from analysis.report import document
+from analysis.report.findings import findings
 from analysis.runs.run_record import write_scores
 from analysis.runs.simulated import write_study
+from analysis.sums.direction import Options
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,8 @@ def test_length_ratio_stands_beside_bleu(study: Path, monkeypatch: pytest.Monkey
     assert methods.loc[("se_kd_student", "BLEU"), "length_ratio"] == pytest.approx(mean)
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "| mean ± sd | length ratio | over" in text and "length penalty |" not in text
-    assert f"Its translations are shorter than the baseline's, {mean:.3f} of" in text
+    told = f"Its translations are shorter than the baseline's ({mean:.3f} of the references' words"
+    assert told in text
     assert f" & {mean:.3f} \\\\" in (folder / "tables/results.tex").read_text()
 
 
@@ -73,3 +77,36 @@ def test_length_penalties_are_shown_where_runs_name_them(
         "fine-tuning": "", "word-level KD": "1", "SE-KD (student)": "0.6 to 1.2", "placebo": "",
     }  # fmt: skip
     assert " & penalty \\\\" in (folder / "tables/results.tex").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ends", "own", "baseline", "told"),
+    [
+        ((0.2, 0.8), 0.99, 0.92, "A gain of 0.50 BLEU [0.20, 0.80]"),
+        ((0.2, 0.8), 0.99, 0.92, "longer than the baseline's (0.990 of the references' words against "
+                                 "0.920); length may be part of the difference."),
+        ((-0.8, -0.2), 0.99, 0.92, "A loss of 0.50 BLEU [−0.80, −0.20]"),
+        ((-0.8, -0.2), 0.99, 0.92, "length is not the reason."),
+        ((-0.8, -0.2), 1.2, 1.0, "length may be part of the difference."),
+        ((-1.5, 0.5), 0.92, 0.99, "No certain difference: −0.50 BLEU [−1.50, 0.50]"),
+        ((-1.5, 0.5), 0.92, 0.99, "shorter than the baseline's (0.920 of the references' words against "
+                                  "0.990). "),
+        ((0.2, 0.8), 0.951, 0.95, ""),
+        ((0.2, 0.8), 0.95, float("nan"), ""),
+    ],
+)  # fmt: skip
+def test_what_is_told_of_gains_and_lengths(
+    ends: tuple[float, float], own: float, baseline: float, told: str
+) -> None:
+    rows = {"method": ["se_kd_blend", "word_kd"], "length_ratio": [own, baseline]}
+    table = pd.DataFrame(rows).assign(metric="BLEU", direction="de-en")
+    values = {"": sum(ends) / 2, "_low": ends[0], "_high": ends[1], "_seeds": 3, "_detectable": 0.4}
+    for name, value in values.items():
+        table[f"gain_over_word_kd{name}"] = value
+    claim = {
+        "treatment": "se_kd_blend", "claim": 1, "scope": "all", "decides": True, "seeds": 3,
+        "verdict": "inconclusive",
+    }  # fmt: skip
+    claims = pd.DataFrame([dict.fromkeys(COLUMNS, "") | claim])
+    (text,) = findings(claims, table, Options())
+    assert ("Its translations are" in text) == (abs(own - baseline) > 0.01) and told in text
