@@ -49,6 +49,11 @@ class Group:
     seed: int
     examples: list[Example]
 
+    @property
+    def has_pieces(self) -> bool:
+        """Whether the tokens have text; a restored study's have none."""
+        return any(token["piece"].strip() for item in self.examples for token in item.tokens)
+
 
 def example_groups(directions: Sequence[Direction], options: Options) -> list[Group]:
     """For the first seed of every SE-KD method, the sentences that gained and lost most chrF over the

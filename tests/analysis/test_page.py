@@ -10,6 +10,8 @@ import pytest
 from test_compare import GOOD, POOR, REFERENCE
 
 from analysis import compare, transfer
+from analysis.chapters.examples import Example, Group
+from analysis.page import render
 from analysis.report.blocks import Section, Table
 from analysis.report.document import html
 from analysis.runs.simulated import write_study
@@ -148,6 +150,16 @@ def test_examples_are_filtered_in_the_page(report: Path, browser: Any) -> None:
     browser.find_element("id", "text").send_keys("no such word anywhere")
     assert shown() == []
     assert browser.find_element("id", "count").text == f"0 of {len(everything)} sentences"
+
+
+def test_tokens_without_text_are_told() -> None:
+    told = "do not hold the text of the tokens"
+    for piece in ("", "word"):
+        token = {"piece": piece, "teacher": piece, "student": piece, "hard": True, "shade": 0.1,
+                 "line": "blue", "before": "1.00", "after": "0.50"}  # fmt: skip
+        example = Example(1, 10.0, 20.0, None, "a", "b", "c", [token])
+        group = Group("de-en", "SE-KD", "word-level KD", 1, [example])
+        assert (told in render("examples.html", title="", groups=[group])) == (piece == "")
 
 
 @pytest.fixture(scope="module")
