@@ -25,7 +25,7 @@ def command(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[
     line = [sys.executable, "-m", f"analysis.{module}", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
 
 
