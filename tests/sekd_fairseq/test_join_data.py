@@ -147,6 +147,19 @@ def test_one_student_learns_from_both(
     assert "expected one teacher" in error_line(refused)
 
 
+def test_what_was_joined_is_joined_with_more(
+    pairs: dict[str, tuple[Path, Path]], joined: Path, tmp_path: Path
+) -> None:
+    both = {"both": (joined / "bin", joined / "cache"), "de": pairs["de"]}
+    printed = join(both, tmp_path / "three")
+    assert "train1: src-en, 88 sentences" in printed and "train2: de-en, 90 sentences" in printed
+    cache = TeacherCache.open(tmp_path / "three" / "cache" / "train2")
+    assert (
+        cache.manifest.fingerprint
+        == TeacherCache.open(pairs["de"][1] / "train").manifest.fingerprint
+    )
+
+
 def test_what_does_not_belong_together_is_refused(
     pairs: dict[str, tuple[Path, Path]], data: Path, cache: Path, tmp_path: Path
 ) -> None:
