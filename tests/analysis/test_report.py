@@ -69,12 +69,12 @@ def test_report_of_the_demo_and_its_figures_again(demo: Path) -> None:
 
 
 def test_same_runs_and_seed_give_the_same_report_to_the_byte(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo: Path, tmp_path: Path, no_figures: None
 ) -> None:
+    """Of figures the test before knows it."""
     for name in ("one", "two"):
         transfer.main([str(demo), "--output", str(tmp_path / name), "--resamples", "200"])
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    monkeypatch.setattr(document, "draw_all", lambda *_: [])
     transfer.main(
         [str(demo), "--output", str(tmp_path / "three"), "--resamples", "200", "--seed", "1"]
     )

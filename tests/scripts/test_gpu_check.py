@@ -85,13 +85,20 @@ def test_synthetic_sentences(tmp_path: Path) -> None:
         assert counts[4] / near == pytest.approx(102.7 / 2.7, rel=0.1)
 
 
+def len_of(rows: dict[str, torch.Tensor]) -> int:
+    """The tokens of a batch."""
+    return int(rows["attention_mask"].sum())
+
+
 def test_both_bare_loops_have_the_same_loss(tmp_path: Path) -> None:
     folder, vocabulary = bench_llm.save_model(None, tmp_path / "model", smallest=True)
     write_data(tmp_path / "data", vocabulary, 60, source=20, target=10)
-    size = bench_llm.SMALLEST._replace(updates=3, batch_tokens=300)
+    size = bench_llm.SMALLEST._replace(interval=2, batch_tokens=300)
     batches = bench_llm.Batches(tmp_path / "data", folder, size)
+    assert 0 < len(batches.timed) <= len(batches.second) - size.interval
+    assert sum(map(len_of, batches.first)) == sum(map(len_of, batches.second))
     model = bench_llm.transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    for rows in batches.rows:
+    for rows in batches.timed[:3]:
         places = rows["labels"].view(-1).ne(-100).nonzero().squeeze(1)
         lean = bench_llm.lean_loss(model, {**rows, "places": places})
         torch.testing.assert_close(bench_llm.whole_loss(model, rows), lean)
