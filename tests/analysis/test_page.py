@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from test_compare import GOOD, POOR, REFERENCE
 
-from analysis import compare, transfer
+from analysis import compare, figures, transfer
 from analysis.chapters.examples import Example, Group
 from analysis.page import render
 from analysis.report.blocks import Section, Table
@@ -28,7 +28,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = path.read_text(encoding="utf-8").splitlines()
         lines = [f"{HOSTILE} {line}" for line in lines]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    transfer.main([str(root), "--resamples", "100"])
+    with pytest.MonkeyPatch.context() as patch:  # figures take most of the time, and two are enough
+        few = {name: figures.FIGURES[name] for name in ("claims", "methods")}
+        patch.setattr(figures, "FIGURES", few)
+        transfer.main([str(root), "--resamples", "100"])
     return root / "report"
 
 

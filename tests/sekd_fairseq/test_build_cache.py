@@ -144,6 +144,7 @@ def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_device(cpu=False) == torch.device("cuda", 3)
 
 
+@pytest.mark.slow
 def test_spawned_workers_read_the_same(data: Path, teacher: Path, cache: Path) -> None:
     from sekd_fairseq.checkpoints import load_models
     from sekd_fairseq.datasets import TeacherDataset

@@ -108,6 +108,7 @@ def test_validation_sees_every_sentence(student: tuple[Path, str]) -> None:
     assert batches == pytest.approx(round(batches), abs=0.01)
 
 
+@pytest.mark.slow
 def test_hydra_configuration(data: Path, cache: Path, tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.mkdir()

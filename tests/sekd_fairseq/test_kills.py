@@ -81,6 +81,7 @@ def test_scoring(data: Path, cache: Path, teacher: Path, tmp_path: Path, kills: 
     assert files(tmp_path / "a" / "run") == files(tmp_path / "b" / "run")
 
 
+@pytest.mark.slow
 def test_analysis(tmp_path: Path, kills: int) -> None:
     runs = write_study(tmp_path / "runs", seeds=2, sentences=30)
 
@@ -102,6 +103,7 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @needs_whole_disk
 def test_a_full_disk_and_directories_that_cannot_be_made(
     data: Path, cache: Path, teacher: Path, tmp_path: Path

@@ -60,6 +60,7 @@ def test_two_processes_end_as_one(
     command(*score, "--path", second, "--cpu")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_any_number_of_processes(
     data: Path, cache: Path, tmp_path: Path
 ) -> None:
