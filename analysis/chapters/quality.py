@@ -23,9 +23,9 @@ from analysis.sums.pairing import BASELINES, partner
 from analysis.sums.significance import PairedScores, Significance
 from analysis.terminal import progress
 
-#: Columns of a table without rows.
 #: Baselines in the order in which a figure of gains takes the first that there is.
 PREFERRED = ("word_kd", "finetune")
+#: Columns of a table without rows.
 RUN_COLUMNS = ["direction", "method", "seed", "run"]
 
 

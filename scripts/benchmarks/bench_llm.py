@@ -11,8 +11,9 @@ The same model, batches and optimiser everywhere, in turn, in one process; bfloa
 Two epochs, of which the second is measured: a GPU that meets a shape for the first time chooses and
 builds kernels for it, which the first of the loops would pay for the others. The bare loops have
 nothing to wait for: batches lie in memory, weights are bfloat16 without a copy in float32 (which
-fairseq keeps), AdamW is fused. Counted are positions that are not padding. Then, one run each: the projection in chunks, gradient checkpointing, adapters. Prompts (60 tokens in the mean)
-and translations (25) are made up. Writes bench_llm_gpu.csv and .json.
+fairseq keeps), AdamW is fused. Counted are positions that are not padding. Then, one run each: the
+projection in chunks, gradient checkpointing, adapters. Prompts (60 tokens in the mean) and
+translations (25) are made up. Writes bench_llm_gpu.csv and .json.
 """
 
 import argparse
