@@ -86,6 +86,8 @@ class Plan:
         self.data = f"data/{config['name']}"
         self.main_runs = f"runs/{config['name']}"
         self.runs = f"runs/{config.get('runs', config['name'])}"
+        #: Holds the runs that others start from.
+        self.starts = f"runs/{config.get('starts', config['name'])}"
         self.subset: str = config.get("subset", "test")
         # The same runs can be judged on two splits, one after the other.
         split = "" if self.subset == "test" else f"-{self.subset}"
@@ -245,14 +247,14 @@ class Plan:
         return [*arguments, "--nbest", str(nbest)] if nbest else arguments
 
     def warm_start(self, wildcards: Any) -> str | None:
-        """The run of the main study whose parameters a student starts from: METHOD.SEED, one for all,
-        or METHOD, with the student's own seed."""
+        """The run whose parameters a student starts from, of the main study or the one that ``starts``
+        names: METHOD.SEED, one for all, or METHOD, with the student's own seed."""
         start = self.methods[wildcards.method].get("warm-start")
         if start is None:
             return None
         name, _, seed = start.rpartition(".")
         own = start if name and seed.isdecimal() else f"{start}.{wildcards.seed}"
-        return f"{self.main_runs}/{wildcards.direction}/{own}"
+        return f"{self.starts}/{wildcards.direction}/{own}"
 
     @cached_property
     def in_rounds(self) -> list[str]:

@@ -114,6 +114,18 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     )
     assert jobs_of(out)["student"] == "30" and "score.valid.done" in out
     assert "--output runs/multi30k-shortlist/report-valid" in out
+    medium = main.parent.parent / "fair-medium" / "de-en" / "finetune.1"
+    medium.mkdir(parents=True)
+    (medium / "train.done").touch()
+    names = ("fair.yaml", "fair-medium.yaml", "fair-medium-warm.yaml")
+    out = plan(
+        "multi30k.yaml", tmp_path, options=(*(CONFIGS / name for name in names), "-c2", "-p")
+    )
+    start = "runs/fair-medium/de-en/finetune.1/checkpoints/checkpoint_best.pt"
+    assert out.count(f"--finetune-from-model {start}") == 9 and out.count(f"--student {start}") == 3
+    assert "--save-dir runs/fair-medium-warm/de-en/seq_word_kd.3/checkpoints" in out
+    assert "--path runs/fair/de-en/teacher/checkpoints/checkpoint_best.pt" in out
+    assert out.count("--encoder-embed-dim 128") == 12
     second = (CONFIGS / "multi30k-shortlist.yaml", CONFIGS / "on-test.yaml")
     out = plan("multi30k.yaml", tmp_path, options=(*second, "-c2", "-p"))
     assert "score.test.done" in out and "--output runs/multi30k-shortlist/report\n" in out
