@@ -7,6 +7,9 @@
 Students train on DISTILLED with any criterion (Kim and Rush, 2016, with cross entropy); a cache for
 its targets (build_cache DISTILLED) brings word-level KD or SE-KD to them too.
 
+A teacher with other pieces is run on its own data, with ``--remove-bpe sentencepiece``; its text is cut
+into the students' pieces with ``--sentencepiece-model``.
+
 Of N-best lists (``fairseq-generate --beam N --nbest N``) one translation per sentence is chosen with
 ``--choose``.  More text: with ``--sources MONO``, data whose split is monolingual text, what was generated
 from it becomes the split; sentences of the validation and test sets are left out, and the pairs of DATA
@@ -17,11 +20,12 @@ import argparse
 import itertools
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 from sacrebleu.metrics import CHRF
@@ -48,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="output of fairseq-generate on the split, made without --remove-bpe",
+    )
+    out.add_argument(
+        "--sentencepiece-model",
+        type=Path,
+        metavar="MODEL",
+        help="for a teacher with other pieces: FILE was made with --remove-bpe sentencepiece (or --bpe), on the "
+        "teacher's data of the same sentences; its text is cut into pieces by this model, that of DATA",
     )
     out.add_argument("--output", required=True, type=Path, metavar="DIR", help="new data directory")
     out.add_argument("--subset", default="train", help="the split (default: %(default)s)")
@@ -149,9 +160,13 @@ def chosen_translations(
     args: argparse.Namespace, dictionary: Dictionary, references: Any, count: int
 ) -> list[str]:
     """One translation per sentence, in pieces."""
+    prefix = "H-"
+    cut: Callable[[str], str] = str
+    if args.sentencepiece_model:
+        prefix, cut = "D-", cutter(args.sentencepiece_model, dictionary)
     if args.choose is None:
-        return read_generated(args.generated, "H-", count)
-    found = translations(read_lines(args.generated))
+        return [cut(line) for line in read_generated(args.generated, prefix, count)]
+    found = translations(read_lines(args.generated), prefix)
     missing = sorted(set(range(count)) - set(found))
     if missing or len(found) != count:
         which = f"none of sentence {missing[0]}" if missing else f"sentence {max(found)} too"
@@ -167,7 +182,7 @@ def chosen_translations(
     scores = read_scores(args.scores, found) if args.scores else None
     chosen = []
     for sentence in range(count):
-        texts = found[sentence][: args.nbest]
+        texts = [cut(text) for text in found[sentence][: args.nbest]]
         if scores is not None:
             values = scores[sentence][: args.nbest]
         elif args.choose == "mbr":
@@ -178,12 +193,31 @@ def chosen_translations(
     return chosen
 
 
-def translations(lines: Sequence[str]) -> dict[int, list[str]]:
-    """The pieces of all translations that fairseq-generate printed, by sentence, the best first."""
+def cutter(model: Path, dictionary: Dictionary) -> Callable[[str], str]:
+    """What cuts text as ``prepare_data`` does: a piece that is no symbol of the dictionary is unknown."""
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--sentencepiece-model {model}: expected the sentencepiece.model that prepare_data wrote beside "
+            f"the data, found none ({error})"
+        ) from error
+
+    def cut(text: str) -> str:
+        pieces = processor.encode(text, out_type=str)
+        known = dictionary.indices
+        return " ".join(piece if piece in known else dictionary.unk_word for piece in pieces)
+
+    return cut
+
+
+def translations(lines: Sequence[str], prefix: str = "H-") -> dict[int, list[str]]:
+    """All translations that fairseq-generate printed, by sentence, the best first; ``prefix`` as in
+    :func:`~sekd_fairseq.evaluate.read_generated`."""
     found: dict[int, list[str]] = defaultdict(list)
     for line in lines:
         label, *rest = line.split("\t", 2)
-        if label.startswith("H-") and label[2:].isdecimal() and len(rest) == 2:
+        if label.startswith(prefix) and label[2:].isdecimal() and len(rest) == 2:
             found[int(label[2:])].append(rest[1])
     return dict(found)
 
@@ -341,7 +375,7 @@ def encode(line: str, dictionary: Dictionary, path: Path, sentence: int) -> torc
         raise UserError(
             f"{path}: sentence {sentence} has {unknown[0]!r}, which is no symbol of the "
             "dictionary; expected pieces as the model makes them: run fairseq-generate without "
-            "--remove-bpe and with this data directory"
+            "--remove-bpe and with this data directory, or give --sentencepiece-model"
         )
     return torch.tensor(
         [*(dictionary.index(piece) for piece in pieces), dictionary.eos()], dtype=torch.int32

@@ -50,6 +50,36 @@ def test_lists_are_read_in_their_own_order(tmp_path: Path) -> None:
             read_scores(tmp_path / "scores", found)
 
 
+def test_text_of_a_teacher_with_other_pieces_is_cut(tmp_path: Path) -> None:
+    pairs = list(dict.fromkeys(sentence_pairs(160, seed=2)))
+    for split, part in {"train": pairs[40:], "valid": pairs[:20], "test": pairs[20:40]}.items():
+        write_text(tmp_path, split, part)
+    prepared = tmp_path / "prepared"
+    splits = [word for s in ("train", "valid", "test") for word in (f"--{s}", tmp_path / s)]
+    command(
+        "sekd_fairseq.prepare_data", *splits, "--source-lang", "en", "--target-lang", "de",
+        "--vocab-size", 40, "--output", prepared,
+    )  # fmt: skip
+    references = (tmp_path / "train.de").read_text().splitlines()
+    count = len(side(prepared / "bin", "train", "de"))
+    assert count == len(references)  # nothing was left out: text and data are line by line
+    lists = [[f"{text} Ω", text] for text in references]  # Ω is no piece
+    path = generated(tmp_path / "out", lists)
+    model = prepared / "sentencepiece.model"
+    words = (prepared / "bin", "--generated", path, "--sentencepiece-model", model)
+    distil(*words, "--output", tmp_path / "best")
+    written, original = (side(d, "train", "de") for d in (tmp_path / "best", prepared / "bin"))
+    assert all(best == f"{gold} \u2581 <unk>" for best, gold in zip(written, original, strict=True))
+    distil(*words, "--nbest", 2, "--choose", "reference", "--output", tmp_path / "chosen")
+    assert side(tmp_path / "chosen", "train", "de") == original
+    line = error_line(
+        distil(*words[:-1], tmp_path / "none", "--output", tmp_path / "x", check=False)
+    )
+    assert "--sentencepiece-model" in line and "expected the sentencepiece.model" in line
+    line = error_line(distil(*words[:3], "--output", tmp_path / "x", check=False))
+    assert line.endswith("or give --sentencepiece-model")
+
+
 def test_utilities() -> None:
     texts = ["eins zwei drei", "eins zwei vier", "acht neun"]
     exact = CHRF()
