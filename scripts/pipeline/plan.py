@@ -2,6 +2,7 @@
 
 A study beside the main one shares its data, teacher and caches: its configuration gives another folder of
 ``runs``, and maybe another ``subset`` to judge on (hyper-parameters are chosen on the validation set).
+A study with other pieces has data of its own and the teacher of another study (``teacher: {of: NAME}``).
 """
 
 import json
@@ -102,13 +103,47 @@ class Plan:
         self.generation = dict(config.get("generation", {}))
         #: Length penalties to choose from on the validation set, for each run; or None.
         self.length_penalties: list[float] | None = self.generation.pop(TUNED, None)
+        #: The study whose teacher this one has, with other pieces; or None.
+        self.teacher_of: str | None = config["teacher"].get("of")
+        self._check_methods()
+        self._check_teacher()
+
+    def _check_methods(self) -> None:
+        """Refuse methods for which the teacher would have to read the students' data."""
+        own_data = "pieces" if self.teacher_of else "prompts" if self.teacher_prompts else None
         for method, own in self.methods.items():
-            word_level = own.get("criterion") in DISTILLING
-            if word_level and self.distilled(method) and self.teacher_prompts:
+            if not own_data:
+                continue
+            if own.get("criterion") in DISTILLING and self.distilled(method):
                 raise ValueError(
-                    f"{method}: a cache of the teacher's translations is made for students' prompts, and "
-                    "the teacher has prompts of its own; expected a criterion without a teacher"
+                    f"{method}: a cache of the teacher's translations is made for students' {own_data}, and "
+                    f"the teacher has {own_data} of its own; expected a criterion without a teacher"
                 )
+            if own.get("rounds") and self.teacher_of:
+                raise ValueError(
+                    f"{method}: rounds need a teacher that reads the students' pieces, found that of "
+                    f"{self.teacher_of}; take the method out (null)"
+                )
+
+    def _check_teacher(self) -> None:
+        """Refuse a teacher of another study that is not there."""
+        if not self.teacher_of:
+            return
+        if self.language_model:
+            raise ValueError(
+                f"teacher: {{of: {self.teacher_of}}}: expected students with SentencePiece's pieces, found a "
+                "language model's (data: {tokenizer})"
+            )
+        for direction in self.config["directions"]:
+            data, teacher = self.teacher_folders(direction)
+            model = f"{data}/sentencepiece.model"
+            targets = [f"{teacher}/train.done", f"{data}/cache.done"]
+            for path in (*targets, model):
+                if not os.path.exists(path):
+                    raise ValueError(
+                        f"teacher: {{of: {self.teacher_of}}}: expected {path}, found none; make it with the "
+                        f"configuration of {self.teacher_of}: snakemake ... {' '.join(targets)}"
+                    )
 
     @cached_property
     def run_folders(self) -> list[str]:
@@ -195,11 +230,19 @@ class Plan:
         given = self.config["data"].items()
         return any(name.startswith("teacher-") and value for name, value in given)
 
+    def teacher_folders(self, direction: str) -> tuple[str, str]:
+        """The data and the run of the teacher, in the study that made it."""
+        study = self.teacher_of or self.config["name"]
+        return f"data/{study}/{direction}", f"runs/{study}/{direction}/teacher"
+
     def data_of(self, wildcards: Any) -> str:
-        """The data directory that a run reads; a language-model teacher may have prompts of its own."""
+        """The data directory that a run reads; a teacher may have prompts, or pieces, of its own."""
         folder = f"{self.data}/{wildcards.direction}"
-        if self.teacher_prompts and getattr(wildcards, "run", "teacher") == "teacher":
-            return f"{folder}/teacher"
+        if getattr(wildcards, "run", "teacher") == "teacher":
+            if self.teacher_of:
+                return f"{self.teacher_folders(wildcards.direction)[0]}/bin"
+            if self.teacher_prompts:
+                return f"{folder}/teacher"
         return f"{folder}/bin"
 
     # Teachers and students.
@@ -234,16 +277,19 @@ class Plan:
         return f"{self.data}/{wildcards.direction}/{kind}"
 
     def distill_arguments(self, wildcards: Any) -> list[str]:
-        """Arguments of sekd_fairseq.distilled_data; references are mixed in from the same data."""
+        """Arguments of sekd_fairseq.distilled_data; references are mixed in from the same data, and text of
+        a teacher with other pieces is cut into the students'."""
         given = dict(self.config.get("distill", {}))
-        if "gold-share" in given:
+        if given.get("gold-share"):
             given["sources"] = f"{self.data}/{wildcards.direction}/bin"
+        if self.teacher_of:
+            given["sentencepiece-model"] = f"{self.data}/{wildcards.direction}/sentencepiece.model"
         return options(given)
 
     def distill_generate_arguments(self) -> list[str]:
         """Arguments of fairseq-generate for the teacher's translations of the training set."""
         nbest = self.config.get("distill", {}).get("nbest")
-        arguments = self.generate_arguments("train", detokenize=False)
+        arguments = self.generate_arguments("train", detokenize=bool(self.teacher_of))
         return [*arguments, "--nbest", str(nbest)] if nbest else arguments
 
     def warm_start(self, wildcards: Any) -> str | None:

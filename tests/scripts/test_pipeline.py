@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import snakemake.cli  # noqa: F401 (imported before forking)
@@ -13,7 +14,7 @@ import yaml
 from progress import describe, follow, parse_line
 from train import check_settings
 
-from tests.sekd_fairseq.conftest import command
+from tests.sekd_fairseq.conftest import command, sentence_pairs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "configs"
@@ -129,6 +130,66 @@ def test_plans_of_studies_beside_the_main_one(tmp_path: Path) -> None:
     second = (CONFIGS / "multi30k-shortlist.yaml", CONFIGS / "on-test.yaml")
     out = plan("multi30k.yaml", tmp_path, options=(*second, "-c2", "-p"))
     assert "score.test.done" in out and "--output runs/multi30k-shortlist/report\n" in out
+
+
+def test_plan_of_a_study_with_other_pieces(tmp_path: Path) -> None:
+    own = (CONFIGS / "fair.yaml", CONFIGS / "other-pieces.yaml", "-c2", "-p")
+    line = plan("multi30k.yaml", tmp_path, options=own, check=False)
+    assert "teacher: {of: fair}: expected runs/fair/de-en/teacher/train.done, found none" in line
+    data, runs = tmp_path / "data" / "fair" / "de-en", tmp_path / "runs" / "fair" / "de-en"
+    for path in (runs / "teacher/train.done", data / "cache.done", data / "sentencepiece.model"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    out = plan("multi30k.yaml", tmp_path, options=own)
+    jobs = jobs_of(out)
+    assert jobs["prepare"] == jobs["cache"] == jobs["distill"] == jobs["teacher"] == "1"
+    assert jobs["student"] == "9" and jobs["length_penalty"] == jobs["score"] == "10"
+    assert "build_cache" not in out and "--top-k" not in out and "--vocab-size 2000" in out
+    assert (
+        "align_cache data/fair/de-en/cache --data data/fair/de-en/bin --student-data data/other-pieces/de-en/bin"
+        " --output data/other-pieces/de-en/cache"
+    ) in out
+    assert out.count("--teacher-cache data/other-pieces/de-en/cache") == 3 + 9  # trained, scored
+    assert out.count("-- data/other-pieces/de-en/distilled ") == 3
+    assert out.count("--max-update 1200") == 9 and "--patience" not in out
+
+
+@pytest.mark.slow
+def test_a_study_with_other_pieces(tmp_path: Path) -> None:
+    """Made whole: the teacher's study, as far as it is needed, and students with fewer pieces."""
+    pairs = list(dict.fromkeys(sentence_pairs(500, seed=3)))
+    for number, language in enumerate(("en", "de")):
+        text = "".join(f"{pair[number]}\n" for pair in pairs)
+        (tmp_path / f"text.{language}").write_text(text)
+    base: dict[str, Any] = yaml.safe_load((CONFIGS / "demo.yaml").read_text())
+    base["corpus"] = {"src": "text.en", "tgt": "text.de"}
+    base["data"] = {"vocab-size": 60, "valid-size": 30, "test-size": 30}
+    for kind in ("teacher", "student"):
+        base[kind] |= {"max-update": 12, "warmup-updates": 4}
+    base["cache"] = {"allow-implausible": True}
+    base["generation"] = {"beam": 2, "max-len-b": 20}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    distilled = {"criterion": "cross_entropy", "targets": "distilled"}
+    own = {
+        "name": "other",
+        "data": {"vocab-size": 30},
+        "cache": {"allow-implausible": None},
+        "teacher": {"of": "demo"},
+        "distill": {"gold-share": 0.5},
+        "methods": {"finetune": None, "se_kd": None, "seq_kd": distilled},
+    }
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(own))
+    run = ("snakemake", "-s", ROOT / "scripts" / "Snakefile", "-c1", "--configfile", "base.yaml")
+    teacher = ("runs/demo/en-de/teacher/train.done", "data/demo/en-de/cache.done")
+    command(*run, "--", *teacher, cwd=tmp_path, fresh=True)
+    command(*run, "other.yaml", cwd=tmp_path, fresh=True)
+    report = (tmp_path / "runs/other/report/report.md").read_text()
+    assert "word-level kd" in report.lower() and "sequence-level kd" in report.lower()
+    symbols = [
+        (tmp_path / f"data/{name}/en-de/bin/dict.de.txt").read_text() for name in ("demo", "other")
+    ]
+    assert symbols[0] != symbols[1]
+    assert "Nothing to be done" in command(*run, "other.yaml", cwd=tmp_path, fresh=True)
 
 
 def test_a_study_of_a_part_of_the_training_set_lies_beside_the_main_one(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from snakemake.utils import update_config
 CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 
 
-def of(name: str, **own: Any) -> Plan:
+def of(name: str, /, **own: Any) -> Plan:
     config = yaml.safe_load((CONFIGS / name).read_text())
     update_config(config, own)
     return Plan(config, plugin="sekd_fairseq", gpu=False)
@@ -135,3 +135,49 @@ def test_a_method_in_rounds_starts_from_one_student_of_the_main_study() -> None:
         "rounds_teacher",
         "--cpu",
     ]
+
+
+def test_a_teacher_with_other_pieces_is_another_studys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seq_kd = {"criterion": "cross_entropy", "targets": "distilled"}
+    other: dict[str, Any] = {"name": "other", "teacher": {"of": "demo"}}
+    made = [
+        tmp_path / name
+        for name in (
+            "runs/demo/en-de/teacher/train.done",
+            "data/demo/en-de/cache.done",
+            "data/demo/en-de/sentencepiece.model",
+        )
+    ]
+    for path in made:  # each is asked for
+        with pytest.raises(
+            ValueError, match=f"expected {path.relative_to(tmp_path)}, found none; make it"
+        ):
+            of("demo.yaml", **other)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    plan = of("demo.yaml", **other, methods={"seq_kd": seq_kd}, distill={"gold-share": 0.5})
+    # The teacher reads its own data, and its translations are text, cut into the students' pieces.
+    assert plan.data_of(job(run="teacher")) == "data/demo/en-de/bin"
+    assert plan.data_of(job(run="se_kd.1")) == "data/other/en-de/bin"
+    assert plan.student_data(job(method="seq_kd")) == "data/other/en-de/distilled"
+    assert "--remove-bpe" in plan.distill_generate_arguments()
+    assert "--remove-bpe" not in of("demo.yaml").distill_generate_arguments()
+    assert plan.distill_arguments(job()) == [
+        "--gold-share", "0.5", "--sources", "data/other/en-de/bin",
+        "--sentencepiece-model", "data/other/en-de/sentencepiece.model",
+    ]  # fmt: skip
+    assert "runs/other/en-de/teacher" in plan.run_folders
+    for method, told in (
+        ({**seq_kd, "criterion": "cached_kd"}, "pieces of its own"),
+        (
+            {"criterion": "cached_kd", "warm-start": "finetune", "rounds": {"by": "student"}},
+            "rounds need",
+        ),
+    ):
+        with pytest.raises(ValueError, match=told):
+            of("demo.yaml", **other, methods={"new": method})
+    with pytest.raises(ValueError, match="found a language model's"):
+        of("demo.yaml", **other, data={"tokenizer": "gemma"})
