@@ -247,14 +247,21 @@ class Plan:
 
     # Teachers and students.
 
-    def train_arguments(self, kind: str) -> list[str]:
-        """Arguments of fairseq-train that a teacher, or every student, shares."""
-        return [*TRAINING, *self.task, *options(self.config["training"] | self.config[kind])]
+    def training_options(self, wildcards: Any, kind: str) -> dict[str, Any]:
+        """Options of fairseq-train that the configuration gives a teacher or a student; of an option that
+        several parts give, the value of the last, a method's own."""
+        own = self.methods[wildcards.method] if kind == "student" else {}
+        given = self.config["training"] | self.config[kind] | own
+        return {key: value for key, value in given.items() if key not in OWN_KEYS}
+
+    def train_arguments(self, wildcards: Any, kind: str) -> list[str]:
+        """Arguments of fairseq-train for a teacher or a student."""
+        arguments = [*TRAINING, *self.task, *options(self.training_options(wildcards, kind))]
+        return arguments + (self.made_from(wildcards) if kind == "student" else [])
 
     def updates(self, wildcards: Any, kind: str) -> list[str]:
         """Arguments of progress.py: how long a training is, at most where it has patience."""
-        own = self.methods[wildcards.method] if kind == "student" else {}
-        given = self.config["training"] | self.config[kind] | own
+        given = self.training_options(wildcards, kind)
         return ["--total", str(given["max-update"])] + (
             ["--at-most"] if given.get("patience") else []
         )
@@ -316,9 +323,9 @@ class Plan:
         arguments += ["--teacher", f"{folder}/teacher/checkpoints/checkpoint_best.pt"]
         arguments += ["--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
         arguments += [*options(own["rounds"]), *self.cpu, "--", *TRAINING]
-        given = self.config["training"] | self.config["student"] | own
-        left_out = (*OWN_KEYS, "max-update")
-        return arguments + options({k: v for k, v in given.items() if k not in left_out})
+        return arguments + options(
+            self.training_options(wildcards, "student") | {"max-update": None}
+        )
 
     def stored_difficulty(self, wildcards: Any) -> str | None:
         """How hard another student of this study, of the same seed, finds the training set."""
@@ -326,10 +333,9 @@ class Plan:
         run = f"{self.runs}/{wildcards.direction}/{method}.{wildcards.seed}"
         return f"{run}/difficulty.parquet" if method else None
 
-    def method_arguments(self, wildcards: Any) -> list[str]:
-        """Arguments of fairseq-train that are a student's own."""
-        own = self.methods[wildcards.method]
-        arguments = options({key: value for key, value in own.items() if key not in OWN_KEYS})
+    def made_from(self, wildcards: Any) -> list[str]:
+        """Arguments of fairseq-train that name what a student is made from."""
+        arguments = []
         if start := self.warm_start(wildcards):
             arguments += ["--finetune-from-model", f"{start}/checkpoints/checkpoint_best.pt"]
         if stored := self.stored_difficulty(wildcards):

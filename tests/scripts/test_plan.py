@@ -44,7 +44,7 @@ def test_a_student_is_made_from_what_its_method_needs() -> None:
         "data/demo/en-de/data.json", "data/demo/en-de/distilled.done",
         "runs/demo/en-de/finetune.2/train.done",
     ]  # fmt: skip
-    assert plan.method_arguments(seq_kd) == [
+    assert plan.train_arguments(seq_kd, "student")[-4:] == [
         "--criterion", "cross_entropy",
         "--finetune-from-model", "runs/demo/en-de/finetune.2/checkpoints/checkpoint_best.pt",
     ]  # fmt: skip
@@ -65,7 +65,7 @@ def test_the_teachers_translations_have_a_cache_of_their_own() -> None:
     assert plan.method_inputs(both)[1:] == [
         "data/demo/en-de/distilled.done", "data/demo/en-de/distilled-cache.done",
     ]  # fmt: skip
-    assert plan.method_arguments(both)[-2:] == [
+    assert plan.train_arguments(both, "student")[-2:] == [
         "--teacher-cache", "data/demo/en-de/distilled-cache",
     ]  # fmt: skip
     # It is compared with the teacher on the references, as every run.
@@ -86,9 +86,20 @@ def test_a_training_with_patience_is_at_most_so_long() -> None:
     plan = of("demo.yaml", student={"patience": 5, "max-update": 30000})
     assert plan.updates(student, "student") == ["--total", "30000", "--at-most"]
     assert plan.updates(job(run="teacher"), "teacher") == ["--total", "1100"]
-    assert "--patience" in plan.train_arguments("student")
+    assert "--patience" in plan.train_arguments(student, "student")
     own = of("demo.yaml", methods={"se_kd": {"max-update": 7}})
     assert own.updates(student, "student") == ["--total", "7"]
+
+
+def test_a_methods_own_option_stands_for_the_students() -> None:
+    """And null takes it out."""
+    method = {"max-update": 7, "train-sentences": None}
+    plan = of("demo.yaml", student={"train-sentences": 100}, methods={"se_kd": method})
+    words = plan.train_arguments(job(method="se_kd", seed=1), "student")
+    assert words.count("--max-update") == 1 and words[words.index("--max-update") + 1] == "7"
+    assert "--train-sentences" not in words
+    others = plan.train_arguments(job(method="word_kd", seed=1), "student")
+    assert others[others.index("--train-sentences") + 1] == "100"
 
 
 def test_the_length_penalty_is_one_for_all_or_a_runs_own(
