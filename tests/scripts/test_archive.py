@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import records
+import snakemake.cli  # noqa: F401 (imported before forking)
 import yaml
 
 from analysis import transfer
@@ -18,7 +19,7 @@ from analysis.report import document
 from analysis.runs.files import sealed_json, sealed_parquet
 from analysis.runs.simulated import write_study
 from analysis.runs.token_records import read_columns
-from tests.sekd_fairseq.conftest import ROOT, command
+from tests.sekd_fairseq.conftest import ROOT, command, run_forked
 
 CONFIGS = (ROOT / "scripts" / "configs" / "demo.yaml", Path("tiny.yaml"))
 MARKS = ("train.done", "test.out", "score.test.done")
@@ -30,6 +31,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished study in the layout of the pipeline; the working directory is its root."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(document, "draw_all", lambda *_: [])
+    monkeypatch.setattr(archive.subprocess, "run", run_forked)
     runs = write_study(tmp_path / "runs" / "tiny", seeds=2, sentences=40) / "en-de"
     for run in list(runs.iterdir()):
         method = run.name[:-1].replace("treatment", "se_kd")

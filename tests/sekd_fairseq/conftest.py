@@ -1,5 +1,6 @@
 """A small translation task that trains in seconds, and ways to run fairseq on it."""
 
+import functools
 import gc
 import logging
 import os
@@ -7,17 +8,21 @@ import random
 import runpy
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import pytest
 import sentencepiece
 import torch
 import torch._dynamo  # an optimiser imports it, which takes a second (imported before forking)
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from filelock import FileLock
 
 import sekd_fairseq.tasks  # noqa: F401 (imported before forking)
@@ -37,45 +42,86 @@ ENVIRONMENT = {
 needs_whole_disk = pytest.mark.skipif("COVERAGE_RUN" in os.environ, reason="not under coverage")
 
 
-def command(*arguments: object, check: bool = True, cwd: Path = ROOT, fresh: bool = False) -> str:
-    """Run ``python -m ...`` and return what it printed, both streams.
+def completed(
+    *arguments: object, cwd: Path = ROOT, fresh: bool = False, one_stream: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m ...`` to its end; ``one_stream`` prints the errors among the output.
 
     In a fork of this process, which has imported fairseq already (that takes 7 seconds), or in a
     ``fresh`` interpreter, as a user does.
     """
-    with tempfile.TemporaryFile("w+") as output:
-        child = fork_module(list(map(str, arguments)), cwd, output, fresh)
+    words = list(map(str, arguments))
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        child = fork_module(words, cwd, output, output if one_stream else errors, fresh)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         output.seek(0)
-        printed = output.read()
-    assert (status == 0) == check, printed[-3000:]
-    return printed
+        errors.seek(0)
+        return subprocess.CompletedProcess(words, status, output.read(), errors.read())
+
+
+def command(*arguments: object, check: bool = True, cwd: Path = ROOT, fresh: bool = False) -> str:
+    """What :func:`completed` prints, both streams; it must succeed, or with ``check=False`` fail."""
+    done = completed(*arguments, cwd=cwd, fresh=fresh, one_stream=True)
+    assert (done.returncode == 0) == check, done.stdout[-3000:]
+    return done.stdout
 
 
 def start_command(*arguments: object, output: Path = Path(os.devnull)) -> int:
     """Start ``python -m ...`` in a fork, its output in a file or dropped; returns the process id."""
     with output.open("w") as stream:
-        return fork_module(list(map(str, arguments)), ROOT, stream)
+        return fork_module(list(map(str, arguments)), ROOT, stream, stream)
 
 
-def fork_module(words: list[str], cwd: Path, output: IO[str], fresh: bool = False) -> int:
+def fork_module(
+    words: list[str], cwd: Path, output: IO[str], errors: IO[str], fresh: bool = False
+) -> int:
     """Fork a child that becomes ``python -m words``; returns its process id."""
     # A fork of a process that has used CUDA cannot use it.
     fresh = fresh or torch.cuda.is_initialized()
+    if not fresh:
+        read_settings_once()
     child = os.fork()
     if child == 0:
-        run_module(words, cwd, output, fresh)
+        run_module(words, cwd, output, errors, fresh)
     return child
 
 
-def run_module(words: list[str], cwd: Path, output: IO[str], fresh: bool) -> NoReturn:
-    """In a forked child: become ``python -m words``, with both streams to ``output``."""
+@functools.cache
+def read_settings_once() -> None:
+    """Read a training's settings, before forking: the parsers of hydra build their tables at the first
+    use, a third of the time of a tiny training."""
+    words = list(map(str, train_arguments("data", Path("save"))))[1:]
+    logging.disable()
+    with warnings.catch_warnings(action="ignore"):
+        arguments = options.parse_args_and_arch(options.get_training_parser(), words)
+        convert_namespace_to_omegaconf(arguments)
+    logging.disable(logging.NOTSET)
+
+
+def run_forked(words: Sequence[Any], **streams: Any) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run``, with ``python -m ...`` in a fork of this process."""
+    merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    if words[:2] == [sys.executable, "-m"] and streams in ({}, merged):
+        done = completed(*words[2:], cwd=Path.cwd(), one_stream=True)
+        if not streams:
+            print(done.stdout, end="")
+        return done
+    return run_program(words, **streams)
+
+
+run_program: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
+
+
+def run_module(
+    words: list[str], cwd: Path, output: IO[str], errors: IO[str], fresh: bool
+) -> NoReturn:
+    """In a forked child: become ``python -m words``, with its streams to ``output`` and ``errors``."""
     status = 1
     gc.freeze()  # what pytest has loaded is no garbage, and to look at it would copy it
     try:
         os.chdir(cwd)
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
+        os.dup2(output.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
         if fresh:
             os.execve(sys.executable, [sys.executable, "-m", *words], ENVIRONMENT)
         sys.stdin = open(os.devnull)  # noqa: SIM115 (the process ends here)
@@ -83,6 +129,8 @@ def run_module(words: list[str], cwd: Path, output: IO[str], fresh: bool) -> NoR
         for handler in list(logging.root.handlers):  # pytest's; a command sets up its own
             logging.root.removeHandler(handler)
         logging.getLogger("fairseq").setLevel(logging.NOTSET)  # as a fresh interpreter has it
+        warnings.simplefilter("ignore")  # as in ENVIRONMENT
+        subprocess.run = run_forked  # type: ignore[assignment] (a command's own commands)
         sys.argv = words
         try:
             runpy.run_module(words[0], run_name="__main__", alter_sys=True)

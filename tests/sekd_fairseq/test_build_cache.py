@@ -4,8 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,13 +13,7 @@ import torch
 
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import (
-    ENVIRONMENT,
-    command,
-    error_line,
-    start_command,
-    train,
-)
+from .conftest import command, error_line, start_command, train
 
 
 def build(data: object, teacher: object, output: Path, *options: object, **keywords: bool) -> str:
@@ -186,24 +178,23 @@ def test_torchrun_and_two_builders_on_one_directory(
     data: Path, teacher: Path, cache: Path, tmp_path: Path
 ) -> None:
     words = [
-        "-m", "sekd_fairseq.build_cache", data, "--path", teacher, "--cpu", "--top-k", "6",
+        "sekd_fairseq.build_cache", data, "--path", teacher, "--cpu", "--top-k", "6",
         "--shard-sentences", "50", "--subset", "train", "--output",
     ]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    commands = [
-        [*torchrun, *words, tmp_path / "a"],  # ranks share the work
-        [sys.executable, *words, tmp_path / "b"],  # both do all of it, at the same time
-        [sys.executable, *words, tmp_path / "b"],
-    ]
-    running = [
-        subprocess.Popen(
-            list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    running = {
+        tmp_path / f"{number}.log": start_command(*line, output=tmp_path / f"{number}.log")
+        for number, line in enumerate(
+            (
+                [*torchrun, *words, tmp_path / "a"],  # ranks share the work
+                [*words, tmp_path / "b"],  # both do all of it, at the same time
+                [*words, tmp_path / "b"],
+            )
         )
-        for command in commands
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    }
+    for log, process in running.items():
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        assert status == 0, log.read_text()[-2000:]
     for name in "ab":
         assert bytes_of(tmp_path / name / "train") == bytes_of(cache / "train")
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,11 @@ from analysis.runs.errors import UserError
 from analysis.runs.texts import read_lines
 from sekd_fairseq.parallel_text import normalise, read_pairs, split, without_leaks
 
+from .conftest import completed
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sekd_fairseq.prepare_data", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+
+def run(*arguments: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    return completed("sekd_fairseq.prepare_data", *arguments, fresh=fresh)
 
 
 def text_files(folder: Path, count: int = 80) -> tuple[Path, Path]:
@@ -63,10 +59,10 @@ def test_prepared_data_round_trip(tmp_path: Path) -> None:
     source, target = text_files(tmp_path)
     common = ("--source-lang", "en", "--target-lang", "de", "--vocab-size", "60")
     sizes = ("--valid-size", "10", "--test-size", "11")
-    for name in ("one", "two"):
+    for name in ("one", "two"):  # in two interpreters, which order their sets differently
         done = run(
             "--src", source, "--tgt", target, *common, *sizes,
-            "--output", tmp_path / name,
+            "--output", tmp_path / name, fresh=name == "two",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "data.json").read_text()) for name in ("one", "two"))
