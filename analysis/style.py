@@ -1,5 +1,6 @@
 """How figures look: sizes of an ACL page, embedded fonts, colours that print in grey."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,9 +149,31 @@ def save(drawn: Figure, path: Path) -> None:
         "svg": {"Date": None, "Creator": None},
     }
     drawn.draw_without_rendering()
+    if break_labels(drawn):
+        drawn.draw_without_rendering()
     drawn.set_layout_engine("none")  # the layout is done; not again for every format
     for suffix in FORMATS:
         drawn.savefig(path.with_suffix(f".{suffix}"), metadata=dates[suffix])
+
+
+def break_labels(drawn: Figure) -> bool:
+    """Break the labels that are longer than their axes into lines, as large letters in a style file
+    make them; whether there are any."""
+    broken = False
+    for axes in drawn.axes:
+        for axis, side in ((axes.xaxis, "width"), (axes.yaxis, "height")):
+            text, room = axis.label.get_text(), getattr(axes.bbox, side)
+            length = getattr(axis.label.get_window_extent(), side)
+            if text and length > room:
+                lines = textwrap.wrap(
+                    text,
+                    max(1, int(len(text) * room / length)),
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                axis.label.set_text("\n".join(lines))
+                broken = True
+    return broken
 
 
 def row_mark(

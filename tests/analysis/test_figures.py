@@ -193,6 +193,32 @@ def test_font_size_scales_all_text_and_the_height(
         assert axis.xaxis.label.get_size() == 8
 
 
+@pytest.mark.parametrize(
+    ("size", "height", "lines"), [(7, 2.0, (1, 1)), (16, 2.0, (2, 1)), (7, 1.2, (1, 2))]
+)
+def test_labels_longer_than_their_axes_are_not_cut_off(
+    tmp_path: Path,
+    size: int,
+    height: float,
+    lines: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(style, "FORMATS", ("svg",))
+    own = tmp_path / "own.mplstyle"
+    own.write_text(f"font.size: {size}\n")
+    with style.own_style(own), style.figure(COLUMN, height) as (whole, (axis,)):
+        axis.set_xlabel("transfer gained: fall of KL")
+        axis.set_ylabel("sentence chrF gained")
+        style.save(whole, tmp_path / "figure")
+        whole.draw_without_rendering()
+        labels = (axis.xaxis.label, axis.yaxis.label)
+        assert tuple(len(label.get_text().split("\n")) for label in labels) == lines
+        for label in labels:
+            inside, page = label.get_window_extent(), whole.bbox
+            assert page.x0 <= inside.x0 < inside.x1 <= page.x1
+            assert page.y0 <= inside.y0 < inside.y1 <= page.y1
+
+
 def test_a_style_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     missing = style.own_style(tmp_path / "none.mplstyle")
     with pytest.raises(UserError, match="--style: expected a matplotlib style file"), missing:
