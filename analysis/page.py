@@ -10,6 +10,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 ENVIRONMENT = Environment(
     loader=PackageLoader("analysis"), autoescape=select_autoescape(["html"]), trim_blocks=True
 )
+#: The hyphen of a negative number; not that of a range or an exponent.
+_NEGATIVE = re.compile(r"(?<![\w.)-])-(?=[\d.])")
 #: Pixels a point of a figure: its letters are made for paper, and a screen is farther away.
 PIXELS = 2.0
 
@@ -17,6 +19,14 @@ PIXELS = 2.0
 def render(template: str, **values: Any) -> str:
     """Fill one of ``analysis/templates``."""
     return ENVIRONMENT.get_template(template).render(**values) + "\n"
+
+
+def minus(cell: object) -> str:
+    """A cell of numbers with minus signs, where Markdown and CSV have hyphens."""
+    return _NEGATIVE.sub("−", str(cell))
+
+
+ENVIRONMENT.filters["minus"] = minus
 
 
 def drawing(path: Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from test_compare import GOOD, POOR, REFERENCE
 
 from analysis import compare, figures, transfer
 from analysis.chapters.examples import Example, Group
-from analysis.page import render
+from analysis.page import minus, render
 from analysis.report.blocks import Section, Table
-from analysis.report.document import html
+from analysis.report.document import html, markdown
 from analysis.runs.simulated import write_study
 
 HOSTILE = '<script>document.title = "owned"</script><b onclick=x>&amp; "quotes"</b>'
@@ -81,6 +81,20 @@ def test_columns_of_numbers_stand_at_the_right() -> None:
         "verdict": ["x"] * 2,
     }
     assert Table(pd.DataFrame(cells)).classes == ["", "number", "number", "verdict"]
+
+
+def test_negative_numbers_have_a_minus_sign_in_the_page_alone(tmp_path: Path) -> None:
+    cells = {
+        "gain": ["-0.23 [-0.40, 0.10]", ""],
+        "position": ["10-19", "0-4"],
+        "options": ["-1", "lr -1"],
+    }
+    chapters = [Section("a", "A", (Table(pd.DataFrame(cells)),))]
+    page = html(chapters, [], tmp_path)
+    assert ">−0.23 [−0.40, 0.10]<" in page and ">10-19<" in page
+    assert ">-1<" in page and ">lr -1<" in page  # no column of numbers
+    assert "-0.23 [-0.40, 0.10]" in markdown(chapters, [])
+    assert minus("1e-05") == "1e-05"
 
 
 def test_in_a_browser(report: Path, browser: Any) -> None:
