@@ -35,6 +35,7 @@ from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.mixed_data import link_data, nearest_to_references, training_side, write_part
 from sekd_fairseq.splits import check_splits, languages, stored_as
 from sekd_fairseq.teacher_cache.format import Manifest
+from sekd_fairseq.teacher_cache.storage import is_address, split_folder
 from sekd_fairseq.teachers.truncation import options_of
 
 #: The plugin's folder, for ``--user-dir``.
@@ -77,9 +78,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--teacher-cache",
         required=True,
-        type=Path,
+        type=lambda place: place if is_address(place) else Path(place),
         metavar="CACHE",
-        help="its cache of train and valid, by build_cache",
+        help="its cache of train and valid, by build_cache; or its address (s3://...)",
     )
     out.add_argument(
         "--teacher-data",
@@ -149,7 +150,7 @@ class Settings:
     data: Path
     student: Path
     teacher: str
-    teacher_cache: Path
+    teacher_cache: str | Path
     teacher_data: Path
     run: Path
     rounds: int
@@ -235,7 +236,7 @@ def check_inputs(settings: Settings) -> None:
         if not path.is_file():
             raise UserError(f"{path}: expected a checkpoint, found none")
     for split in ("train", "valid"):
-        Manifest.load(settings.teacher_cache / split)
+        Manifest.load(split_folder(str(settings.teacher_cache), split))
 
 
 def described(settings: Settings) -> dict[str, Any]:
@@ -295,8 +296,10 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
     for split in ("train", "valid"):
-        if not (cache / split).exists():
-            (cache / split).symlink_to((settings.teacher_cache / split).resolve())
+        link = cache / split
+        if not link.exists():
+            link.unlink(missing_ok=True)  # to a copy that was deleted
+            link.symlink_to(split_folder(str(settings.teacher_cache), split).resolve())
     print(f"{title}: the teacher's distributions at them", flush=True)
     build_cache(settings, prompts, cache)
     save = folder / "checkpoints"
@@ -328,7 +331,7 @@ def translate(settings: Settings, sources: Path, student: Path, number: int, out
 
 def build_cache(settings: Settings, data: Path, cache: Path) -> None:
     """Add the translations' distributions, truncated as those of the references are."""
-    manifest = Manifest.load(settings.teacher_cache / "train")
+    manifest = Manifest.load(cache / "train")
     words = [str(data), "--path", settings.teacher, "--output", str(cache), "--subset", GENERATED]
     words += ["--temperature", str(manifest.temperature), *options_of(manifest.truncation)]
     words += ["--max-tokens", str(settings.max_tokens), *settings.device]

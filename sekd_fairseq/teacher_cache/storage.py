@@ -45,21 +45,26 @@ def fetched(url: str) -> Path:
         As :func:`fetch`.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sekd_fairseq"
-    with storage(url) as (system, root):
-        digest = hashlib.sha256(system.cat_file(f"{root}/{MANIFEST}")).hexdigest()
+    content = manifest_bytes(url)
+    digest = hashlib.sha256(content).hexdigest()
     home.mkdir(parents=True, exist_ok=True)
     directory = home / f"{url.rstrip('/').rsplit('/', 1)[-1]}-{digest[:16]}"
     with open(f"{directory}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fetch(url, directory)
+        receive(url, directory, content)
     return directory
 
 
 def remote_manifest(url: str) -> Manifest:
     """The manifest of one split's cache at an address."""
+    return manifest_of(manifest_bytes(url), url)
+
+
+def manifest_bytes(url: str) -> bytes:
+    """The manifest's file of one split's cache at an address."""
     with storage(url) as (system, root):
         content: bytes = system.cat_file(f"{root}/{MANIFEST}")
-    return manifest_of(content, url)
+    return content
 
 
 def publish(directory: Path, url: str) -> int:
@@ -107,15 +112,19 @@ def fetch(url: str, directory: Path) -> int:
     UserError
         The address cannot be read.
     """
+    return receive(url, directory, manifest_bytes(url))
+
+
+def receive(url: str, directory: Path, content: bytes) -> int:
+    """Copy the files that a manifest, ``content``, names, and it last; as :func:`fetch`."""
     received = 0
+    if (directory / MANIFEST).exists():
+        if (directory / MANIFEST).read_bytes() != content:
+            raise CacheError(f"{directory}: holds another cache; delete it or name another")
+        with suppress(CacheError):
+            TeacherCache.open(directory)
+            return 0
     with storage(url) as (system, root):
-        content: bytes = system.cat_file(f"{root}/{MANIFEST}")
-        if (directory / MANIFEST).exists():
-            if (directory / MANIFEST).read_bytes() != content:
-                raise CacheError(f"{directory}: holds another cache; delete it or name another")
-            with suppress(CacheError):
-                TeacherCache.open(directory)
-                return 0
         directory.mkdir(parents=True, exist_ok=True)
         manifest = manifest_of(content, url)
         wanted = files_of(manifest)

@@ -1,11 +1,14 @@
 """Commands that read a cache at an address do as with the folder, and leave nothing half."""
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from sekd_fairseq import rounds
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teacher_cache.storage import fetched, publish, split_folder, storage
@@ -18,6 +21,7 @@ from .conftest import (
     train_arguments,
     train_in_two_processes,
 )
+from .test_rounds import arguments, commands  # noqa: F401 (a fixture)
 from .training import PLUGIN, SE_KD, records
 
 
@@ -96,6 +100,42 @@ def test_score_and_inspect_read_an_address(
         (tokens,) = (tmp_path / name / "tokens" / "test").glob("*.parquet")
         written.append(tokens.read_bytes())
     assert written[0] == written[1]
+
+
+def test_rounds_from_s3_are_those_from_the_folder(
+    data: Path,
+    teacher: Path,
+    cache: Path,
+    remote: str,
+    home: Path,
+    tmp_path: Path,
+    commands: list[str],  # noqa: F811
+) -> None:
+    sizes = ("--rounds", "1", "--updates", "2")
+    best = []
+    for name, place in (("here", cache), ("there", remote)):
+        rounds.main(arguments(data, teacher, place, tmp_path / name, *sizes))
+        best.append(parameters(tmp_path / name / "checkpoints" / "checkpoint_best.pt"))
+    assert torch.equal(*best) and whole(home) == ["train", "valid"]
+    shutil.rmtree(home)  # what was fetched is fetched again where it is asked for
+    commands.clear()
+    rounds.main(arguments(data, teacher, remote, tmp_path / "there", *sizes))
+    assert commands == ["sekd_fairseq.build_cache"] and whole(home) == ["train", "valid"]
+
+
+def test_a_manifest_is_read_once(remote: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    with storage(remote) as (system, _):
+        cat = system.cat_file
+
+        def counted(path: str, **options: Any) -> Any:
+            read.append(path)
+            return cat(path, **options)
+
+        monkeypatch.setattr(system, "cat_file", counted)  # file systems are made once
+        folder = fetched(f"{remote}/valid")
+    assert [path.rsplit("/", 1)[-1] for path in read] == ["manifest.json"]
+    assert folder.exists() and whole(home) == ["valid"]
 
 
 def test_two_processes_fetch_once(data: Path, remote: str, home: Path, tmp_path: Path) -> None:

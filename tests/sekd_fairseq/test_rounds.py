@@ -36,7 +36,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-def arguments(data: Path, teacher: Path, cache: Path, run: Path, *options: str) -> list[str]:
+def arguments(data: Path, teacher: Path, cache: Path | str, run: Path, *options: str) -> list[str]:
     given = ["--student", teacher, "--teacher", teacher, "--teacher-cache", cache, "--run", run]
     sizes = ["--updates", "6", "--share", "0.25", "--beam", "2", "--cpu"]
     return [*map(str, [data, *given]), *sizes, *options, "--", *TRAIN]
