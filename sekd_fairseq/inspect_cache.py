@@ -322,8 +322,8 @@ def describe(place: str | Path, manifest: Manifest) -> str:
     if quality["one_hot"] > 0:
         lines.insert(
             4,
-            f"  skipped       {quality['one_hot']:.2%} of tokens have the reference alone, with "
-            "probability 1 (sentences too long for the teacher)",
+            f"  alone         {quality['one_hot']:.2%} of tokens have the reference alone, with "
+            f"probability 1 ({manifest.why_alone})",
         )
     return "\n".join(lines)
 

@@ -161,12 +161,12 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
                 cache.directory,
                 self.missing_mass,
             )
-        skipped = cache.manifest.quality["one_hot"]
-        if skipped and self.divergence in ENDLESS_WITHOUT_TEACHER:
+        alone = cache.manifest.quality["one_hot"]
+        if alone and self.divergence in ENDLESS_WITHOUT_TEACHER:
             raise UserError(
                 f"--divergence {self.divergence}: {cache.directory} has the reference alone for "
-                f"{skipped:.2%} of its tokens (--skip-too-long), and this divergence is infinite "
-                "where the teacher gives no probability; choose another, or take these sentences out"
+                f"{alone:.2%} of its tokens ({cache.manifest.why_alone}), and this divergence is "
+                "infinite where the teacher gives no probability; choose another, or take these sentences out"
             )
 
     def train(self, mode: bool = True) -> "DistillationCriterion":

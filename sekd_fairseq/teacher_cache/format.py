@@ -193,6 +193,13 @@ class Manifest:
         """Identifies the cache's content in run records (16 hexadecimal digits)."""
         return hash_content([shard.sha256 for shard in self.shards])[:16]
 
+    @property
+    def why_alone(self) -> str:
+        """Why tokens have the reference alone, with probability 1."""
+        if "aligned_from" in self.teacher:
+            return "the rest of a piece that no other cached piece begins like, and sentences of another text"
+        return "sentences too long for the teacher, --skip-too-long"
+
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
         """Read and check ``directory/manifest.json``.

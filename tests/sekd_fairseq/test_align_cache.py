@@ -81,6 +81,10 @@ def test_a_student_trains_on_an_aligned_cache(
     long, short, cache = folders
     printed = align(cache, long, short, tmp_path / "aligned")
     assert "parts of a teacher's token" in printed
+    assert (
+        "alone, with probability 1 (the rest of a piece that no other cached piece begins like"
+        in printed
+    )
     aligned, own = (TeacherCache.open(place / "valid") for place in (tmp_path / "aligned", cache))
     assert aligned.manifest.teacher["aligned_from"] == own.manifest.fingerprint
     for one, other in zip(aligned, own, strict=True):
