@@ -169,7 +169,7 @@ def test_a_study_with_other_pieces(tmp_path: Path) -> None:
     base["cache"] = {"allow-implausible": True}
     base["generation"] = {"beam": 2, "max-len-b": 20}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    distilled = {"criterion": "cross_entropy", "targets": "distilled"}
+    distilled = {"criterion": "label_smoothed_cross_entropy", "targets": "distilled"}
     own = {
         "name": "other",
         "data": {"vocab-size": 30},
