@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
         description="Carry a teacher's cache over to the tokens of a student with another tokenizer.",
     )
     out.add_argument(
-        "cache", type=Path, metavar="CACHE", help="the teacher's cache, or one split's"
+        "cache",
+        metavar="CACHE",
+        help="the teacher's cache, or one split's, or its address (s3://...)",
     )
     out.add_argument("--data", required=True, metavar="DATA", help="the data it was built from")
     out.add_argument(

@@ -109,17 +109,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         quiet_fairseq()
     unfit = 0
-    if not is_address(args.cache):
-        directories = split_directories(Path(args.cache))
-    elif args.upgrade:
+    if is_address(args.cache) and args.upgrade:
         raise UserError(f"--upgrade: expected a directory, found {args.cache}; copy it here first")
-    else:
-        places = [place for place, _ in remote_splits(args.cache)]
-        if not (args.verify or args.student or args.to_parquet):
-            for place in places:
-                print(describe(place, remote_manifest(place)), flush=True)
-            return
-        directories = [fetched(place) for place in places]
+    if is_address(args.cache) and not (args.verify or args.student or args.to_parquet):
+        for place, _ in remote_splits(args.cache):
+            print(describe(place, remote_manifest(place)), flush=True)
+        return
+    directories = split_directories(args.cache)
     if args.to_parquet and len(directories) > 1:
         raise UserError(
             f"--to-parquet: expected the folder of one split, found {len(directories)} in "
@@ -269,8 +265,12 @@ def write_parquet(cache: TeacherCache, path: Path) -> None:
             writer.close()
 
 
-def split_directories(cache: Path) -> list[Path]:
-    """The split folders of a cache, or the folder itself if it is one."""
+def split_directories(place: str | Path) -> list[Path]:
+    """The split folders of a cache, or the folder itself if it is one; of an address, their copies on
+    this machine."""
+    if is_address(place):
+        return [fetched(split) for split, _ in remote_splits(str(place))]
+    cache = Path(place)
     if not cache.is_dir():
         raise CacheError(f"{cache}: expected a teacher cache directory, found none")
     if (cache / MANIFEST).exists():
