@@ -111,9 +111,9 @@ class Plan:
     def _check_methods(self) -> None:
         """Refuse methods for which the teacher would have to read the students' data."""
         own_data = "pieces" if self.teacher_of else "prompts" if self.teacher_prompts else None
+        if own_data is None:
+            return
         for method, own in self.methods.items():
-            if not own_data:
-                continue
             if own.get("criterion") in DISTILLING and self.distilled(method):
                 raise ValueError(
                     f"{method}: a cache of the teacher's translations is made for students' {own_data}, and "

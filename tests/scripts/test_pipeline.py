@@ -176,7 +176,7 @@ def test_a_study_with_other_pieces(tmp_path: Path) -> None:
         "cache": {"allow-implausible": None},
         "teacher": {"of": "demo"},
         "distill": {"gold-share": 0.5},
-        "methods": {"finetune": None, "se_kd": None, "seq_kd": distilled},
+        "methods": {"se_kd": None, "seq_kd": distilled},
     }
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(own))
     run = ("snakemake", "-s", ROOT / "scripts" / "Snakefile", "-c1", "--configfile", "base.yaml")
