@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema  # noqa: F401 (this and the next three: imported before forking)
 import pytest
-import snakemake.cli  # noqa: F401 (imported before forking)
+import smart_open  # noqa: F401
+import snakemake.cli
+import snakemake.report.html_reporter  # noqa: F401
 import yaml
 from progress import describe, follow, parse_line
 from train import check_settings

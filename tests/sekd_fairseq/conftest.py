@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import fairseq.quantization_utils  # noqa: F401 (to load a model imports it; imported before forking)
 import pytest
 import sentencepiece
 import torch
