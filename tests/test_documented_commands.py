@@ -9,13 +9,19 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from fairseq import options
 
 import sekd_fairseq.tasks  # noqa: F401 (registers what --user-dir names)
+from sekd_fairseq.llm.tokenizer import load_tokenizer
+from sekd_fairseq.teacher_cache import TeacherCache
 from tests.sekd_fairseq.conftest import ROOT, WORDS, sentence_pairs
+from tests.sekd_fairseq.standin import Served, StandIn
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FAIRSEQ = {
@@ -216,7 +222,59 @@ def test_own_data_from_raw_text_to_the_report(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
+def test_pages_about_a_teacher_and_its_cache(folder: Path) -> None:
+    # Data, teacher and cache are those of the README.
+    execute(folder, block_with("README.md", "--save-dir runs/mine/teacher").partition("# 2.")[0])
+    for page, words in (("tail", "--missing-mass tail"), ("more-text", "--choose reference")):
+        block = block_with(f"docs/{page}.md", words).replace("DATA", "data/bin")
+        block = block.replace("teacher.pt", "runs/mine/teacher/checkpoints/checkpoint_best.pt")
+        execute(folder, block.replace("--nbest 8 --choose", "--nbest 2 --choose"))
+    assert (folder / "runs/mine/tail/checkpoints/checkpoint_best.pt").exists()
+    assert (folder / "DISTILLED" / "train.en-de.de.bin").exists()
+    align, distil = blocks(ROOT / "docs" / "other-tokenizers.md")
+    assert "--vocab-size 2000" in align  # more than this text has
+    execute(folder, align.replace("--vocab-size 2000", "--vocab-size 30"))
+    symbols = [
+        {line.split()[0] for line in (folder / data / "bin/dict.de.txt").read_text().splitlines()}
+        for data in ("data", "small")
+    ]
+    assert symbols[0] != symbols[1]
+    execute(folder, distil)
+    for method in ("word_kd", "seq_kd"):
+        assert (folder / f"runs/small/{method}/checkpoints/checkpoint_best.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_teacher_behind_a_server(folder: Path) -> None:
+    pytest.importorskip("httpx")
+    make_tokenizer(folder / "MODEL")
+    for path in (folder / "text").iterdir():
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    own = load_tokenizer(str(folder / "MODEL"))
+    with Knowing(Served(own), lambda tokens: None).running() as url:
+        address = url.removeprefix("http://").removesuffix("/v1")
+        block = block_with("docs/served-teachers.md", "--engine http")
+        assert "http://HOST:8000" in block
+        execute(folder, block.replace("HOST:8000", address))
+    cache = TeacherCache.open(folder / "data/llm/cache/train")
+    assert len(cache) == 20 and cache.manifest.teacher["arch"] == "server, vllm"
+    np.testing.assert_allclose(
+        np.concatenate([row.gold_logprob for row in cache]), np.log(0.5), atol=1e-3
+    )
+
+
+class Knowing(StandIn):
+    """A server whose model gives every text's next token a probability of one half."""
+
+    def rows(self, tokens: Sequence[int]) -> Any:
+        vocab = len(self.tokenizer.pieces)
+        found = np.full((len(tokens) - 1, vocab), np.log(0.5 / (vocab - 1)))
+        found[np.arange(len(found)), list(tokens[1:])] = np.log(0.5)
+        return found
+
+
+def make_tokenizer(model: Path) -> int:
+    """Write a tokenizer as a model's folder has one; returns how many pieces it has."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -224,9 +282,16 @@ def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
     pieces.train_from_iterator([*WORDS, *WORDS.values()], 330, special_tokens=[*special.values()])
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=pieces._tokenizer, **special
-    ).save_pretrained(folder / "MODEL")
+    ).save_pretrained(model)
+    return int(pieces.get_vocab_size())
+
+
+@pytest.mark.slow
+def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    vocab_size = make_tokenizer(folder / "MODEL")
     config = transformers.LlamaConfig(
-        vocab_size=pieces.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "MODEL")

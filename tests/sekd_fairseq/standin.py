@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from sekd_fairseq.llm.tokenizer import Tokenizer
+
 #: Log-probabilities of the token after some tokens: (V,).
 NextToken = Callable[[Sequence[int]], Any]
 
@@ -53,6 +55,18 @@ class Characters:
         for place, part in enumerate(text.split("</s>")):
             found += [1] * (place > 0) + self.encode(part)
         return found
+
+
+class Served:
+    """A data directory's tokenizer, as a server has it."""
+
+    def __init__(self, own: Tokenizer) -> None:
+        self.begin, self.pieces, self.decode, self.server_tokens = (
+            own.begin,
+            own.pieces,
+            own.decode,
+            own.encode,
+        )
 
 
 def copying(tokenizer: Characters) -> NextToken:

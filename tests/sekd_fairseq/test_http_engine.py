@@ -14,31 +14,19 @@ import pytest
 import torch
 
 from sekd_fairseq import build_cache
-from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
+from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.llm.vocabulary import TOKENIZER
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teachers import served
 
 from .conftest import command, error_line
 from .language_models import pretrained
-from .standin import StandIn
+from .standin import Served, StandIn
 from .test_build_cache import bytes_of
 from .test_vllm_engine import fake_vllm
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("httpx")
-
-
-class Served:
-    """A data directory's tokenizer, as a server has it."""
-
-    def __init__(self, own: Tokenizer) -> None:
-        self.begin, self.pieces, self.decode, self.server_tokens = (
-            own.begin,
-            own.pieces,
-            own.decode,
-            own.encode,
-        )
 
 
 class Model(StandIn):
