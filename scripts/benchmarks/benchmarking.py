@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,10 +157,14 @@ class Target(NamedTuple):
 
     def met(self) -> bool:
         """Whether it was kept; a figure that could not be had keeps nothing."""
-        if self.value is None:
+        if self.figure() is None:
             return False
         kept = self.value >= self.limit if self.at_least else self.value <= self.limit
         return bool(kept)  # a NumPy figure gives NumPy's bool, which JSON does not know
+
+    def figure(self) -> float | None:
+        """The value rounded; none where it could not be had (None or nan, which JSON does not know)."""
+        return None if self.value is None or isnan(self.value) else round(self.value, 4)
 
 
 def write_results(
@@ -194,7 +199,7 @@ def write_targets(
     entries = [
         {
             "target": target.name,
-            "value": None if target.value is None else round(target.value, 4),
+            "value": target.figure(),
             "limit": target.limit,
             "met": target.met(),
             "command": command,
@@ -203,9 +208,10 @@ def write_targets(
         }
         for target in targets
     ]
-    (folder / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(entries, indent=1, allow_nan=False)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     for target in () if quiet else targets:
-        value = "no figure" if target.value is None else f"{target.value:.3f}"
+        value = "no figure" if target.figure() is None else f"{target.value:.3f}"
         bound = "at least" if target.at_least else "at most"
         word = "met" if target.met() else "MISSED"
         print(f"{word:6} {target.name}: {value} ({bound} {target.limit})")
