@@ -6,15 +6,20 @@ truth is known.
 Simulated runs: each method errs in its own way, and each run a little differently. With methods that
 are equally far from the teacher on average, claim 1 (on hard tokens the student is closer to the
 teacher) must hold in few of 500 studies; with a planted difference it must be found. Writes
-results/bench_analysis.csv and .json.
+results/bench_analysis.csv and .json. What is known of each study stands in OUTPUT/bench_analysis.part
+until then, so that an interrupted run resumes.
 """
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +27,11 @@ import numpy as np
 import torch
 from analysis_nulls import KINDS, rejects, renamed_wins
 from benchmarking import RESULTS, Target, write_results
+from numpy.typing import NDArray
 
 from analysis import transfer
 from analysis.claims.verdicts import PLACEBO
+from analysis.runs.files import atomic_write
 from analysis.runs.simulated import PIECES, write_columns, write_run_directory, write_run_record
 from analysis.sums.direction import Options
 from analysis.terminal import progress
@@ -111,18 +118,95 @@ def judge_claim(better: float, study: int, seeds: int, sentences: int) -> tuple[
     return bool((chosen["verdict"] == "supported").all()), float((chosen["p"] <= 0.05).mean())
 
 
-def null_rows(studies: int) -> list[dict[str, Any]]:
-    """The share of studies without an effect in which one is found, by kind."""
+@dataclass
+class Studies:
+    """Verdicts on simulated studies, kept in a file from the first to the last."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self.known: dict[str, list[list[float]]] = {}
+        if self.path.exists():
+            self.known = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def mean(
+        self, case: str, count: int, judge: Callable[[int], Sequence[float]]
+    ) -> NDArray[np.float64]:
+        """What ``judge`` says of studies 0, 1, ..., in the mean of ``count``."""
+        verdicts = self.known.setdefault(case, [])
+        for study in progress(range(count), desc=case):
+            if study >= len(verdicts):
+                verdicts.append([float(value) for value in judge(study)])
+                with atomic_write(self.path) as stream:
+                    stream.write(json.dumps(self.known).encode())
+        return np.mean(verdicts[:count], axis=0)
+
+
+def error_rows(studies: Studies, count: int) -> list[dict[str, Any]]:
+    """How often claim 1 is found where nothing differs, first, and where a gain is planted."""
+    cases = [("no difference", 0.8, count, 3, 120)]
+    cases += [("planted: 0.7 for 0.8", 0.7, max(count // 5, 1), *size) for size in SIZES]
     rows = []
-    for kind in KINDS if studies else ():
-        found = [rejects(kind, i) for i in progress(range(studies), desc=f"null: {kind}")]
-        rows.append({"case": kind, "rejected": float(np.mean(found))})
-    if studies:
-        bar = progress(range(studies), desc="null: error shared with a reference")
-        found = [renamed_wins(study) for study in bar]
-        rows.append({"case": "error shared with a reference", "rejected": float(np.mean(found))})
-    common = {"part": "nulls", "studies": studies}
-    return [common | row for row in rows]
+    for case, better, number, seeds, sentences in cases:
+        judge = partial(judge_claim, better, seeds=seeds, sentences=sentences)
+        name = f"{case}, {seeds} seeds, {sentences} sentences"
+        supported, single = studies.mean(name, number, judge).tolist()
+        rows.append(
+            {
+                "part": "errors",
+                "case": case,
+                "seeds": seeds,
+                "sentences": sentences,
+                "studies": number,
+                "supported": round(supported, 4),
+                "single_tests_rejected": round(single, 4),
+            }
+        )
+    return rows
+
+
+def null_rows(studies: Studies, count: int) -> list[dict[str, Any]]:
+    """The share of studies without an effect in which one is found, by kind."""
+    judges: dict[str, Callable[[int], bool]] = {kind: partial(rejects, kind) for kind in KINDS}
+    judges["error shared with a reference"] = renamed_wins
+    rows = []
+    for kind, judge in judges.items() if count else ():
+        (share,) = studies.mean(f"null: {kind}", count, lambda i, judge=judge: [judge(i)])
+        row = {"part": "nulls", "case": kind, "studies": count, "rejected": float(share)}
+        rows.append(row)
+    return rows
+
+
+def targets_of(
+    size: dict[str, Any], errors: Sequence[dict[str, Any]], nulls: Sequence[dict[str, Any]]
+) -> list[Target]:
+    """The limits that the three parts have to keep."""
+    targets = [
+        Target("seconds for ten million token records", size["seconds"], 20),
+        Target("peak memory for ten million token records, GiB", size["peak_gib"], 2),
+        Target(
+            "claim 1 supported though nothing differs, share of studies",
+            value=errors[0]["supported"],
+            limit=0.05,
+        ),
+        Target(
+            "single test rejects at 0.05 though nothing differs, share",
+            value=errors[0]["single_tests_rejected"],
+            limit=0.08,
+        ),
+        Target(
+            "claim 1 supported where a gain is planted, {} seeds, {} sentences".format(*SIZES[-1]),
+            value=errors[-1]["supported"],
+            limit=0.8,
+            at_least=True,
+        ),
+    ]
+    for row in nulls:
+        # Two standard errors of a share of 5 % may come by chance.
+        allowed = 0.05 + 2 * (0.05 * 0.95 / row["studies"]) ** 0.5
+        name = f"null rejected: {row['case']}, share of studies"
+        targets.append(Target(name, row["rejected"], allowed))
+    return targets
 
 
 def main() -> None:
@@ -140,54 +224,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        rows = [scale(Path(name) / "runs")]
-    cases = [("no difference", 0.8, args.studies, 3, 120)]
-    planted = max(args.studies // 5, 1)
-    cases += [("planted: 0.7 for 0.8", 0.7, planted, *size) for size in SIZES]
-    for case, better, studies, seeds, sentences in cases:
-        bar = progress(range(studies), desc=f"{case}, {seeds} seeds, {sentences} sentences")
-        verdicts = np.array([judge_claim(better, i, seeds, sentences) for i in bar])
-        share, single = verdicts.mean(axis=0).tolist()
-        rows.append(
-            {
-                "part": "errors",
-                "case": case,
-                "seeds": seeds,
-                "sentences": sentences,
-                "studies": studies,
-                "supported": round(share, 4),
-                "single_tests_rejected": round(single, 4),
-            }
-        )
-    nulls = null_rows(args.nulls)
-    rows += nulls
-    targets = [
-        Target("seconds for ten million token records", rows[0]["seconds"], 20),
-        Target("peak memory for ten million token records, GiB", rows[0]["peak_gib"], 2),
-        Target(
-            "claim 1 supported though nothing differs, share of studies",
-            value=rows[1]["supported"],
-            limit=0.05,
-        ),
-        Target(
-            "single test rejects at 0.05 though nothing differs, share",
-            value=rows[1]["single_tests_rejected"],
-            limit=0.08,
-        ),
-        Target(
-            "claim 1 supported where a gain is planted, {} seeds, {} sentences".format(*SIZES[-1]),
-            value=rows[-1]["supported"],
-            limit=0.8,
-            at_least=True,
-        ),
-    ]
-    # Two standard errors of a share of 5 % may come by chance.
-    allowed = 0.05 + 2 * (0.05 * 0.95 / max(args.nulls, 1)) ** 0.5
-    targets += [
-        Target(f"null rejected: {row['case']}, share of studies", row["rejected"], allowed)
-        for row in nulls
-    ]
-    write_results("bench_analysis", rows, targets, torch.device("cpu"), args.output)
+        size = scale(Path(name) / "runs")
+    args.output.mkdir(parents=True, exist_ok=True)
+    studies = Studies(args.output / "bench_analysis.part")
+    errors = error_rows(studies, args.studies)
+    nulls = null_rows(studies, args.nulls)
+    rows = [size, *errors, *nulls]
+    write_results(
+        "bench_analysis", rows, targets_of(size, errors, nulls), torch.device("cpu"), args.output
+    )
+    studies.path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

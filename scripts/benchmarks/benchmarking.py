@@ -157,7 +157,7 @@ class Target(NamedTuple):
 
     def met(self) -> bool:
         """Whether it was kept; a figure that could not be had keeps nothing."""
-        if self.figure() is None:
+        if self.value is None or isnan(self.value):
             return False
         kept = self.value >= self.limit if self.at_least else self.value <= self.limit
         return bool(kept)  # a NumPy figure gives NumPy's bool, which JSON does not know
@@ -211,7 +211,8 @@ def write_targets(
     text = json.dumps(entries, indent=1, allow_nan=False)
     (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     for target in () if quiet else targets:
-        value = "no figure" if target.figure() is None else f"{target.value:.3f}"
+        figure = target.figure()
+        value = "no figure" if figure is None else f"{figure:.3f}"
         bound = "at least" if target.at_least else "at most"
         word = "met" if target.met() else "MISSED"
         print(f"{word:6} {target.name}: {value} ({bound} {target.limit})")

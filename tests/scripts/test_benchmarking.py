@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import bench_analysis
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,3 +29,38 @@ def test_figures_and_targets_are_written(
     table = pd.read_csv(tmp_path / "bench.csv")
     assert table.columns.tolist() == ["part", "seconds", "share"] and len(table) == 2
     assert "MISSED share: 0.250 (at least 0.8)" in capsys.readouterr().out
+
+
+def test_the_error_rates_of_the_analysis_go_on_where_they_were_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And have a line and a limit for every kind of null."""
+    judged: list[int] = []
+
+    def interrupted(study: int) -> bool:
+        judged.append(study)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return study == 3
+
+    size = {"part": "scale", "case": "few", "seconds": 1.0, "peak_gib": 0.5}
+    monkeypatch.setattr(bench_analysis, "scale", lambda folder: size)
+    monkeypatch.setattr(bench_analysis, "judge_claim", lambda better, study, **_: (study == 0, 0.5))
+    monkeypatch.setattr(bench_analysis, "rejects", lambda kind, study: False)
+    monkeypatch.setattr(bench_analysis, "renamed_wins", interrupted)
+    options = ["--studies", "5", "--nulls", "4", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench_analysis.py", *options])
+    with pytest.raises(KeyboardInterrupt):
+        bench_analysis.main()
+    bench_analysis.main()
+    assert judged == [0, 1, 1, 2, 3]
+    found = {
+        entry["target"]: (entry["value"], entry["met"])
+        for entry in json.loads((tmp_path / "bench_analysis.json").read_text())
+    }
+    shared = "null rejected: error shared with a reference, share of studies"
+    assert found[shared] == (0.25, True) and len(found) == 5 + len(bench_analysis.KINDS) + 1
+    assert found["claim 1 supported though nothing differs, share of studies"] == (0.2, False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bench_analysis.csv", "bench_analysis.json",
+    ]  # fmt: skip
