@@ -1,6 +1,5 @@
 """Commands that read a cache at an address do as with the folder, and leave nothing half."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,9 @@ def test_two_processes_fetch_once(data: Path, remote: str, home: Path, tmp_path:
     assert whole(home) == ["train", "valid"]
 
 
-def test_what_is_missing_is_one_line(data: Path, remote: str, home: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_one_line(
+    data: Path, remote: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refusal(place: str) -> str:
         options = (*SE_KD, "--teacher-cache", place)
         return error_line(train(data, tmp_path / "save", *options, check=False))
@@ -165,9 +166,8 @@ def test_what_is_missing_is_one_line(data: Path, remote: str, home: Path, tmp_pa
     nowhere = refusal("s3://no-such-bucket/cache")
     assert "s3://no-such-bucket/cache/valid: expected a teacher cache" in nowhere
     assert "bucket does not exist" in nowhere and "sekd_fairseq.copy_cache" in nowhere
-    os.environ["AWS_ENDPOINT_URL"] = (
-        "http://127.0.0.1:9"  # nobody listens (the fixture restores it)
-    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     assert f"{remote}/valid: cannot be read or written" in refusal(remote)
 
 
