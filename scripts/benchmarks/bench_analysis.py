@@ -219,7 +219,7 @@ def main() -> None:
         type=int,
         default=0,
         metavar="N",
-        help="studies of each of six kinds of null, as well (500 take about half an hour)",
+        help="studies of each of six kinds of null, as well (500 take about an hour)",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
