@@ -135,7 +135,7 @@ class Plan:
                 "language model's (data: {tokenizer})"
             )
         for direction in self.config["directions"]:
-            data, teacher = self.teacher_folders(direction)
+            data, teacher = self.teacher_data(direction), self.teacher_run(direction)
             model = f"{data}/sentencepiece.model"
             targets = [f"{teacher}/train.done", f"{data}/cache.done"]
             for path in (*targets, model):
@@ -230,17 +230,20 @@ class Plan:
         given = self.config["data"].items()
         return any(name.startswith("teacher-") and value for name, value in given)
 
-    def teacher_folders(self, direction: str) -> tuple[str, str]:
-        """The data and the run of the teacher, in the study that made it."""
-        study = self.teacher_of or self.config["name"]
-        return f"data/{study}/{direction}", f"runs/{study}/{direction}/teacher"
+    def teacher_data(self, direction: str) -> str:
+        """The folder of the data that the teacher was trained on, in the study that made it."""
+        return f"data/{self.teacher_of or self.config['name']}/{direction}"
+
+    def teacher_run(self, direction: str) -> str:
+        """The teacher's run, in the study that made it."""
+        return f"runs/{self.teacher_of or self.config['name']}/{direction}/teacher"
 
     def data_of(self, wildcards: Any) -> str:
         """The data directory that a run reads; a teacher may have prompts, or pieces, of its own."""
         folder = f"{self.data}/{wildcards.direction}"
         if getattr(wildcards, "run", "teacher") == "teacher":
             if self.teacher_of:
-                return f"{self.teacher_folders(wildcards.direction)[0]}/bin"
+                return f"{self.teacher_data(wildcards.direction)}/bin"
             if self.teacher_prompts:
                 return f"{folder}/teacher"
         return f"{folder}/bin"
