@@ -245,8 +245,7 @@ def align(
         rows = []
         for sentence in sentences:
             tokens = student.sentences[sentence].tolist()
-            known = None if reader.alike else known_tokens(cache[sentence])
-            rows.append(aligned_row(cache[sentence], known, tokens, reader, truncation))
+            rows.append(aligned_row(cache[sentence], tokens, reader, truncation))
         write_shard(directory, index, rows, student.hashes[list(sentences)], dtypes)
     versions = {
         "sekd_fairseq": sekd_fairseq.__version__,
@@ -257,14 +256,11 @@ def align(
 
 
 def aligned_row(
-    row: CachedSentence,
-    known: list[Known] | None,
-    tokens: list[int],
-    reader: Reader,
-    truncation: Truncation,
+    row: CachedSentence, tokens: list[int], reader: Reader, truncation: Truncation
 ) -> SentenceColumns:
     """One sentence over the student's ``tokens``."""
-    if known is None:  # one tokenizer: the row as it is
+    known = known_tokens(row)
+    if reader.alike and [one.token for one in known] == tokens:  # the row as it is
         return SentenceColumns(
             {name: value for name, value in row._asdict().items() if isinstance(value, np.ndarray)}
         )

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from sekd_fairseq.align_cache import aligned_row
 from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teacher_cache.reader import CachedSentence
 from sekd_fairseq.teacher_cache.storage import publish
+from sekd_fairseq.teachers.alignment import END, Pieces, Reader
+from sekd_fairseq.teachers.truncation import Truncation
 
 from .conftest import binarise, command, error_line, sentence_pairs, train, write_text
 
@@ -78,6 +82,25 @@ def test_of_one_tokenizer_the_shards_are_the_same(
     for split in ("train", "valid"):
         for shard in (cache / split).glob("shard-*"):
             assert shard.read_bytes() == (tmp_path / "same" / split / shard.name).read_bytes()
+
+
+def test_of_one_tokenizer_that_cut_otherwise_nothing_is_shifted() -> None:
+    both = Reader(*[Pieces([None, None, END, None, b" ab", b" a", b"b"]) for _ in range(2)])
+    p = {4: 0.6, 5: 0.3}, {2: 0.9}  # the teacher at " ab" and at the end
+    row = CachedSentence(
+        target_hash=0,
+        support_size=np.array([2, 1], np.uint16),
+        gold_logprob=np.log(np.array([0.6, 0.9], np.float32)),
+        outside_mass=np.array([0.1, 0.1], np.float32),
+        entropy=np.array([1, 1], np.float32),
+        token_id=np.array([token for one in p for token in one]),
+        logprob=np.log([value for one in p for value in one.values()]).astype(np.float16),
+    )
+    as_it_is = aligned_row(row, [4, 2], both, Truncation()).columns
+    np.testing.assert_array_equal(as_it_is["logprob"], row.logprob)
+    cut = aligned_row(row, [5, 6, 2], both, Truncation()).columns
+    np.testing.assert_array_equal(cut["support_size"], [1, 1, 1])
+    np.testing.assert_allclose(np.exp(cut["gold_logprob"]), [0.9, 0.6 / 0.9, 0.9], rtol=1e-3)
 
 
 def test_a_student_trains_on_an_aligned_cache(
