@@ -22,6 +22,7 @@ NAMES = {
     "se_kd_evolved": "SE-KD (evolved)",
     "se_kd_student": "SE-KD (student)",
     "se_kd_target": "SE-KD (target)",
+    "se_kd_target_seq": "SE-KD (target), teacher's text",
     "rounds_student": "rounds (student's text)",
     "rounds_teacher": "rounds (teacher's text)",
 }

@@ -110,14 +110,12 @@ class Plan:
 
     def _check_methods(self) -> None:
         """Refuse methods for which the teacher would have to read the students' data."""
-        own_data = "pieces" if self.teacher_of else "prompts" if self.teacher_prompts else None
-        if own_data is None:
-            return
         for method, own in self.methods.items():
-            if own.get("criterion") in DISTILLING and self.distilled(method):
+            word_level = own.get("criterion") in DISTILLING
+            if self.teacher_prompts and word_level and self.distilled(method):
                 raise ValueError(
-                    f"{method}: a cache of the teacher's translations is made for students' {own_data}, and "
-                    f"the teacher has {own_data} of its own; expected a criterion without a teacher"
+                    f"{method}: a cache of the teacher's translations is made for students' prompts, and "
+                    "the teacher has prompts of its own; expected a criterion without a teacher"
                 )
             if own.get("rounds") and self.teacher_of:
                 raise ValueError(
@@ -287,13 +285,20 @@ class Plan:
         return f"{self.data}/{wildcards.direction}/{kind}"
 
     def distill_arguments(self, wildcards: Any) -> list[str]:
-        """Arguments of sekd_fairseq.distilled_data; references are mixed in from the same data, and text of
-        a teacher with other pieces is cut into the students'."""
+        """Arguments of sekd_fairseq.distilled_data for the students' data."""
+        return self._distill(f"{self.data}/{wildcards.direction}")
+
+    def teacher_distill_arguments(self, wildcards: Any) -> list[str]:
+        """The same for the data of a teacher with other pieces."""
+        return self._distill(self.teacher_data(wildcards.direction))
+
+    def _distill(self, data: str) -> list[str]:
+        """References are mixed in from the same data, and text of a teacher with other pieces is cut."""
         given = dict(self.config.get("distill", {}))
         if given.get("gold-share"):
-            given["sources"] = f"{self.data}/{wildcards.direction}/bin"
+            given["sources"] = f"{data}/bin"
         if self.teacher_of:
-            given["sentencepiece-model"] = f"{self.data}/{wildcards.direction}/sentencepiece.model"
+            given["sentencepiece-model"] = f"{data}/sentencepiece.model"
         return options(given)
 
     def distill_generate_arguments(self) -> list[str]:
@@ -401,8 +406,11 @@ class Plan:
         method = wildcards.run.rsplit(".", 1)[0]
         own = self.methods.get(method, {})
         if self.distilled(method):
-            word_level = own["criterion"] in DISTILLING
-            arguments += ["--method", "seq_word_kd" if word_level else "seq_kd"]
+            ids = {
+                "cached_kd": "seq_word_kd",
+                "self_evolution_kd": f"se_kd_{own.get('integration', 'target')}_seq",
+            }
+            arguments += ["--method", ids.get(own["criterion"], "seq_kd")]
         elif own.get("rounds"):
             arguments += ["--method", f"rounds_{own['rounds'].get('by', 'student')}"]
         return [*arguments, *self.cpu]

@@ -176,10 +176,13 @@ def test_a_study_with_other_pieces(tmp_path: Path) -> None:
     own = {
         "name": "other",
         "data": {"vocab-size": 30},
-        "cache": {"allow-implausible": None},
         "teacher": {"of": "demo"},
         "distill": {"gold-share": 0.5},
-        "methods": {"se_kd": None, "seq_kd": distilled},
+        "methods": {
+            "se_kd": None,
+            "seq_kd": distilled,
+            "seq_word_kd": {"criterion": "cached_kd", "targets": "distilled"},
+        },
     }
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(own))
     run = ("snakemake", "-s", ROOT / "scripts" / "Snakefile", "-c1", "--configfile", "base.yaml")
@@ -187,7 +190,8 @@ def test_a_study_with_other_pieces(tmp_path: Path) -> None:
     command(*run, "--", *teacher, cwd=tmp_path, fresh=True)
     command(*run, "other.yaml", cwd=tmp_path, fresh=True)
     report = (tmp_path / "runs/other/report/report.md").read_text()
-    assert "word-level kd" in report.lower() and "sequence-level kd" in report.lower()
+    for method in ("word-level kd", "sequence-level kd", "sequence- and word-level kd"):
+        assert method in report.lower()
     symbols = [
         (tmp_path / f"data/{name}/en-de/bin/dict.de.txt").read_text() for name in ("demo", "other")
     ]

@@ -9,6 +9,8 @@ import yaml
 from plan import Plan, options
 from snakemake.utils import update_config
 
+from analysis.runs.methods import Method
+
 CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 
 
@@ -78,6 +80,15 @@ def test_the_teachers_translations_have_a_cache_of_their_own() -> None:
     assert plan.distill_generate_arguments()[-2:] == ["--nbest", "4"]
     with pytest.raises(ValueError, match=r"both: .*prompts of its own"):
         of("demo.yaml", methods=new, data={"teacher-template": "t.txt"})
+
+
+def test_se_kd_on_the_teachers_text_is_a_method_of_its_own() -> None:
+    given = {"criterion": "self_evolution_kd", "targets": "distilled"}
+    plan = of("demo.yaml", methods={"own": given, "other": {**given, "integration": "blend"}})
+    for method, told in (("own", "se_kd_target_seq"), ("other", "se_kd_blend_seq")):
+        words = plan.score_arguments(job(run=f"{method}.1"))
+        assert words[words.index("--method") + 1] == told
+        assert Method.of(told).is_treatment
 
 
 def test_a_training_with_patience_is_at_most_so_long() -> None:
@@ -181,14 +192,13 @@ def test_a_teacher_with_other_pieces_is_another_studys(
         "--sentencepiece-model", "data/other/en-de/sentencepiece.model",
     ]  # fmt: skip
     assert "runs/other/en-de/teacher" in plan.run_folders
-    for method, told in (
-        ({**seq_kd, "criterion": "cached_kd"}, "pieces of its own"),
-        (
-            {"criterion": "cached_kd", "warm-start": "finetune", "rounds": {"by": "student"}},
-            "rounds need",
-        ),
-    ):
-        with pytest.raises(ValueError, match=told):
-            of("demo.yaml", **other, methods={"new": method})
+    # The cache of its translations is built in its own pieces and aligned, as that of the references is.
+    assert plan.teacher_distill_arguments(job()) == [
+        "--gold-share", "0.5", "--sources", "data/demo/en-de/bin",
+        "--sentencepiece-model", "data/demo/en-de/sentencepiece.model",
+    ]  # fmt: skip
+    rounds = {"criterion": "cached_kd", "warm-start": "finetune", "rounds": {"by": "student"}}
+    with pytest.raises(ValueError, match="rounds need"):
+        of("demo.yaml", **other, methods={"new": rounds})
     with pytest.raises(ValueError, match="found a language model's"):
         of("demo.yaml", **other, data={"tokenizer": "gemma"})
