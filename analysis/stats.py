@@ -60,8 +60,12 @@ class Resamples:
 
 def weighted_sums(weights: NDArray[np.integer], values: Floats) -> Floats:
     """Column sums of ``values`` (S, C) with each row of small whole ``weights`` (B, S): (B, C)."""
-    parts = [np.asarray(block @ values, dtype=np.float64) for block in row_blocks(weights)]
-    return np.concatenate(parts)
+    sums = np.zeros((len(weights), values.shape[1]))
+    width = max(1, (1 << 18) // max(len(weights), 1))  # float64 that stay in the processor's cache
+    for start in range(0, len(values), width):
+        part = slice(start, start + width)
+        sums += weights[:, part].astype(np.float64) @ values[part]
+    return sums
 
 
 def row_blocks(rows: NDArray[Any], elements: int = 1 << 21) -> Iterator[Floats]:
