@@ -5,6 +5,7 @@ A study beside the main one shares its data, teacher and caches: its configurati
 A study with other pieces has data of its own and the teacher of another study (``teacher: {of: NAME}``).
 """
 
+import filecmp
 import json
 import os
 from collections.abc import Mapping
@@ -117,11 +118,6 @@ class Plan:
                     f"{method}: a cache of the teacher's translations is made for students' prompts, and "
                     "the teacher has prompts of its own; expected a criterion without a teacher"
                 )
-            if own.get("rounds") and self.teacher_of:
-                raise ValueError(
-                    f"{method}: rounds need a teacher that reads the students' pieces, found that of "
-                    f"{self.teacher_of}; take the method out (null)"
-                )
 
     def _check_teacher(self) -> None:
         """Refuse a teacher of another study that is not there."""
@@ -142,6 +138,16 @@ class Plan:
                         f"teacher: {{of: {self.teacher_of}}}: expected {path}, found none; make it with the "
                         f"configuration of {self.teacher_of}: snakemake ... {' '.join(targets)}"
                     )
+            own = f"{self.data}/{direction}/sentencepiece.model"
+            if (
+                self.in_rounds
+                and os.path.exists(own)
+                and not filecmp.cmp(own, model, shallow=False)
+            ):
+                raise ValueError(
+                    f"{self.in_rounds[0]}: rounds need a teacher that reads the students' pieces, found that "
+                    f"of {self.teacher_of}, with {model}; take the method out (null)"
+                )
 
     @cached_property
     def run_folders(self) -> list[str]:
@@ -329,7 +335,7 @@ class Plan:
         student = f"{self.warm_start(wildcards)}/checkpoints/checkpoint_best.pt"
         arguments = ["--student", student, "--seed", str(wildcards.seed)]
         arguments += ["--teacher", f"{folder}/teacher/checkpoints/checkpoint_best.pt"]
-        arguments += ["--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
+        arguments += ["--teacher-cache", str(self.student_cache(wildcards))]
         arguments += [*options(own["rounds"]), *self.cpu, "--", *TRAINING]
         return arguments + options(
             self.training_options(wildcards, "student") | {"max-update": None}
@@ -405,12 +411,12 @@ class Plan:
         arguments = ["--earlier", "--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
         method = wildcards.run.rsplit(".", 1)[0]
         own = self.methods.get(method, {})
-        if self.distilled(method):
+        if own.get("rounds"):
+            arguments += ["--method", f"rounds_{own['rounds'].get('by', 'student')}"]
+        elif self.distilled(method):
             ids = {
                 "cached_kd": "seq_word_kd",
                 "self_evolution_kd": f"se_kd_{own.get('integration', 'target')}_seq",
             }
             arguments += ["--method", ids.get(own["criterion"], "seq_kd")]
-        elif own.get("rounds"):
-            arguments += ["--method", f"rounds_{own['rounds'].get('by', 'student')}"]
         return [*arguments, *self.cpu]

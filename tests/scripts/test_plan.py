@@ -157,6 +157,12 @@ def test_a_method_in_rounds_starts_from_one_student_of_the_main_study() -> None:
         "rounds_teacher",
         "--cpu",
     ]
+    # Beside the teacher's translations instead of the references: their data and their cache.
+    new["by_teacher"]["targets"] = "distilled"
+    plan = of("demo.yaml", methods=new)
+    assert plan.student_data(student) == "data/demo/en-de/distilled"
+    assert "data/demo/en-de/distilled-cache" in plan.rounds_arguments(student)
+    assert plan.score_arguments(job(run="by_teacher.3"))[-2] == "rounds_teacher"
 
 
 def test_a_teacher_with_other_pieces_is_another_studys(
@@ -197,8 +203,14 @@ def test_a_teacher_with_other_pieces_is_another_studys(
         "--gold-share", "0.5", "--sources", "data/demo/en-de/bin",
         "--sentencepiece-model", "data/demo/en-de/sentencepiece.model",
     ]  # fmt: skip
-    rounds = {"criterion": "cached_kd", "warm-start": "finetune", "rounds": {"by": "student"}}
+    rounds = {
+        "rounds": {"criterion": "cached_kd", "warm-start": "finetune", "rounds": {"by": "student"}}
+    }
+    assert of("demo.yaml", **other, methods=rounds).in_rounds  # the pieces may be the same
+    own = tmp_path / "data/other/en-de/sentencepiece.model"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"other pieces")
     with pytest.raises(ValueError, match="rounds need"):
-        of("demo.yaml", **other, methods={"new": rounds})
+        of("demo.yaml", **other, methods=rounds)
     with pytest.raises(ValueError, match="found a language model's"):
         of("demo.yaml", **other, data={"tokenizer": "gemma"})
