@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from analysis import transfer
+from analysis.claims.verdicts import claims_table
 from analysis.runs.files import read_json, sealed_json
 from analysis.runs.simulated import write_study
 from analysis.stats import Floats, Resamples, hierarchical
 from analysis.sums.direction import Options
+from analysis.sums.loading import load
 
 SEEDS, SENTENCES, DOCUMENTS, RESAMPLES = 3, 300, 30, 200
 
@@ -78,6 +80,11 @@ def rejects(kind: str, study: int) -> bool:
     return estimate.p <= 0.05
 
 
+def claims_of(root: Path, options: Options) -> pd.DataFrame:
+    """The claims of a study, without the rest of a report."""
+    return claims_table(load(root, options)[0], options)[0]
+
+
 def renamed_wins(study: int) -> bool:
     """Whether any claim is supported for word-level KD's own runs under other seeds."""
     with tempfile.TemporaryDirectory() as name:
@@ -89,5 +96,5 @@ def renamed_wins(study: int) -> bool:
             record, _ = read_json(run / "run.json")
             record |= {"method": "se_kd_student", "seed": seed}
             (run / "run.json").write_bytes(sealed_json(record))
-        claims = transfer.analyse(root, Options(resamples=200, seed=study)).tables["claims"]
+        claims = claims_of(root, Options(resamples=200, seed=study))
     return "supported" in set(claims["verdict"])

@@ -25,11 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from analysis_nulls import KINDS, rejects, renamed_wins
+from analysis_nulls import KINDS, claims_of, rejects, renamed_wins
 from benchmarking import RESULTS, Target, write_results
 from numpy.typing import NDArray
 
-from analysis import transfer
 from analysis.claims.verdicts import PLACEBO
 from analysis.runs.files import atomic_write
 from analysis.runs.simulated import PIECES, write_columns, write_run_directory, write_run_record
@@ -110,8 +109,7 @@ def judge_claim(better: float, study: int, seeds: int, sentences: int) -> tuple[
                     wrong=None,
                     corpus_seed=study,
                 )
-        results = transfer.analyse(root, Options(resamples=200, seed=study))
-    claims = results.tables["claims"]
+        claims = claims_of(root, Options(resamples=200, seed=study))
     chosen = claims[(claims["scope"] == "all") & claims["decides"].astype(bool)]
     chosen = chosen[chosen["treatment"] != PLACEBO]
     chosen = chosen[chosen["claim"] == 1]
