@@ -102,6 +102,23 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         self.shared_prefix = SHARED_PREFIX
         self._prefix: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "CausalLMDecoder":
+        """As in torch (``half()``, ``to()``), but the frequencies of rotary positions keep their type.
+
+        transformers leaves them in single precision whatever the weights are in: in bfloat16 they
+        would turn a token at position 1,000 by a whole radian too much.
+        """
+        frequencies = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name.endswith("inv_freq")
+        ]
+        super()._apply(fn, recurse)
+        for module, name, before in frequencies:
+            setattr(module, name, before.to(module.get_buffer(name).device))
+        return self
+
     def train(self, mode: bool = True) -> "CausalLMDecoder":
         """As in torch; a shared prefix belongs to the weights that it was computed with."""
         self._prefix = None

@@ -134,3 +134,32 @@ def test_rows_and_bias_come_back(tmp_path: Path) -> None:
         restore_rows(lm, rows, original)
         ids = torch.arange(10).unsqueeze(0)
         torch.testing.assert_close(lm(ids).logits, original(ids).logits)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_positions_exact(
+    tmp_path: Path, model_type: str, dtype: torch.dtype
+) -> None:
+    """With rounded rotary frequencies what is read after a long prompt is several times too far off."""
+    config = llm_families.small_config(model_type)
+    config.head_dim, config.max_position_embeddings = 64, 2048
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    torch.manual_seed(1)
+    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with llm_families.telling_weights(lm, restore=False):
+        pass
+    for name, parameter in lm.named_parameters():
+        if "q_proj" in name or "q_norm" in name:
+            parameter.data.mul_(3.0)  # attention that is not even
+    lm.save_pretrained(tmp_path)
+    model = build(tmp_path, hf_model=str(tmp_path)).eval()
+    row = torch.randint(4, llm_families.VOCABULARY, (1, 1200))
+    source, previous = torch.cat([row[:, :1000], torch.tensor([[2]])], 1), row[:, 999:].clone()
+    previous[:, 0] = 2
+    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    with torch.no_grad():
+        expected, exact = (one(input_ids=row).logits[0, 999:] for one in (original, lm))
+        found = model.to(dtype)(source, None, previous)[0][0]
+    off = [(side.float() - exact).square().mean().sqrt() for side in (found, expected)]
+    assert off[0] < 1.5 * off[1], off
