@@ -56,6 +56,8 @@ class StableOrderDataset(BaseWrapperDataset):
     ) -> None:
         super().__init__(dataset.dataset if isinstance(dataset, StableOrderDataset) else dataset)
         self.seed = 1
+        #: Of the batches that are cut next, if they have a limit.
+        self.max_tokens: int | None = None
         self.one_row = one_row
 
     @property

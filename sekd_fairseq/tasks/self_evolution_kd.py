@@ -376,8 +376,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         max_positions: Any = None,
         ignore_invalid_inputs: bool = False,
     ) -> Any:
-        """As fairseq's, but a set of which nothing is left is an error that says so, and of a
-        language model prompt and translation must fit together."""
+        """As fairseq's, but a set of which nothing is left is an error that says so, a sentence must fit
+        a batch, and of a language model prompt and translation the model's positions together."""
         wanted = self.cfg.train_sentences
         if wanted and dataset is self.datasets.get(self.cfg.train_subset):
             if wanted > len(dataset):
@@ -407,18 +407,47 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 self.joint_positions,
             )
             kept = kept[fits]
+        kept = self._that_fit_a_batch(kept, dataset, ignore_invalid_inputs)
         if len(indices) and not len(kept):
             raise UserError(
                 f"all {len(indices)} sentences are longer than the model's positions "
-                f"{max_positions}; expected some that fit: give the model more positions, or "
-                "shorten the sentences (of a language model, the prompt)"
+                f"{max_positions} or than --max-tokens; expected some that fit: give the model more "
+                "positions, or shorten the sentences (of a language model, the prompt)"
             )
         return kept
 
-    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    @staticmethod
+    def _that_fit_a_batch(indices: Any, dataset: Any, ignore_invalid_inputs: bool) -> Any:
+        """Sentences of at most ``--max-tokens``, which fairseq cuts no batch of otherwise."""
+        limit = getattr(dataset, "max_tokens", None)
+        if not limit:
+            return indices
+        tokens = dataset.num_tokens_vec(indices)
+        fits = tokens <= limit
+        if fits.all():
+            return indices
+        if not ignore_invalid_inputs:
+            raise UserError(
+                f"sentence {indices[~fits][0]} has {tokens[~fits][0]} tokens (of a language model, prompt "
+                f"and translation together), but --max-tokens is {limit} ({(~fits).sum()} such "
+                f"sentences); give --max-tokens (or --max-tokens-valid) {tokens.max()}, take them out, or give "
+                "--skip-invalid-size-inputs-valid-test"
+            )
+        logger.warning(
+            "%d of %d sentences are left out: longer than a batch, --max-tokens %d",
+            (~fits).sum(),
+            len(fits),
+            limit,
+        )
+        return indices[fits]
+
+    def get_batch_iterator(
+        self, dataset: Any, max_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As fairseq's, but no sentence is dropped and batches are the same after a restart."""
         collect_before_fork()
         kwargs["required_batch_size_multiple"] = BATCH_SIZE_MULTIPLE
         if isinstance(dataset, StableOrderDataset):
             dataset.seed = kwargs.get("seed", dataset.seed)
-        return super().get_batch_iterator(dataset, *args, **kwargs)
+            dataset.max_tokens = max_tokens
+        return super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)

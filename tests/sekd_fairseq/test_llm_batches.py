@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 
 from sekd_fairseq.errors import UserError
 
+from .conftest import error_line, train
 from .language_models import FAMILIES, train_llm
 
 
@@ -112,6 +114,35 @@ def test_batches_are_cut_by_prompt_and_translation_together(llm_data: Path, tmp_
     indices = np.arange(len(dataset))
     assert (plain.dataset("train").num_tokens_vec(indices) == dataset.sizes.max(axis=1)).all()
     assert "longest" not in plain.dataset("train").collater([dataset[0]])["net_input"]
+
+
+def test_a_sentence_longer_than_a_batch_is_named(
+    llm_data: Path, data: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama"]))
+    sides = [MMapIndexedDataset(str(llm_data / f"train.en-de.{side}")) for side in ("en", "de")]
+    sizes = np.array([[len(side[i]) for side in sides] for i in range(len(sides[0]))])
+    limit = int(sizes.sum(axis=1).max()) - 3  # one less than prompt and translation without ends
+    assert sizes.max() <= limit
+    ce = ("--criterion", "cross_entropy")
+    options = (*ce, "--hf-config", config, "--max-update", "1", "--max-tokens")
+    # fairseq leaves out of training what is too long.
+    out = train_llm(llm_data, tmp_path / "save", *options, limit, "--disable-validation")
+    assert f"1 of {len(sizes)} sentences are left out: longer than a batch" in out
+    out = train_llm(llm_data, tmp_path / "none", *options, "9", check=False)
+    assert f"all {len(sizes)} sentences are longer than" in error_line(out)
+    few = ("--max-tokens-valid", "70")
+    line = error_line(train_llm(llm_data, tmp_path / "valid", *options, "300", *few, check=False))
+    assert "--max-tokens is 70" in line and "prompt and translation together" in line
+    skip = "--skip-invalid-size-inputs-valid-test"
+    out = train_llm(llm_data, tmp_path / "skip", *options, "300", *few, skip)
+    assert "of 9 sentences are left out" in out
+    # Of a model with an encoder too.
+    few = ("--max-tokens-valid", "5", "--max-update", "1")
+    assert "--max-tokens is 5" in error_line(
+        train(data, tmp_path / "plain", *ce, *few, check=False)
+    )
 
 
 def test_training_logs_the_share_of_padding(llm_data: Path, tmp_path: Path) -> None:
