@@ -124,13 +124,14 @@ def resume_as_left() -> None:
             )
             if last_one.is_file() and not deliberate:
                 check_settings(last_one, trainer.cfg)
+            begins = cfg.finetune_from_model is not None and not last_one.is_file()
         loaded = load(cfg, trainer, **kwargs)
         updates, last = trainer.get_num_updates(), trainer.cfg.optimization.max_update
         if 0 < last <= updates:
             logger.info("done training before: %d updates of --max-update %d", updates, last)
             raise SystemExit(0)
         extra_state, _ = loaded
-        if extra_state and not (cfg.reset_optimizer or cfg.reset_meters):
+        if extra_state and not (begins or cfg.reset_optimizer or cfg.reset_meters):
             restore_patience(extra_state.get("early_stopping", {}))
             without_gain = patience_state().get("num_runs", 0)
             if 0 < cfg.patience <= without_gain:

@@ -255,6 +255,13 @@ def test_patience_counts_on_after_a_resume(data: Path, tmp_path: Path) -> None:
     # Out of patience it has ended: started once more, it trains no further.
     log = train(data, resumed, *base)
     assert "done training before: no gain in 4 validations" in log and "num_updates" not in log
+    # A training that begins from its weights has a patience of its own.
+    log = train(
+        data, tmp_path / "next", *base, "--finetune-from-model", whole / "checkpoint_last.pt"
+    )
+    assert "hasn't improved for last 4 runs" in log
+    begun = torch.load(tmp_path / "next" / "checkpoint_last.pt", weights_only=True)
+    assert begun["extra_state"]["early_stopping"]["best"] != count["best"]
 
 
 def test_prior_knowledge_can_come_in_slowly(data: Path, cache: Path, tmp_path: Path) -> None:
