@@ -22,6 +22,7 @@ import torch
 from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as fairseq_distributed
 from fairseq.optim import AMPOptimizer
+from fairseq.trainer import Trainer
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
@@ -210,6 +211,28 @@ def _step_unscaled(optimizer: AMPOptimizer) -> None:
     optimizer.scaler.update()
 
 
+def count_whole_updates() -> None:
+    """Let a process count all its tokens in the last update of an epoch.
+
+    Where the batches of an epoch do not fill that, fairseq gives some processes a batch for show, as
+    their last, and then counts none of their tokens, whose gradient is there all the same: with
+    ``--update-freq`` the update is too large. Here the one for show comes first, and the task counts
+    nothing of it (``counts_no_fillers``).
+    """
+    step = Trainer.train_step
+    if getattr(step, "counts_all", False):
+        return
+
+    @functools.wraps(step)
+    def train_step(self: Trainer, samples: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.task, "counts_no_fillers", False):
+            samples = sorted(samples, key=bool)
+        return step(self, samples, *args, **kwargs)
+
+    train_step.counts_all = True  # type: ignore[attr-defined]
+    Trainer.train_step = train_step
+
+
 def _copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
     """fairseq's ``PathManager.copy``, so that the destination never holds a part."""
     if os.path.exists(dst_path) and not overwrite:
@@ -285,6 +308,11 @@ PATCHES = (
         train_in_half_precision,
         "AMPOptimizer.step, options.parse_args_and_arch",
         "--amp scales gradients back twice, and --bf16 asks for a TPU",
+    ),
+    Patch(
+        count_whole_updates,
+        "Trainer.train_step",
+        "with --update-freq on several GPUs the last update of an epoch is too large",
     ),
     Patch(
         attend_without_plans,

@@ -76,6 +76,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     """
 
     cfg: SelfEvolutionKDTaskConfig
+    #: :func:`~sekd_fairseq.patches.count_whole_updates` looks for this.
+    counts_no_fillers = True
 
     def __init__(self, cfg: SelfEvolutionKDTaskConfig, src_dict: Any, tgt_dict: Any) -> None:
         super().__init__(cfg, src_dict, tgt_dict)
@@ -276,14 +278,21 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         update_num: int,
         ignore_grad: bool = False,
     ) -> Any:
-        """As fairseq's. A criterion is told of a batch that is there to fill up an update; of a
-        language model's batch is also logged how much of it is padding."""
+        """As fairseq's. Of a batch that is there to fill up an update a criterion is told, and nothing
+        is counted; of a language model's batch is also logged how much of it is padding."""
         criterion.counted = not ignore_grad
         loss, sample_size, logging_output = super().train_step(
             sample, model, criterion, optimizer, update_num, ignore_grad
         )
         if "positions" in sample:
             logging_output["positions"], logging_output["padding"] = sample["positions"]
+        if ignore_grad:
+            sample_size = 0
+            # Tensors stay tensors: processes add up theirs and plain numbers apart.
+            logging_output = {
+                key: torch.zeros_like(value) if isinstance(value, Tensor) else 0
+                for key, value in logging_output.items()
+            }
         return loss, sample_size, logging_output
 
     @one_line_errors()

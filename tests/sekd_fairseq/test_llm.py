@@ -29,6 +29,7 @@ from .language_models import (
     train_llm,
     train_llm_arguments,
 )
+from .training import records
 
 transformers = pytest.importorskip("transformers")
 
@@ -196,6 +197,18 @@ def test_two_processes_train_as_one(llm_data: Path, tokenizer: Path, tmp_path: P
     train_in_two_processes(train_llm_arguments(llm_data, tmp_path / "two", *options))
     one, two = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+    # An epoch of 7 batches: in its second update the second process has one batch, and one for show.
+    batches = ("--batch-size", "9", "--max-update", "2", "--gamma-type", "absolute")
+    options = (*options, *batches)
+    log = train_llm(llm_data, tmp_path / "three", *options, "--update-freq", "4")
+    arguments = train_llm_arguments(llm_data, tmp_path / "four", *options, "--update-freq", "2")
+    train_in_two_processes(arguments, tmp_path / "log")
+    one, two = (parameters(tmp_path / name / "checkpoint_last.pt") for name in ("three", "four"))
+    torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+    last = [records(text, "")[-1] for text in (log, (tmp_path / "log").read_text())]
+    assert last[0]["num_updates"] == last[1]["num_updates"] == "2"
+    for key in ("loss", "wpb", "bsz", "padding", "hard_share", "difficulty"):
+        assert last[0][key] == last[1][key]
 
 
 def test_adapters_and_fewer_layers(llm_data: Path, tokenizer: Path, tmp_path: Path) -> None:
