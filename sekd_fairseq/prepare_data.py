@@ -5,7 +5,14 @@
 
 splits the text into train, valid and test; or ``--train``, ``--valid`` and ``--test`` name the
 prefixes of three given pairs of files (``--train multi30k/train`` is ``train.en`` and
-``train.de``). The output directory holds
+``train.de``). Monolingual text that a teacher is to translate is cut into the pieces of data that are there:
+
+    python -m sekd_fairseq.prepare_data --mono mono.en --vocabulary data/en-de \\
+        --source-lang en --target-lang de --output mono
+
+has a split ``train`` alone, whose target side repeats the source, because fairseq wants one.
+
+The output directory holds
 
     train.en train.de valid.en ...   normalised text, the references of all scores
     sentencepiece.model .vocab       joint model, trained on the training text only
@@ -105,6 +112,18 @@ class GivenSplits:
                 "expected held-out text that is not in the training text"
             )
         return subsets, {"empty": empties, "in_held_out_text": leaked}
+
+
+@dataclass(frozen=True)
+class MonolingualText:
+    """Text of the source language; each sentence stands on both sides."""
+
+    source: Path
+
+    def load(self) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
+        """The split ``train``, each sentence once, and counts of dropped lines."""
+        pairs, empty = read_pairs(self.source, self.source)
+        return {"train": list(dict.fromkeys(pairs))}, {"empty": empty, "repeated": repeated(pairs)}
 
 
 def split_sizes(pairs: int, valid: int | None, test: int | None) -> tuple[int, int]:
@@ -215,13 +234,13 @@ def write_subset(pairs: list[Pair], prefix: Path, languages: tuple[str, str]) ->
         Path(f"{prefix}.{language}").write_bytes(text.encode("utf-8"))
 
 
-def binarise(pieces: Path, destination: Path, settings: Settings) -> None:
+def binarise(pieces: Path, destination: Path, settings: Settings, subsets: Iterable[str]) -> None:
     """Run ``fairseq-preprocess`` with a joined dictionary; its output goes to its own log."""
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
     command += ["--source-lang", settings.source_lang, "--target-lang", settings.target_lang]
     if settings.vocabulary:
         command += ["--srcdict", str(dictionary_of(settings.vocabulary))]
-    for subset in SUBSETS:
+    for subset in subsets:
         command += [f"--{subset}pref", str(pieces / subset)]
     command += ["--destdir", str(destination), "--workers", "1"]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -230,10 +249,10 @@ def binarise(pieces: Path, destination: Path, settings: Settings) -> None:
         raise UserError(f"fairseq-preprocess failed: {last}; see that fairseq is installed")
 
 
-def fingerprint(directory: Path, languages: tuple[str, str]) -> str:
+def fingerprint(directory: Path, languages: tuple[str, str], subsets: Iterable[str]) -> str:
     """Return the SHA-256 of everything that a training depends on: dictionary, pieces, order."""
     digest = hashlib.sha256()
-    for name in [f"{subset}.{language}" for subset in SUBSETS for language in languages]:
+    for name in [f"{subset}.{language}" for subset in subsets for language in languages]:
         digest.update((directory / "pieces" / name).read_bytes() + b"\0")
     digest.update((directory / "bin" / f"dict.{languages[0]}.txt").read_bytes())
     return digest.hexdigest()
@@ -287,10 +306,10 @@ def prepare(
         texts, pieces, too_long, inexact = encode(
             subsets, prefix.with_suffix(".model"), settings, given_splits
         )
-        for subset in SUBSETS:
+        for subset in texts:
             write_subset(texts[subset], building / subset, settings.languages)
             write_subset(pieces[subset], building / "pieces" / subset, settings.languages)
-        binarise(building / "pieces", building / "bin", settings)
+        binarise(building / "pieces", building / "bin", settings, texts)
         # More than the model's pieces where the text has characters that it does not cover; a line
         # a symbol, and fairseq's own four.
         dictionary = building / "bin" / f"dict.{settings.source_lang}.txt"
@@ -298,12 +317,12 @@ def prepare(
         summary = {
             "source_lang": settings.source_lang,
             "target_lang": settings.target_lang,
-            "sentences": {subset: len(texts[subset]) for subset in SUBSETS},
+            "sentences": {subset: len(pairs) for subset, pairs in texts.items()},
             "dropped": {**dropped, "too_long": too_long},
             "inexact": inexact,
             "vocabulary": size,
             "max_pieces": settings.max_pieces,
-            "fingerprint": fingerprint(building, settings.languages),
+            "fingerprint": fingerprint(building, settings.languages, texts),
             "versions": {
                 "sentencepiece": sentencepiece.__version__,
                 "python": sys.version.split()[0],
@@ -337,6 +356,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     for subset in SUBSETS:
         given.add_argument(f"--{subset}", metavar="PREFIX")
+    parser.add_argument(
+        "--mono",
+        type=Path,
+        metavar="FILE",
+        help="or text of the source language that a teacher is to translate (distilled_data --sources), one "
+        "sentence per line; with --vocabulary",
+    )
     parser.add_argument("--source-lang", required=True)
     parser.add_argument("--target-lang", required=True)
     parser.add_argument(
@@ -351,7 +377,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="take pieces and dictionary of what an earlier call made, instead of training them: for "
-        "language pairs that share one",
+        "language pairs that share one, and for --mono",
     )
     parser.add_argument("--vocab-size", type=int, default=4000, help="pieces (%(default)s)")
     parser.add_argument(
@@ -369,8 +395,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     whole_text = (args.src, args.tgt)
     three = (args.train, args.valid, args.test)
-    if not ((all(whole_text) and not any(three)) or (all(three) and not any(whole_text))):
-        parser.error("expected --src and --tgt, or --train, --valid and --test")
+    texts = (whole_text, three, (args.mono,))
+    if sum(map(any, texts)) != 1 or not any(map(all, texts)):
+        parser.error("expected --src and --tgt, or --train, --valid and --test, or --mono")
+    if args.mono and not args.vocabulary:
+        parser.error(
+            "--mono expects --vocabulary DIR beside it, the data of the teacher's training"
+        )
     if args.source_lang == args.target_lang:
         parser.error(f"expected two languages, found '{args.source_lang}' for both")
     for name in ("valid_size", "test_size", "seed"):
@@ -382,8 +413,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def text_of(args: argparse.Namespace) -> WholeText | GivenSplits:
+def text_of(args: argparse.Namespace) -> WholeText | GivenSplits | MonolingualText:
     """The text that the command line names."""
+    if args.mono:
+        return MonolingualText(args.mono)
     if args.src:
         seed = 1 if args.seed is None else args.seed
         return WholeText(args.src, args.tgt, args.valid_size, args.test_size, seed)

@@ -207,3 +207,44 @@ def test_an_output_that_cannot_be_made_ends_with_one_line(tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_monolingual_text_is_cut_into_the_pieces_that_are_there(tmp_path: Path) -> None:
+    source, target = text_files(tmp_path)
+    languages = ("--source-lang", "en", "--target-lang", "de")
+    made = run(
+        "--src",
+        source,
+        "--tgt",
+        target,
+        *languages,
+        "--vocab-size",
+        60,
+        "--output",
+        tmp_path / "data",
+    )
+    assert made.returncode == 0, made.stderr
+    mono = tmp_path / "mono.en"
+    mono.write_text("the  red tree\n\nthe blue bread\nthe red tree\n" + "the house " * 300 + "\n")
+    words = ("--mono", mono, "--output", tmp_path / "mono", *languages)
+    made = run(*words, "--vocabulary", tmp_path / "data")
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "mono/train.en").read_text() == "the red tree\nthe blue bread\n"
+    summary = json.loads((tmp_path / "mono/data.json").read_text())
+    assert summary["sentences"] == {"train": 2}
+    assert summary["dropped"] == {"empty": 1, "repeated": 1, "too_long": {"train": 1}}
+    processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "data/sentencepiece.model")
+    )
+    pieces = (tmp_path / "mono/pieces/train.en").read_text().splitlines()
+    assert [processor.decode(line.split()) for line in pieces] == ["the red tree", "the blue bread"]
+    symbols = [
+        (tmp_path / name / "bin/dict.en.txt").read_text().split()[::2] for name in ("data", "mono")
+    ]
+    assert symbols[0] == symbols[1]
+    for wrong, expected in (
+        (words, "--mono expects --vocabulary"),
+        ((*words, "--src", source, "--tgt", target), "or --mono"),
+    ):
+        refused = run(*wrong)
+        assert refused.returncode == 2 and expected in refused.stderr
