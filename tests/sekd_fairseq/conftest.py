@@ -116,7 +116,8 @@ run_program: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
 def run_module(
     words: list[str], cwd: Path, output: IO[str], errors: IO[str], fresh: bool
 ) -> NoReturn:
-    """In a forked child: become ``python -m words``, with its streams to ``output`` and ``errors``."""
+    """In a forked child: become ``python -m words``, or the script that they begin with, with its streams
+    to ``output`` and ``errors``."""
     status = 1
     gc.freeze()  # what pytest has loaded is no garbage, and to look at it would copy it
     try:
@@ -125,7 +126,7 @@ def run_module(
         os.dup2(errors.fileno(), 2)
         if fresh:
             os.execve(sys.executable, [sys.executable, "-m", *words], ENVIRONMENT)
-        sys.stdin = open(os.devnull)  # noqa: SIM115 (the process ends here)
+        sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         for handler in list(logging.root.handlers):  # pytest's; a command sets up its own
             logging.root.removeHandler(handler)
@@ -134,7 +135,10 @@ def run_module(
         subprocess.run = run_forked  # type: ignore[assignment] (a command's own commands)
         sys.argv = words
         try:
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+            if words[0].endswith(".py"):
+                runpy.run_path(words[0], run_name="__main__")
+            else:
+                runpy.run_module(words[0], run_name="__main__", alter_sys=True)
             status = 0
         except SystemExit as error:
             if isinstance(error.code, str):

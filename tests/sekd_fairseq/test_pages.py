@@ -1,0 +1,164 @@
+"""Every command block of the README and the docs does on small data what is written.
+
+What a reader would replace (``DATA``, ``MODEL``, ``cache``) is a link of that name where that is possible.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from sekd_fairseq.llm.tokenizer import load_tokenizer
+from sekd_fairseq.teacher_cache import TeacherCache
+
+from .conftest import ROOT, WORDS, sentence_pairs
+from .pages import TINY, block_with, commands, execute, run_block
+from .standin import Served, StandIn
+
+BEST = "checkpoints/checkpoint_best.pt"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as a reader of the README has it, with raw text."""
+    pairs = list(dict.fromkeys(sentence_pairs(900, seed=1)))
+    sizes = {"train": pairs[200:], "valid": pairs[:40], "test": pairs[40:80]}
+    (tmp_path / "text").mkdir()
+    for number, language in enumerate(("en", "de")):
+        (tmp_path / f"text.{language}").write_text("".join(f"{pair[number]}\n" for pair in pairs))
+        for split, part in sizes.items():
+            path = tmp_path / "text" / f"{split}.{language}"
+            path.write_text("".join(f"{pair[number]}\n" for pair in part))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_own_data_from_raw_text_to_the_report(folder: Path) -> None:
+    run_block(folder, "README.md", "--save-dir runs/mine/teacher")
+    assert "SE-KD" in (folder / "runs/mine/report/report.md").read_text()
+    run_block(folder, "docs/method.md", "tune_lenpen", {"DATA": "data/bin"})
+    assert (folder / "runs/mine/se_kd/length_penalty.json").exists()
+    sizes = {"--updates 600": "--updates 20 --beam 2 --max-tokens 600 --cpu"}
+    model = {"--arch transformer_tiny": f"--arch transformer_tiny --cpu {' '.join(TINY)}"}
+    run_block(folder, "docs/more-text.md", "sekd_fairseq.rounds", sizes | model)
+    assert (folder / "runs/mine/rounds" / BEST).exists()
+
+
+@pytest.mark.slow
+def test_pages_about_a_teacher_and_its_cache(folder: Path) -> None:
+    # Data, teacher and cache are those of the README.
+    execute(folder, block_with("README.md", "--save-dir runs/mine/teacher").partition("# 2.")[0])
+    names = {"DATA": "data/bin", "teacher.pt": f"runs/mine/teacher/{BEST}"}
+    run_block(folder, "docs/tail.md", "--missing-mass tail", names)
+    assert (folder / "runs/mine/tail" / BEST).exists()
+    few = {"--nbest 8 --choose": "--nbest 2 --choose"}
+    run_block(folder, "docs/more-text.md", "--choose reference", few)
+    assert (folder / "distilled" / "train.en-de.de.bin").exists()
+    text = (folder / "text.en").read_text().splitlines(keepends=True)
+    held_out = (folder / "data/valid.en").read_text().splitlines(keepends=True)[:3]
+    (folder / "mono.en").write_text("".join([*text[:40][::-1], "\n", *held_out]))
+    printed = run_block(folder, "docs/more-text.md", "--mono mono.en")
+    assert "are in a held-out set and left out" in printed
+    mixed = TeacherCache.open(folder / "mixed-cache/train").manifest.sentences
+    assert 40 < mixed <= 86 and mixed % 2 == 0
+    fewer = {"--vocab-size 2000": "--vocab-size 30"}  # 2000 is more than this text has
+    run_block(folder, "docs/other-tokenizers.md", "--vocab-size 2000", fewer)
+    symbols = [
+        {line.split()[0] for line in (folder / data / "bin/dict.de.txt").read_text().splitlines()}
+        for data in ("data", "small")
+    ]
+    assert symbols[0] != symbols[1]
+    run_block(folder, "docs/other-tokenizers.md", "--sentencepiece-model")
+    for method in ("word_kd", "seq_kd"):
+        assert (folder / f"runs/small/{method}/checkpoints/checkpoint_best.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_teacher_behind_a_server(folder: Path) -> None:
+    pytest.importorskip("httpx")
+    make_tokenizer(folder / "MODEL")
+    for path in (folder / "text").iterdir():
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    own = load_tokenizer(str(folder / "MODEL"))
+    with Knowing(Served(own), lambda tokens: None).running() as url:
+        address = url.removeprefix("http://").removesuffix("/v1")
+        run_block(folder, "docs/served-teachers.md", "--engine http", {"HOST:8000": address})
+    cache = TeacherCache.open(folder / "data/llm/cache/train")
+    assert len(cache) == 20 and cache.manifest.teacher["arch"] == "server, vllm"
+    np.testing.assert_allclose(
+        np.concatenate([row.gold_logprob for row in cache]), np.log(0.5), atol=1e-3
+    )
+
+
+class Knowing(StandIn):
+    """A server whose model gives every text's next token a probability of one half."""
+
+    def rows(self, tokens: Sequence[int]) -> Any:
+        vocab = len(self.tokenizer.pieces)
+        found = np.full((len(tokens) - 1, vocab), np.log(0.5 / (vocab - 1)))
+        found[np.arange(len(found)), list(tokens[1:])] = np.log(0.5)
+        return found
+
+
+def make_tokenizer(model: Path) -> int:
+    """Write a tokenizer as a model's folder has one; returns how many pieces it has."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    pieces = tokenizers.ByteLevelBPETokenizer()
+    pieces.train_from_iterator([*WORDS, *WORDS.values()], 330, special_tokens=[*special.values()])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=pieces._tokenizer, **special
+    ).save_pretrained(model)
+    return int(pieces.get_vocab_size())
+
+
+@pytest.mark.slow
+def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    vocab_size = make_tokenizer(folder / "MODEL")
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "MODEL")
+    first = block_with("README.md", "--save-dir runs/llm/teacher")
+    run_block(folder, "docs/language-models.md", "--save-dir runs/llm/student")
+    assert (folder / "exported" / "model.safetensors").exists()
+    # The README's block is its beginning.
+    own = commands(block_with("docs/language-models.md", "--save-dir runs/llm/student"))
+    assert commands(first) == own[:2]
+
+
+@pytest.mark.slow
+def test_a_study_per_size(folder: Path) -> None:
+    # Of the configuration, one direction with one seed and two methods, all small.
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    (folder / "sekd_fairseq").symlink_to(ROOT / "sekd_fairseq")
+    path = folder / "scripts/configs/multi30k.yaml"
+    config: dict[str, Any] = yaml.safe_load(path.read_text())
+    config |= {"directions": ["en-de"], "seeds": [1]}
+    config["corpus"] |= {"valid": "valid", "test": "test"}
+    config["data"] = {"vocab-size": 30}
+    config["cache"]["allow-implausible"] = True
+    config["generation"] = {"beam": 1, "max-len-b": 20}
+    config["methods"] = {name: config["methods"][name] for name in ("finetune", "word_kd")}
+    for kind in ("teacher", "student"):
+        config[kind] |= {"max-update": 8, "warmup-updates": 4}
+    path.write_text(yaml.safe_dump(config))
+    small = {
+        "2000 8000": "50 200",
+        "/path/to/multi30k": "text",
+        "multi30k-2000": "multi30k-50",
+        "multi30k-8000": "multi30k-200",
+    }
+    printed = run_block(folder, "docs/more-text.md", "analysis.sizes", small)
+    assert "word-level KD" in printed
+    table = pd.read_csv(folder / "runs/sizes/sizes.csv")
+    every = len((folder / "data/multi30k/en-de/train.en").read_text().splitlines())
+    assert set(table[table["method"] != "teacher"]["sentences"]) == {50, 200, every}
