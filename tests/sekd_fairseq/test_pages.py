@@ -3,6 +3,7 @@
 What a reader would replace (``DATA``, ``MODEL``, ``cache``) is a link of that name where that is possible.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,18 @@ from .pages import TINY, block_with, commands, execute, run_block
 from .standin import Served, StandIn
 
 BEST = "checkpoints/checkpoint_best.pt"
+
+
+#: What ``inspect_cache --student`` looks at.
+CHECKS = 7
+
+
+def link(folder: Path, **places: Path) -> None:
+    """Links in a folder, by the names that a block has for what they lead to."""
+    for name, place in places.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(place)
 
 
 @pytest.fixture
@@ -130,6 +143,8 @@ def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
     first = block_with("README.md", "--save-dir runs/llm/teacher")
     run_block(folder, "docs/language-models.md", "--save-dir runs/llm/student")
     assert (folder / "exported" / "model.safetensors").exists()
+    printed = run_block(folder, "docs/before-training.md", "--student MODEL")
+    assert printed.count("\n  ok  ") == CHECKS
     # The README's block is its beginning.
     own = commands(block_with("docs/language-models.md", "--save-dir runs/llm/student"))
     assert commands(first) == own[:2]
@@ -162,3 +177,29 @@ def test_a_study_per_size(folder: Path) -> None:
     table = pd.read_csv(folder / "runs/sizes/sizes.csv")
     every = len((folder / "data/multi30k/en-de/train.en").read_text().splitlines())
     assert set(table[table["method"] != "teacher"]["sentences"]) == {50, 200, every}
+
+
+def test_a_check_before_training(tmp_path: Path, data: Path, cache: Path, teacher: Path) -> None:
+    best = f"runs/mine/finetune/{BEST}"
+    link(tmp_path, **{"data/bin": data, "cache": cache, best: teacher})
+    printed = run_block(tmp_path, "docs/before-training.md", "--data data/bin")
+    assert printed.count("\n  ok  ") == 3 * CHECKS  # a split
+
+
+@pytest.mark.slow
+def test_several_teachers(tmp_path: Path) -> None:
+    for number, (split, count) in enumerate({"train": 300, "valid": 20, "test": 15}.items()):
+        for language in ("cs", "de"):
+            pairs = sentence_pairs(count, 2 * number + (language == "cs"))
+            place = tmp_path / "text" / f"{language}-en"
+            place.mkdir(parents=True, exist_ok=True)
+            for side, name in enumerate(("en", language)):
+                lines = [pair[side][::-1] if name == "cs" else pair[side] for pair in pairs]
+                (place / f"{split}.{name}").write_text("".join(f"{line}\n" for line in lines))
+    run_block(tmp_path, "docs/several-teachers.md", "--output vocabulary")
+    printed = run_block(tmp_path, "docs/several-teachers.md", "sekd_fairseq.join_data")
+    assert "train1: cs-en, " in printed
+    for subset, pair in (("test", "de-en"), ("test1", "cs-en")):
+        record = json.loads((tmp_path / f"runs/joined/{subset}/run.json").read_text())
+        cache = TeacherCache.open(tmp_path / pair / "cache/test")
+        assert record["teacher_cache"]["fingerprint"] == cache.manifest.fingerprint
