@@ -73,7 +73,7 @@ def chunked_loss(
             features, weight = features.to(half), weight.to(half)
             bias = None if bias is None else bias.to(half)
         size = chunk_tokens or tokens_per_chunk(len(features), len(weight), weight.element_size())
-        scale = HALF_SCALE if weight.dtype == torch.float16 else 1.0
+        scale = kept_times(weight.dtype)
         value, sums, found = _in_chunks(features, weight, bias, loss_of, size, wanted, scale)
     return with_gradient(value, list(zip(inputs, found, strict=True)), scale), sums
 
@@ -99,6 +99,7 @@ def blockwise_loss(
     """
     sums: dict[str, Tensor] = {}
     wanted = torch.is_grad_enabled() and logits.requires_grad
+    scale = kept_times(logits.dtype)
     with torch.no_grad():
         gradient = torch.zeros_like(logits) if wanted else None
         total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -111,9 +112,14 @@ def blockwise_loss(
             total += loss.detach()
             _add(sums, found)
             if gradient is not None:
-                (on_block,) = torch.autograd.grad(loss, block)
+                (on_block,) = torch.autograd.grad(loss, block, loss.new_full((), scale))
                 gradient.index_copy_(0, rows[part], on_block.to(gradient.dtype))
-    return with_gradient(total, [(logits, gradient)]), sums
+    return with_gradient(total, [(logits, gradient)], scale), sums
+
+
+def kept_times(dtype: torch.dtype) -> float:
+    """The factor that gradients to logits of this type are kept with until backward."""
+    return HALF_SCALE if dtype == torch.float16 else 1.0
 
 
 def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:

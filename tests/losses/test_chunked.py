@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from sekd_fairseq.losses import (
     SelfEvolution,
     TeacherTokens,
+    blockwise_loss,
     build_events,
     chunked_loss,
     self_evolution_kd,
     support_log_probs,
 )
 from sekd_fairseq.losses.chunked import tokens_per_chunk
+from sekd_fairseq.losses.divergences import forward_kl
 
 # Steps, because gradcheck would see the ratio move with the student, which is no gradient.
 SETTINGS = SelfEvolution(gamma=2.0, gamma_type="absolute", lambda_max=0.6, schedule="step")
@@ -113,6 +115,25 @@ def test_half_precision_equals_the_plain_path(dtype: torch.dtype, tolerance: flo
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_float16_keeps_gradients_that_the_loss_scale_will_lift() -> None:
+    """Of a student that is sure, and a teacher that gives every token (--teacher-path)."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(8, 500, generator=generator)
+    z[:, 0] += 18
+    logits = z.half()
+    log_p = (logits.float() + 0.5 * torch.randn(z.shape, generator=generator)).log_softmax(-1)
+
+    def loss_of(block: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        return forward_kl(log_p[part], block.log_softmax(-1)).sum(), {}
+
+    exact, found = logits.float().requires_grad_(), logits.clone().requires_grad_()
+    for leaf, scale in ((exact, 1.0), (found, 1024.0)):
+        (scale * blockwise_loss(leaf, torch.arange(8), loss_of)[0]).backward()
+    assert exact.grad is not None and found.grad is not None
+    assert (exact.grad.abs() < 3e-8).float().mean() > 0.8  # zero in float16
+    torch.testing.assert_close(found.grad.float() / 1024, exact.grad, rtol=2e-3, atol=6e-11)
 
 
 def test_automatic_mixed_precision_equals_the_plain_path() -> None:
