@@ -14,7 +14,8 @@ order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and p
 
 import inspect
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -277,7 +278,8 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         """Run the model or its body with those options that the family knows."""
         known = inspect.signature(type(self.lm).forward).parameters
         try:
-            return module(**{name: value for name, value in options.items() if name in known})
+            with no_packed_rows():
+                return module(**{name: value for name, value in options.items() if name in known})
         except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
             mode = "training" if self.training else "evaluation"
             raise refused(self.lm, f"one that reads token ids alone in {mode}", error) from error
@@ -407,6 +409,26 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
         if hasattr(self.decoder.model, "peft_config"):
             for key, value in super().state_dict().items():
                 state_dict.setdefault(key, value)
+
+
+@contextmanager
+def no_packed_rows() -> Iterator[None]:
+    """Tell transformers that no row holds several sequences.
+
+    Where there is no mask it looks for such rows, and makes a mask of what it finds, whatever that is.
+    With a mask torch cannot take its fastest attention, and keys and values are repeated for each head.
+    """
+    try:
+        from transformers import masking_utils
+    except ImportError:  # before 4.53, which looks for none
+        yield
+        return
+    usual = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = usual
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:

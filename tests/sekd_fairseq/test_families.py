@@ -163,3 +163,22 @@ def test_half_precision_keeps_positions_exact(
         found = model.to(dtype)(source, None, previous)[0][0]
     off = [(side.float() - exact).square().mean().sqrt() for side in (found, expected)]
     assert off[0] < 1.5 * off[1], off
+
+
+def test_attention_has_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one torch does not take FlashAttention, and keys are repeated for grouped queries."""
+    config = llm_families.small_config("llama")
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    model = build(tmp_path, hf_config=str(tmp_path / "config.json"))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    calls: list[tuple[Any, ...]] = []
+
+    def watched(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        calls.append((options["attn_mask"], options["is_causal"], key.size(1)))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    source = torch.tensor([[1, 1, 9, 8, 2], [7, 6, 5, 4, 2]])
+    model.train()(source, None, torch.tensor([[2, 11, 12], [2, 21, 1]]))
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    assert calls == [(None, True, heads)] * layers
