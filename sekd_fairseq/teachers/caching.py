@@ -89,7 +89,7 @@ def build_split(engine: Engine, build: Build, split: str) -> TeacherCache | None
     )
     directory.mkdir(parents=True, exist_ok=True)
     settings["teacher"] = _begin(directory, wanted)["teacher"]
-    measure_tail(engine, dataset, truncation, settings, directory)
+    measure_tail(engine, build, directory, split_to_cache, settings)
     shards = list(shard_range(settings)[build.shard_id :: build.num_shards])
     build_shards(engine, build, directory, shards, split_to_cache, dtypes)
     missing = missing_shards(directory, settings)
@@ -153,17 +153,20 @@ def build_shards(
 
 
 def measure_tail(
-    engine: Engine, dataset: Any, truncation: Truncation, settings: dict[str, Any], directory: Path
+    engine: Engine, build: Build, directory: Path, split: Sentences, settings: dict[str, Any]
 ) -> None:
-    """Write the teacher's tail law, from some sentences, where the engine gives whole distributions
-    and the cache has supports of the best tokens."""
+    """Write the teacher's tail law, from some sentences that it can read, where the engine gives whole
+    distributions and the cache has supports of the best tokens."""
+    truncation = build.truncation(settings["vocab_size"])
     if engine.outside is None or truncation.rule == "sample" or (directory / TAIL).exists():
         return
-    lengths = dataset.sizes[:, 1].astype(np.int64)
-    count = max(1, min(len(dataset), int(TAIL_TOKENS / max(lengths.mean(), 1.0))))
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
+    dataset = split.dataset
+    readable = np.array([i for i in range(len(dataset)) if i not in split.skipped], np.int64)
+    mean = dataset.sizes[readable, 1].mean() if len(readable) else 1.0
+    count = min(len(readable), max(1, int(TAIL_TOKENS / mean)))
+    chosen = readable[np.unique(np.linspace(0, len(readable) - 1, count).astype(np.int64))]
     total = np.zeros(settings["vocab_size"])
-    for batch in token_batches(dataset, chosen, engine.batch_tokens):
+    for batch in token_batches(dataset, chosen, build.max_tokens or engine.batch_tokens):
         sample = dataset.collater([dataset[i] for i in batch])
         total += engine.outside(sample, truncation, settings["temperature"])
     write_tail(directory, total, settings)

@@ -9,8 +9,9 @@ import torch
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import error_line, train
+from .conftest import command, error_line, train
 from .language_models import FAMILIES, train_llm
 
 
@@ -143,6 +144,20 @@ def test_a_sentence_longer_than_a_batch_is_named(
     assert "--max-tokens is 5" in error_line(
         train(data, tmp_path / "plain", *ce, *few, check=False)
     )
+
+
+def test_a_cache_skips_what_the_teacher_cannot_read(llm_data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**FAMILIES["llama"], "max_position_embeddings": 72}))
+    options = ("--hf-config", config, "--criterion", "cross_entropy", "--max-update", "1")
+    train_llm(llm_data, tmp_path / "save", *options, "--disable-validation")
+    command(
+        "sekd_fairseq.build_cache", llm_data, "--path", tmp_path / "save" / "checkpoint_last.pt",
+        "--output", tmp_path / "cache", "--subset", "train", "--cpu", "--max-tokens", "80",
+        "--skip-too-long", "--allow-implausible",
+    )  # fmt: skip
+    cache = TeacherCache.open(tmp_path / "cache" / "train")
+    assert 0 < cache.manifest.quality["one_hot"] < 1 and cache.tail_law().min() > 0
 
 
 def test_training_logs_the_share_of_padding(llm_data: Path, tmp_path: Path) -> None:
