@@ -10,7 +10,7 @@ from torch import Tensor
 from analysis.terminal import progress
 from sekd_fairseq.datasets import TeacherDataset, teacher_tokens
 from sekd_fairseq.devices import to_device
-from sekd_fairseq.logits import flat_logits
+from sekd_fairseq.logits import token_logits
 from sekd_fairseq.losses import Events, TeacherTokens, build_events, support_log_probs
 from sekd_fairseq.losses.decoupled import decoupled_kl
 from sekd_fairseq.losses.divergences import forward_kl
@@ -55,16 +55,21 @@ def token_columns(
     ``p_of_q_top1`` of a token outside the teacher's support is the outside mass spread evenly.
     """
     teacher = teacher_tokens(sample["teacher"])
-    logits = model(**sample["net_input"])[0].float() / teacher.temperature
-    logits = flat_logits(logits, sample["target"], symbols)
-    target = sample["target"].view(-1)
-    positions = target.ne(pad).nonzero().squeeze(1)
-    student = support_log_probs(logits, positions, teacher.ids, teacher.valid)
-    events = build_events(teacher, student, "bucket")
-    log_q = torch.log_softmax(logits[positions], dim=-1)
-    columns = {"token": target[positions], **distances(events), **best_tokens(teacher, log_q)}
-    columns["q_entropy"] = entropy(log_q)
-    return {name: values.cpu().numpy() for name, values in columns.items()}
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    for target, z in token_logits([model], sample, pad, teacher.temperature, symbols):
+        part = slice(done, done := done + len(target))
+        parts.append({"token": target, **student_columns(z, teacher[part])})
+    return {key: torch.cat([part[key] for part in parts]).cpu().numpy() for key in parts[0]}
+
+
+def student_columns(z: Tensor, teacher: TeacherTokens) -> dict[str, Tensor]:
+    """Columns of some tokens from the student's logits over the temperature, (n, V) float32."""
+    every = torch.arange(len(z), device=z.device)
+    student = support_log_probs(z, every, teacher.ids, teacher.valid)
+    log_q = z.log_softmax(dim=-1)
+    own = {**distances(build_events(teacher, student, "bucket")), **best_tokens(teacher, log_q)}
+    return {**own, "q_entropy": entropy(log_q)}
 
 
 def distances(events: Events) -> dict[str, Tensor]:

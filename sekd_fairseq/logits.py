@@ -9,6 +9,9 @@ from torch import Tensor
 
 from sekd_fairseq.errors import UserError
 
+#: Logits in single precision that are held at a time: 256 MB, and a few times as much beside them.
+BLOCK_ELEMENTS = 2**26
+
 
 def flat_logits(logits: Tensor, target: Tensor, symbols: int | None = None) -> Tensor:
     """Logits, or features, at every target position, (B, T, X) to (B T, X).
@@ -54,7 +57,7 @@ def token_logits(
     target = sample["target"]
     rows = target.view(-1).ne(pad).nonzero().squeeze(1)
     logits = [flat_logits(model(**sample["net_input"])[0], target, symbols) for model in models]
-    step = max(1, 2**26 // logits[0].size(-1))
+    step = max(1, BLOCK_ELEMENTS // logits[0].size(-1))
     for start in range(0, rows.numel(), step):
         part = rows[start : start + step]
         z = [one[part].float() for one in logits]
