@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from .conftest import ROOT, fork_module
+from .conftest import ROOT, fork_module, read_settings_once
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Programs that a block may call, and the modules that they are.
@@ -120,8 +120,9 @@ def execute(folder: Path, block: str) -> str:
         }
         bash = subprocess.Popen(
             ["bash", "-c", script], cwd=folder, env=environment, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
+        read_settings_once()  # here, for all forks
         try:
             status = serve(listener, bash, time.monotonic() + 1500)
         finally:

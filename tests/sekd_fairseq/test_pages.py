@@ -3,7 +3,10 @@
 What a reader would replace (``DATA``, ``MODEL``, ``cache``) is a link of that name where that is possible.
 """
 
+import gzip
 import json
+import random
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +17,10 @@ import pandas as pd
 import pytest
 import yaml
 
+import analysis.compare
+import analysis.gap
+import analysis.plan  # noqa: F401
+import sekd_fairseq.evaluate  # noqa: F401
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.teacher_cache import TeacherCache
 
@@ -203,3 +210,53 @@ def test_several_teachers(tmp_path: Path) -> None:
         record = json.loads((tmp_path / f"runs/joined/{subset}/run.json").read_text())
         cache = TeacherCache.open(tmp_path / pair / "cache/test")
         assert record["teacher_cache"]["fingerprint"] == cache.manifest.fingerprint
+
+
+def spoilt(lines: Sequence[str], share: float, seed: int) -> list[str]:
+    """Translations of which a share of the words are others."""
+    generator = random.Random(seed)
+    words = list(WORDS.values())
+    return [
+        " ".join(
+            generator.choice(words) if generator.random() < share else word for word in line.split()
+        )
+        for line in lines
+    ]
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """One sentence per line, gzipped where the name says so."""
+    text = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+def test_any_systems_are_compared(tmp_path: Path) -> None:
+    page, words = "docs/comparing-systems.md", "analysis.compare"
+    sources, references = map(list, zip(*sentence_pairs(40, seed=5), strict=True))
+    files = re.findall(r"\S+\.gz", block_with(page, words))
+    assert len(files) == 8
+    for number, name in enumerate(files):
+        lines = sources if ".src." in name else spoilt(references, 0.1 * max(0, number - 2), number)
+        write_lines(tmp_path / name, lines)
+    more = {"--ref": "--no-ter --resamples 100 --trials 100 --ref"}
+    run_block(tmp_path, page, words, more)
+    report = (tmp_path / "comparison/report.html").read_text()
+    assert "ALMA-13B-LoRA" in report and "gpt3.5-text-davinci-003" in report
+    assert list((tmp_path / "comparison/tables").glob("*.csv"))
+
+
+def test_a_study_is_planned_and_its_gap_measured(tmp_path: Path) -> None:
+    page = "docs/comparing-systems.md"
+    sources, references = map(list, zip(*sentence_pairs(40, seed=5), strict=True))
+    write_lines(tmp_path / "test.en", sources)
+    write_lines(tmp_path / "test.de", references)
+    write_lines(tmp_path / "teacher.txt", spoilt(references, 0.05, 9))
+    for seed in (1, 2, 3):
+        for method, share in {"finetune": 0.4, "word_kd": 0.3, "mine": 0.2}.items():
+            lines = spoilt(references, share, seed)
+            write_lines(tmp_path / f"{method}.{seed}.txt", lines)
+    run_block(tmp_path, page, "sekd_fairseq.evaluate")
+    assert "A gain of 0.50 needs " in run_block(tmp_path, page, "analysis.plan")
+    assert "| en-de | mine |" in run_block(tmp_path, page, "analysis.gap")
+    table = pd.read_csv(tmp_path / "gap.csv").set_index(["method", "metric"])
+    assert 0 < table.loc[("word_kd", "BLEU"), "closed"] < table.loc[("mine", "BLEU"), "closed"] < 1
