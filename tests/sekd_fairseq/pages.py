@@ -26,11 +26,10 @@ PROGRAMS = {
     },
     "snakemake": "snakemake",
 }
-#: Sizes that replace those of a block, so that a training takes seconds. The rest stays as written.
-SMALL = {
-    "--max-update": "60", "--warmup-updates": "10", "--max-tokens": "600", "--lr": "0.01", "--beam": "2",
-    "--nbest": "2",
-}  # fmt: skip
+#: Sizes that replace a block's larger ones, so that a training takes seconds. The rest stays as written.
+SMALL = {"--max-update": 60, "--warmup-updates": 10, "--max-tokens": 600, "--beam": 2, "--nbest": 2}
+#: The learning rate with which as few updates teach something.
+RATE = "0.01"
 #: And the size of the Transformers.
 TINY = [
     f"--{side}-{name}={size}"
@@ -177,18 +176,19 @@ def handle(connection: socket.socket) -> None:
 def small(words: list[str]) -> list[str]:
     """The module of a program and its arguments, with the sizes of a test."""
     name = os.path.basename(words[0])
-    if name in PROGRAMS:
+    if name not in PROGRAMS:  # python
+        arguments = words[2 if words[1] == "-m" else 1 :]
+    else:
         arguments = [PROGRAMS[name], *words[1:]]
+        for place, word in enumerate(words[:-1]):
+            if word in SMALL and int(words[place + 1]) > SMALL[word]:
+                arguments[place + 1] = str(SMALL[word])
+            elif word == "--lr":
+                arguments[place + 1] = RATE
         if name == "fairseq-train" and "hf_causal_lm" not in words:
             arguments += TINY
         if name not in ("fairseq-preprocess", "snakemake"):
             arguments.append("--cpu")
-        sizes = SMALL
-    else:  # python
-        arguments = words[2 if words[1] == "-m" else 1 :]
-        sizes = {}
-    for place, word in enumerate(arguments[:-1]):
-        if word == "--user-dir":  # a fork has imported it from there
-            arguments[place + 1] = str(ROOT / "sekd_fairseq")
-        arguments[place + 1] = sizes.get(word, arguments[place + 1])
+    if "--user-dir" in arguments:  # a fork has imported it from there
+        arguments[arguments.index("--user-dir") + 1] = str(ROOT / "sekd_fairseq")
     return arguments

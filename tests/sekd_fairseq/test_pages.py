@@ -260,3 +260,17 @@ def test_a_study_is_planned_and_its_gap_measured(tmp_path: Path) -> None:
     assert "| en-de | mine |" in run_block(tmp_path, page, "analysis.gap")
     table = pd.read_csv(tmp_path / "gap.csv").set_index(["method", "metric"])
     assert 0 < table.loc[("word_kd", "BLEU"), "closed"] < table.loc[("mine", "BLEU"), "closed"] < 1
+
+
+def test_a_cache_in_object_storage(
+    tmp_path: Path, data: Path, cache: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    link(tmp_path, **{"data/bin": data, "cache": cache})
+    names = {"s3://bucket": bucket, "/local/cache": "local/cache", "-update 2000": "-update 12"}
+    printed = run_block(tmp_path, "docs/object-storage.md", "sekd_fairseq.copy_cache", names)
+    assert f"{bucket}/cache/train\n" in printed
+    assert (tmp_path / "runs/one/run.json").exists()
+    for split in ("train", "valid", "test"):
+        manifest = TeacherCache.open(tmp_path / "local/cache" / split).manifest
+        assert manifest == TeacherCache.open(cache / split).manifest
