@@ -24,7 +24,7 @@ import sekd_fairseq.evaluate  # noqa: F401
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import ROOT, WORDS, sentence_pairs
+from .conftest import ROOT, WORDS, command, sentence_pairs
 from .pages import TINY, block_with, commands, execute, run_block
 from .standin import Served, StandIn
 
@@ -151,7 +151,18 @@ def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
     run_block(folder, "docs/language-models.md", "--save-dir runs/llm/student")
     assert (folder / "exported" / "model.safetensors").exists()
     printed = run_block(folder, "docs/before-training.md", "--student MODEL")
-    assert printed.count("\n  ok  ") == CHECKS
+    assert printed.count("\n  ok  ") == 2 * CHECKS  # train and valid
+    # A teacher as it is: the model that was trained, with examples in its prompts.
+    command(
+        "sekd_fairseq.export_hf", folder / "runs/llm/teacher/checkpoint_best.pt", "--data", folder / "data/llm/bin",
+        "--output", folder / "TEACHER",
+    )  # fmt: skip
+    shutil.rmtree(folder / "data/llm")
+    shutil.rmtree(folder / "runs/llm")
+    as_it_is = {"MODEL": "TEACHER"}
+    run_block(folder, "docs/language-models.md", "sekd_fairseq.import_hf", as_it_is)
+    cache = TeacherCache.open(folder / "data/llm/cache/train")
+    assert len(cache) == cache.manifest.sentences > 300
     # The README's block is its beginning.
     own = commands(block_with("docs/language-models.md", "--save-dir runs/llm/student"))
     assert commands(first) == own[:2]
