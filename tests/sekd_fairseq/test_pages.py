@@ -285,3 +285,31 @@ def test_a_cache_in_object_storage(
     for split in ("train", "valid", "test"):
         manifest = TeacherCache.open(tmp_path / "local/cache" / split).manifest
         assert manifest == TeacherCache.open(cache / split).manifest
+
+
+def test_jobs_build_one_cache(
+    tmp_path: Path,
+    data: Path,
+    cache: Path,
+    teacher: Path,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page, jobs = "docs/billion-tokens.md", 3
+    link(tmp_path, **{"DATA": data, "teacher.pt": teacher})
+    few = {
+        "/shared": "shared",
+        "--shard-sentences 100000": "--shard-sentences 50",
+        "--num-shards 16": f"--num-shards {jobs}",
+    }
+    for job in range(jobs):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
+        run_block(tmp_path, page, "#SBATCH", few)
+    for split in ("train", "valid", "test"):
+        built = TeacherCache.open(tmp_path / "shared/cache" / split).manifest
+        assert built.sentences == TeacherCache.open(cache / split).manifest.sentences
+    # fairseq's half precision needs a GPU.
+    names = {"s3://bucket": bucket, "/shared": "shared", "/local": "local", " --bf16": ""}
+    run_block(tmp_path, page, "copy_cache", names | {"-update 100000": "-update 12"})
+    kept = {path.name.rpartition("-")[0] for path in (tmp_path / "local/sekd_fairseq").iterdir()}
+    assert {"train", "valid"} <= kept and "test" not in kept
