@@ -203,17 +203,22 @@ def train(data: object, save: Path, *options: object, check: bool = True) -> str
     return command(*train_arguments(data, save, *options), check=check)
 
 
+def spread_over_two() -> list[object]:
+    """Options of a training's two processes on this machine, over gloo, but for each one's rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", "--distributed-world-size",
+        2, "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn",
+    ]  # fmt: skip
+
+
 def train_in_two_processes(
     arguments: list[object], output: Path = Path(os.devnull), check: bool = True
 ) -> None:
     """Run a training in two processes on this machine, over gloo; ``output`` is the first's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spread = [
-        "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", "--distributed-world-size",
-        2, "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn",
-    ]  # fmt: skip
+    spread = spread_over_two()
     children = [
         start_command(
             *arguments, *spread, "--distributed-rank", rank, "--device-id", rank,

@@ -7,6 +7,7 @@ import gzip
 import json
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ import sekd_fairseq.evaluate  # noqa: F401
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.teacher_cache import TeacherCache
 
-from .conftest import ROOT, WORDS, command, sentence_pairs
-from .pages import TINY, block_with, commands, execute, run_block
+from .conftest import ROOT, WORDS, command, sentence_pairs, spread_over_two
+from .pages import PAGES, TINY, block_with, blocks, commands, execute, run_block
 from .standin import Served, StandIn
 
 BEST = "checkpoints/checkpoint_best.pt"
@@ -55,6 +56,25 @@ def folder(tmp_path: Path) -> Path:
             path = tmp_path / "text" / f"{split}.{language}"
             path.write_text("".join(f"{pair[number]}\n" for pair in part))
     return tmp_path
+
+
+#: Blocks that no test here runs, by what they hold.
+ELSEWHERE = {
+    "scripts/demo.sh": "the gate runs both",
+    "pip install -c constraints.txt .  ": "tests/test_install.py",
+    "CACHE/train/manifest.json": "files, not commands",
+    "LLAMA_SERVER_PYTHON": "a server that has to be there: tests/sekd_fairseq/test_http_engine.py",
+    "/path/to/multi30k": "as the study per size, with the same configuration",
+}
+
+
+def test_every_block_is_run() -> None:
+    call = r'(?:run_block|block_with)\(\s*(?:\w+,\s*)?"([^"]+)",\s*"([^"]+)"'
+    named = re.findall(call, Path(__file__).read_text(encoding="utf-8"))
+    run = {block_with(page, words) for page, words in named}
+    for page in PAGES:
+        for block in blocks(page):
+            assert block in run or any(words in block for words in ELSEWHERE), (page.name, block)
 
 
 @pytest.mark.slow
@@ -242,22 +262,20 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def test_any_systems_are_compared(tmp_path: Path) -> None:
-    page, words = "docs/comparing-systems.md", "analysis.compare"
     sources, references = map(list, zip(*sentence_pairs(40, seed=5), strict=True))
-    files = re.findall(r"\S+\.gz", block_with(page, words))
+    files = re.findall(r"\S+\.gz", block_with("docs/comparing-systems.md", "analysis.compare"))
     assert len(files) == 8
     for number, name in enumerate(files):
         lines = sources if ".src." in name else spoilt(references, 0.1 * max(0, number - 2), number)
         write_lines(tmp_path / name, lines)
     more = {"--ref": "--no-ter --resamples 100 --trials 100 --ref"}
-    run_block(tmp_path, page, words, more)
+    run_block(tmp_path, "docs/comparing-systems.md", "analysis.compare", more)
     report = (tmp_path / "comparison/report.html").read_text()
     assert "ALMA-13B-LoRA" in report and "gpt3.5-text-davinci-003" in report
     assert list((tmp_path / "comparison/tables").glob("*.csv"))
 
 
 def test_a_study_is_planned_and_its_gap_measured(tmp_path: Path) -> None:
-    page = "docs/comparing-systems.md"
     sources, references = map(list, zip(*sentence_pairs(40, seed=5), strict=True))
     write_lines(tmp_path / "test.en", sources)
     write_lines(tmp_path / "test.de", references)
@@ -266,9 +284,11 @@ def test_a_study_is_planned_and_its_gap_measured(tmp_path: Path) -> None:
         for method, share in {"finetune": 0.4, "word_kd": 0.3, "mine": 0.2}.items():
             lines = spoilt(references, share, seed)
             write_lines(tmp_path / f"{method}.{seed}.txt", lines)
-    run_block(tmp_path, page, "sekd_fairseq.evaluate")
-    assert "A gain of 0.50 needs " in run_block(tmp_path, page, "analysis.plan")
-    assert "| en-de | mine |" in run_block(tmp_path, page, "analysis.gap")
+    run_block(tmp_path, "docs/comparing-systems.md", "sekd_fairseq.evaluate")
+    printed = run_block(tmp_path, "docs/comparing-systems.md", "analysis.plan")
+    assert "A gain of 0.50 needs " in printed
+    printed = run_block(tmp_path, "docs/comparing-systems.md", "analysis.gap")
+    assert "| en-de | mine |" in printed
     table = pd.read_csv(tmp_path / "gap.csv").set_index(["method", "metric"])
     assert 0 < table.loc[("word_kd", "BLEU"), "closed"] < table.loc[("mine", "BLEU"), "closed"] < 1
 
@@ -295,7 +315,7 @@ def test_jobs_build_one_cache(
     bucket: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    page, jobs = "docs/billion-tokens.md", 3
+    jobs = 3
     link(tmp_path, **{"DATA": data, "teacher.pt": teacher})
     few = {
         "/shared": "shared",
@@ -304,12 +324,36 @@ def test_jobs_build_one_cache(
     }
     for job in range(jobs):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
-        run_block(tmp_path, page, "#SBATCH", few)
+        run_block(tmp_path, "docs/billion-tokens.md", "#SBATCH", few)
     for split in ("train", "valid", "test"):
         built = TeacherCache.open(tmp_path / "shared/cache" / split).manifest
         assert built.sentences == TeacherCache.open(cache / split).manifest.sentences
     # fairseq's half precision needs a GPU.
     names = {"s3://bucket": bucket, "/shared": "shared", "/local": "local", " --bf16": ""}
-    run_block(tmp_path, page, "copy_cache", names | {"-update 100000": "-update 12"})
+    names["-update 100000"] = "-update 12"
+    run_block(tmp_path, "docs/billion-tokens.md", "copy_cache", names)
     kept = {path.name.rpartition("-")[0] for path in (tmp_path / "local/sekd_fairseq").iterdir()}
     assert {"train", "valid"} <= kept and "test" not in kept
+
+
+def test_a_student_is_sharded(llm_data: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """On GPUs the block starts a process on each; here two on the CPU, which are told of each other."""
+    from . import language_models
+
+    model = language_models.pretrained(
+        tmp_path / "MODEL", "llama", len(load_tokenizer(str(tokenizer)).pieces)
+    )
+    link(tmp_path, **{"data/llm/bin": llm_data})
+    command("sekd_fairseq.import_hf", model, "--data", llm_data, "--output", tmp_path / "t.pt")
+    command(
+        "sekd_fairseq.build_cache", llm_data, "--path", tmp_path / "t.pt", "--cpu", "--output",
+        tmp_path / "data/llm/cache", "--top-k", "4", "--allow-implausible",
+    )  # fmt: skip
+    spread = shlex.join(map(str, spread_over_two()))
+    block = block_with("docs/several-gpus.md", "--shard-weights").rstrip()
+    block = block.replace("--max-update 1000", "--max-update 3")
+    processes = [f"{block} {spread} --distributed-rank {i} --device-id {i}" for i in range(2)]
+    printed = execute(tmp_path, f"{processes[1]} > other.out 2>&1 &\n{processes[0]}\nwait $!")
+    here, of_all = map(int, re.findall(r"sharded: (\d+) of (\d+)", printed)[0])
+    assert 0.4 * of_all < here < 0.6 * of_all
+    assert (tmp_path / "runs/llm/student/checkpoint_best.pt").exists()
