@@ -14,9 +14,10 @@ order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and p
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -234,7 +235,7 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         """Features at some places of rows (B, L), or the logits where there are no features;
         ``lengths`` (B,) are those of the prompts."""
         if self.traits.body is None:
-            return take(self._run(self.lm, input_ids=rows, use_cache=False).logits, places)
+            return self._logits(partial(take, places=places), input_ids=rows, use_cache=False)
         if self.traits.cache and not torch.is_grad_enabled():
             prefix = self._shared_prefix(rows, int(lengths.min()))
             if prefix is not None:
@@ -264,10 +265,31 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
             "use_cache": True,
         }
         if self.traits.body is None:
-            logits: Tensor = self._run(self.lm, **options).logits[:, -1:]
-            return logits
+            return self._logits(lambda x: x[:, -1:], **options)
         features: Tensor = self._body(**options).last_hidden_state[:, -1:]
         return features
+
+    def _logits(self, keep: Callable[[Tensor], Tensor], **options: Any) -> Tensor:
+        """Logits of the model at the places that ``keep`` takes of all, (B, L, X) to (B, T, X).
+
+        What the output projection reads is taken already: a prompt's logits are of no use, and over
+        a wide vocabulary they are most of what a model needs of memory.
+        """
+        kept = False
+
+        def before(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal kept
+            if kept or inputs[0].dim() != 3:
+                return None
+            kept = True
+            return (keep(inputs[0]), *inputs[1:])
+
+        hook = self.lm.get_output_embeddings().register_forward_pre_hook(before)
+        try:
+            logits: Tensor = self._run(self.lm, **options).logits
+        finally:
+            hook.remove()
+        return logits if kept else keep(logits)
 
     def _body(self, **options: Any) -> Any:
         """The model without its output projection."""

@@ -182,3 +182,20 @@ def test_attention_has_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model.train()(source, None, torch.tensor([[2, 11, 12], [2, 21, 1]]))
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     assert calls == [(None, True, heads)] * layers
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "bert"])
+def test_a_prompt_has_no_logits(tmp_path: Path, model_type: str) -> None:
+    """Of families whose logits are not the output projection of features, too (a cap; a layer before)."""
+    config = llm_families.small_config(model_type)
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    model = build(tmp_path, hf_config=str(tmp_path / "config.json"))
+    assert model.decoder.output_projection is None
+    projected: list[int] = []
+    projection = model.decoder.lm.get_output_embeddings()
+    projection.register_forward_hook(lambda _, __, output: projected.append(output.size(1)))
+    source = torch.tensor([[1, 1, 9, 8, 7, 6, 2], [7, 6, 5, 4, 9, 8, 2]])
+    previous = torch.tensor([[2, 11, 12], [2, 21, 1]])
+    assert model.train()(source, None, previous)[0].size(1) == 3
+    model.eval().decoder(previous[:, :1], model.encoder(source), incremental_state={})
+    assert projected == [3, 1]
