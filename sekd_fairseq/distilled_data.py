@@ -35,6 +35,7 @@ from analysis.runs.texts import read_lines
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.evaluate import read_generated
+from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.splits import check_splits, languages, sentences_of, stored_as
 
 
@@ -72,9 +73,17 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--choose",
-        choices=("reference", "mbr", "scores"),
+        choices=("reference", "mbr", "round-trip", "scores"),
         help="with --nbest: nearest to the reference by chrF; nearest to the other translations by chrF "
-        "(minimum Bayes risk), which needs no reference; best by --scores",
+        "(minimum Bayes risk), which needs no reference; the one whose translation back (--back) is nearest "
+        "to the source by chrF; best by --scores",
+    )
+    out.add_argument(
+        "--back",
+        type=Path,
+        metavar="FILE",
+        help="with --choose round-trip: output of fairseq-interactive, made without --remove-bpe by a model "
+        "of the other direction with the same pieces, on the text of the H- lines in their order",
     )
     out.add_argument(
         "--scores",
@@ -148,8 +157,19 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(
             "--choose scores and --scores FILE expect each other, found one of them alone"
         )
+    if (args.choose == "round-trip") != (args.back is not None):
+        raise UserError(
+            "--choose round-trip and --back FILE expect each other, found one of them alone"
+        )
+    if args.back and args.sentencepiece_model:
+        raise UserError(
+            "--choose round-trip expects a teacher with the pieces of DATA, found --sentencepiece-model; "
+            "take --choose mbr or scores"
+        )
     if args.choose == "reference" and args.sources:
-        raise UserError("--choose reference: --sources has none; expected --choose mbr or scores")
+        raise UserError(
+            "--choose reference: --sources has none; expected --choose mbr, round-trip or scores"
+        )
     if args.gold_share is not None and not (args.sources and 0 < args.gold_share < 1):
         raise UserError(
             f"--gold-share: expected above 0 and below 1, with --sources, found {args.gold_share}"
@@ -180,6 +200,8 @@ def chosen_translations(
             f"{fewest}; expected as many, from fairseq-generate --nbest {args.nbest}"
         )
     scores = read_scores(args.scores, found) if args.scores else None
+    if args.back:
+        scores = round_trip(args.back, found, source_texts(args))
     chosen = []
     for sentence in range(count):
         texts = [cut(text) for text in found[sentence][: args.nbest]]
@@ -240,6 +262,35 @@ def read_scores(path: Path, found: dict[int, list[str]]) -> dict[int, list[float
         )
     following = iter(values)
     return {sentence: [next(following) for _ in texts] for sentence, texts in found.items()}
+
+
+def source_texts(args: argparse.Namespace) -> list[str]:
+    """The sentences that were translated, in pieces."""
+    data = args.sources or args.data
+    if (data / FILE).is_file():
+        raise UserError(
+            f"--choose round-trip: the sources of {data} are a language model's prompts; expected "
+            "sentences, so take --choose mbr or scores"
+        )
+    source, target = languages(data, args.subset)
+    stored = stored_as(data, args.subset, source, target, source)
+    assert stored is not None  # beside its targets
+    dictionary = Dictionary.load(str(data / f"dict.{source}.txt"))
+    sentences = sentences_of(*stored, dictionary)
+    return [dictionary.string(sentences[i]) for i in range(len(sentences))]
+
+
+def round_trip(
+    path: Path, found: dict[int, list[str]], sources: Sequence[str]
+) -> dict[int, list[float]]:
+    """chrF of each translation's translation back against the source, by sentence; ``found`` is in the
+    order of the generated file, which is that of the sentences in ``path``."""
+    expected = sum(map(len, found.values()))
+    following = iter(read_generated(path, "H-", expected))
+    return {
+        sentence: [joined_chrf(next(following), sources[sentence]) for _ in texts]
+        for sentence, texts in found.items()
+    }
 
 
 def joined_chrf(pieces: str, other: str) -> float:

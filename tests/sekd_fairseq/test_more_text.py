@@ -111,6 +111,19 @@ def test_one_of_n_is_chosen(data: Path, tmp_path: Path) -> None:
         *words, "--choose", "scores", "--scores", tmp_path / "scores", "--output", tmp_path / "s"
     )
     assert side(tmp_path / "s", "train", "de") == [texts[2] for texts in lists]
+    # Back to the source from the second of each list alone; sentences are generated in another order.
+    sources = side(data, "train", "en")
+    back = [text for source in reversed(sources) for text in ("?", source, "??")]
+    interactive = "".join(f"S-{i}\tx\nH-{i}\t-0.1\t{text}\n" for i, text in enumerate(back))
+    (tmp_path / "back").write_text(interactive)
+    way = ("--choose", "round-trip", "--back")
+    distil(*words, *way, tmp_path / "back", "--output", tmp_path / "t")
+    assert side(tmp_path / "t", "train", "de") == references
+    (tmp_path / "short").write_text(interactive.replace("H-7\t", "H-x\t"))
+    line = error_line(
+        distil(*words, *way, tmp_path / "short", "--output", tmp_path / "no", check=False)
+    )
+    assert f"expected {len(back)} translations" in line and "sentence 7 has none" in line
     distil(data, "--generated", path, "--output", tmp_path / "first")
     assert side(tmp_path / "first", "train", "de") == [texts[0] for texts in lists]
     for options, expected in (
@@ -118,6 +131,7 @@ def test_one_of_n_is_chosen(data: Path, tmp_path: Path) -> None:
         (["--nbest", 2], "--choose"),
         (["--choose", "mbr"], "--nbest"),
         (["--nbest", 2, "--choose", "scores"], "--scores"),
+        (["--nbest", 2, "--choose", "round-trip"], "--back"),
         (["--gold-share", 0.5], "--sources"),
         (["--nbest", 0], "1 or more"),
     ):

@@ -99,6 +99,9 @@ def test_pages_about_a_teacher_and_its_cache(folder: Path) -> None:
     few = {"--nbest 8 --choose": "--nbest 2 --choose"}
     run_block(folder, "docs/more-text.md", "--choose reference", few)
     assert (folder / "distilled" / "train.en-de.de.bin").exists()
+    few = {"--nbest 8": "--nbest 2"}
+    run_block(folder, "docs/more-text.md", "--choose round-trip", few)
+    assert (folder / "by-round-trip" / "train.en-de.de.bin").exists()
     text = (folder / "text.en").read_text().splitlines(keepends=True)
     held_out = (folder / "data/valid.en").read_text().splitlines(keepends=True)[:3]
     (folder / "mono.en").write_text("".join([*text[:40][::-1], "\n", *held_out]))
