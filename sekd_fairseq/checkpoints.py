@@ -15,7 +15,11 @@ from sekd_fairseq.errors import UserError
 
 
 def load_models(
-    paths: Sequence[str], data: str, device: torch.device, hf_model: str | None = None
+    paths: Sequence[str],
+    data: str,
+    device: torch.device,
+    hf_model: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Any], Any, Any]:
     """Load checkpoints of one task, in eval mode on ``device``; the plugin is registered
     (:mod:`sekd_fairseq.plugin`).
@@ -29,6 +33,8 @@ def load_models(
         on).
     hf_model
         Where the language model is that adapters were trained on, if it has moved.
+    dtype
+        What they run in; a GPU never holds them in another.
 
     Returns
     -------
@@ -66,7 +72,7 @@ def load_models(
             f"{paths[0]}: not a checkpoint that can be loaded ({' '.join(f'{type(error).__name__}: {error}'.split())[:300]})"
         ) from error
     for model in models:
-        model.eval().to(device)
+        model.eval().to(device=device, dtype=dtype)
     return models, config, task
 
 

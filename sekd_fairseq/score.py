@@ -162,8 +162,8 @@ def score_checkpoint(
 ) -> tuple[RunRecord, ScoredSplit | None]:
     """Write the token records of one checkpoint; returns the content of ``run.json`` and, for the
     run's other checkpoints, what it was scored on (None without ``--teacher-cache``)."""
-    models, config, task = load_models([str(path)], scoring.data, scoring.device, scoring.hf_model)
-    models[0].to(scoring.dtype)
+    where = (scoring.data, scoring.device, scoring.hf_model, scoring.dtype)
+    models, config, task = load_models([str(path)], *where)
     checkpoint = torch.load(path, map_location="cpu")
     step = int(checkpoint["optimizer_history"][-1]["num_updates"])
     record = run_record(config, models[0], scoring, step, task)

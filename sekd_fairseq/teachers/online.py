@@ -30,9 +30,10 @@ class OnlineTeacher:
     """
 
     def __init__(self, paths: str, data: str, dtype: torch.dtype) -> None:
-        self.models, _, _ = load_models(utils.split_paths(paths), data, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        self.models, _, _ = load_models(utils.split_paths(paths), data, cpu, dtype=dtype)
         for model in self.models:
-            model.to(dtype).requires_grad_(False)
+            model.requires_grad_(False)
 
     @torch.no_grad()
     def at(self, sample: dict[str, Any], positions: Tensor) -> "DenseTeacher":

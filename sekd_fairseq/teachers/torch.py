@@ -31,9 +31,7 @@ class TorchEngine:
         hf_model: str | None = None,
     ) -> None:
         self.device = device
-        self.models, config, self.task = load_models(paths, data, device, hf_model)
-        for model in self.models:
-            model.to(dtype)
+        self.models, config, self.task = load_models(paths, data, device, hf_model, dtype)
         self.identity = {
             "files": [Path(path).name for path in paths],
             "sha256": [hash_file(Path(path)) for path in paths],

@@ -19,6 +19,7 @@ from sekd_fairseq.datasets import TeacherDataset
 from sekd_fairseq.patches import attend_without_plans
 from sekd_fairseq.splits import load_split
 from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teachers.torch import TorchEngine
 
 from .conftest import ROOT, command, error_line, train, train_arguments
 
@@ -175,3 +176,22 @@ def test_cudnn_does_not_compile_attention_for_every_shape(
         assert torch.backends.cuda.flash_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_a_model_is_cast_before_a_gpu_holds_it(
+    data: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In single precision a model of 7 billion weights takes 28 GB, which no GPU of 24 GB has."""
+    moves: list[dict[str, Any]] = []
+    move = torch.nn.Module.to
+
+    def watched(self: Any, *places: Any, **options: Any) -> Any:
+        assert not places
+        moves.append(options)
+        return move(self, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
+    device = torch.device("meta")  # stands in for a GPU
+    engine = TorchEngine([str(teacher)], str(data), device, torch.bfloat16)
+    assert moves == [{"device": device, "dtype": torch.bfloat16}]
+    assert {parameter.dtype for parameter in engine.models[0].parameters()} == {torch.bfloat16}
