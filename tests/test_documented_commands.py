@@ -99,5 +99,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert link.startswith("http") or (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_installs_is_here(page: Path) -> None:
+    extras = set(re.findall(r"^        \"(\w+)\": \[", (ROOT / "setup.py").read_text(), re.M))
+    for line in re.findall(r"^pip install (.*)$", page.read_text(encoding="utf-8"), re.M):
+        options, place = re.fullmatch(r"(.*) '?(\.\S*?)'?(?:\s+#.*)?", line).groups()
+        assert options == "-c constraints.txt", line
+        assert set(re.findall(r"\w+", place)) <= extras, line
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900

@@ -86,8 +86,7 @@ class Server:
             import httpx
         except ImportError as error:
             raise UserError(
-                f"--engine http: expected httpx, found none that imports ({error}); pip install "
-                "'sekd-fairseq[served]'"
+                f"--engine http: expected httpx, found none that imports ({error}); pip install httpx"
             ) from error
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):

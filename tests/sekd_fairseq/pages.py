@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .conftest import ROOT, fork_module, read_settings_once
@@ -56,10 +56,10 @@ with socket.socket(socket.AF_UNIX) as server:
 """
 
 
-def blocks(page: Path) -> list[str]:
-    """The shell blocks of a page."""
+def blocks(page: Path, languages: Sequence[str] = ("", "bash")) -> list[str]:
+    """The shell blocks of a page, or those of other languages."""
     found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-    return [text for language, text in found if language in ("", "bash")]
+    return [text for language, text in found if language in languages]
 
 
 def block_with(page: str, words: str) -> str:

@@ -246,6 +246,19 @@ def test_several_teachers(tmp_path: Path) -> None:
         assert record["teacher_cache"]["fingerprint"] == cache.manifest.fingerprint
 
 
+def test_a_cache_is_read_in_python(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link(tmp_path, CACHE=cache)
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "docs/teacher-cache.md", ("python",))
+    names: dict[str, Any] = {}
+    exec(block, names)
+    for column in re.findall(r"row\.(\w+)", block):
+        assert len(getattr(names["row"], column)) >= len(names["row"].support_size)
+    assert names["cache"].manifest.quality.keys() >= {"perplexity", "accuracy", "outside_mass"}
+
+
 def spoilt(lines: Sequence[str], share: float, seed: int) -> list[str]:
     """Translations of which a share of the words are others."""
     generator = random.Random(seed)
