@@ -101,7 +101,7 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         self.model = model
         self.positions = positions
         self.traits = Traits()
-        self.shared_prefix = SHARED_PREFIX
+        self.shared_prefix: float = SHARED_PREFIX
         self._prefix: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CausalLMDecoder":

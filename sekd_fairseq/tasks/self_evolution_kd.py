@@ -219,6 +219,10 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 )
             if not from_checkpoint:
                 remember_configuration(cfg, model)
+            if model.shard_weights:
+                # Whose batch shares a beginning runs the layers once more, and the others would
+                # wait for it, or it for them.
+                model.decoder.shared_prefix = math.inf
         return model
 
     @one_line_errors()

@@ -1,6 +1,8 @@
 """A student whose weights are sharded over two processes is that of one process."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from .conftest import (
     command,
     error_line,
     parameters,
+    prepare,
     train,
     train_arguments,
     train_in_two_processes,
+    write_text,
 )
 from .training import SE_KD, records
 
@@ -131,6 +135,27 @@ def test_a_language_model_is_sharded_and_exported(
     torch.testing.assert_close(parameters(two), parameters(one), rtol=0, atol=1e-5)
     command("sekd_fairseq.export_hf", two, "--data", llm_data, "--output", tmp_path / "hf")
     assert list((tmp_path / "hf").glob("*.safetensors"))
+
+
+def test_validation_does_not_wait_for_a_shared_beginning(
+    llm_text: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """At each step one process has a prompt of a few tokens, the other a long one."""
+    from . import language_models
+
+    shutil.copytree(llm_text, tmp_path / "text")
+    write_text(tmp_path / "text", "valid", [("one", "eins"), ("two " * 20, "zwei " * 20)])
+    (tmp_path / "template.txt").write_text("{src} =")
+    template = ("--template", tmp_path / "template.txt")
+    prepare(tokenizer, tmp_path / "text", tmp_path / "data", *template)
+    (tmp_path / "config.json").write_text(json.dumps(language_models.FAMILIES["llama"]))
+    arguments = language_models.train_llm_arguments(
+        tmp_path / "data" / "bin", tmp_path / "save", "--criterion", "cross_entropy", "--hf-config",
+        tmp_path / "config.json", "--max-update", "1", "--batch-size-valid", "1", "--optimizer",
+        "sgd", *SHARDED,
+    )  # fmt: skip
+    train_in_two_processes(arguments, tmp_path / "log")
+    assert '"valid_ppl"' in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(
