@@ -11,7 +11,7 @@ import torch
 from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
-from fairseq.tasks.translation import TranslationTask
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor
 
 from analysis.terminal import suggested
@@ -381,6 +381,18 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         collect_before_fork()
         super().begin_valid_epoch(epoch, model)
 
+    def max_positions(self) -> tuple[float, float]:
+        """As fairseq's, but its default of 1,024 is no limit of a language model, which has its own."""
+        given = super().max_positions()
+        if self.joint_positions == math.inf:
+            return given
+        usual = (TranslationConfig.max_source_positions, TranslationConfig.max_target_positions)
+        source, target = (
+            math.inf if limit == default else limit
+            for limit, default in zip(given, usual, strict=True)
+        )
+        return source, target
+
     @one_line_errors()
     def filter_indices_by_size(
         self,
@@ -400,9 +412,14 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 )
             chosen = np.random.default_rng(0).permutation(len(dataset))[:wanted]
             indices = indices[np.isin(indices, chosen)]
-        kept = super().filter_indices_by_size(
-            indices, dataset, max_positions, ignore_invalid_inputs
-        )
+        try:
+            kept = super().filter_indices_by_size(
+                indices, dataset, max_positions, ignore_invalid_inputs
+            )
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise UserError(str(error)) from error  # fairseq's own of sizes, which says it all
         sizes = dataset.sizes  # (n, 2), or without targets (n,)
         together = (sizes.sum(axis=1) if sizes.ndim == 2 else sizes)[kept]
         fits = together <= self.joint_positions

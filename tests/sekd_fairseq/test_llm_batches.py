@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq.data.indexed_dataset import MMapIndexedDataset
+from fairseq.utils import resolve_max_positions
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.teacher_cache import TeacherCache
@@ -73,6 +74,28 @@ def test_positions_are_for_prompt_and_translation_together(
         for hypothesis in prompts[i]:
             assert len(row["source"]) - 1 + len(hypothesis["tokens"]) - 1 <= 60
             assert torch.isfinite(hypothesis["score"])
+
+
+def test_a_long_prompt_needs_no_option(llm_data: Path, tmp_path: Path) -> None:
+    """fairseq takes 1,024 tokens of each side unless it is told otherwise."""
+    import fairseq.tasks
+
+    from sekd_fairseq.checkpoints import language_model_config
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**FAMILIES["llama"], "max_position_embeddings": 3000}))
+    options = ("--hf-config", str(config))
+    for more, limits in (((), (3000, 3000)), (("--max-source-positions", "50"), (50, 3000))):
+        cfg = language_model_config(str(llm_data), *options, *more)
+        task = fairseq.tasks.setup_task(cfg.task)
+        assert task.max_positions()[1] == 1024  # of a model that is not known yet
+        model = task.build_model(cfg.model)
+        found = resolve_max_positions(task.max_positions(), model.max_positions())
+        assert found == limits
+    # One line where a side is too long.
+    words = (*options, "--criterion", "cross_entropy", "--max-source-positions", "50")
+    line = error_line(train_llm(llm_data, tmp_path / "save", *words, check=False))
+    assert "50" in line
 
 
 def test_batches_are_cut_by_prompt_and_translation_together(llm_data: Path, tmp_path: Path) -> None:
