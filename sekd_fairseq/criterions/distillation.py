@@ -262,7 +262,7 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         temperature = teacher.temperature
         usual = temperature == 1.0 and teacher.log_weight is None
         known = self.one_kernel() if usual else None
-        if known is not None and (kernel := one_kernel(logits)) is not None:
+        if known is not None and (kernel := one_kernel(logits, teacher.ids)) is not None:
             settings, gamma = known
             weights = (self.alpha, self.label_smoothing)
             loss, sums = kernel(logits, positions, teacher, settings, gamma, *weights, overwrite)

@@ -36,6 +36,10 @@ from torch import Tensor
 from sekd_fairseq.losses.divergences import NEG_INF
 from sekd_fairseq.losses.support_torch import Blocks, Reduced, blocks_of
 
+#: The widest support that the kernels take. They hold all of it, some twenty numbers a slot, in the
+#: registers of 128 threads; a whole vocabulary (``build_cache --top-k 0``) would not fit.
+MOST_SLOTS = 1024
+
 
 class SupportLogProbs(NamedTuple):
     """The student on the teacher's support; ``N`` positions, ``K`` slots.
@@ -200,20 +204,24 @@ def triton_module(name: str) -> Any:
     return import_module(f"sekd_fairseq.losses.{name}") if find_spec("triton") else None
 
 
-def kernels_for(logits: Tensor, name: str) -> Any:
-    """A module of kernels where these logits are on a GPU that runs them, else None."""
-    return triton_module(name) if logits.is_cuda and logits.dtype != torch.float64 else None
+def kernels_for(logits: Tensor, ids: Tensor, name: str) -> Any:
+    """A module of kernels where these logits are on a GPU that runs them, with such a support, else
+    None."""
+    fits = logits.is_cuda and logits.dtype != torch.float64 and ids.size(1) <= MOST_SLOTS
+    return triton_module(name) if fits else None
 
 
-def body_for(logits: Tensor, weighted: bool = False) -> Any:
+def body_for(logits: Tensor, ids: Tensor, weighted: bool = False) -> Any:
     """What has ``reduce`` and ``gradient`` for these logits: the kernels on a GPU, which know no
     weights, else this module's class of blocks."""
-    return (None if weighted else kernels_for(logits, "support_triton")) or Blocks
+    return (None if weighted else kernels_for(logits, ids, "support_triton")) or Blocks
 
 
-def one_kernel(logits: Tensor) -> Callable[..., tuple[Tensor, dict[str, Tensor]]] | None:
+def one_kernel(
+    logits: Tensor, ids: Tensor
+) -> Callable[..., tuple[Tensor, dict[str, Tensor]]] | None:
     """:func:`~sekd_fairseq.losses.token_loss_triton.token_loss` where it can run, else None."""
-    module = kernels_for(logits, "token_loss_triton")
+    module = kernels_for(logits, ids, "token_loss_triton")
     return None if module is None else module.token_loss
 
 
@@ -231,7 +239,7 @@ class _SupportLogProbs(torch.autograd.Function):
         weights: Tensor | None,
     ) -> tuple[Tensor, ...]:
         logits = logits.contiguous()
-        body = body_for(logits, weighted=weights is not None)
+        body = body_for(logits, ids, weighted=weights is not None)
         options = {} if weights is None else {"weights": weights}
         reduced = body.reduce(logits, rows, ids, valid, with_sum, temperature, **options)
         ctx.save_for_backward(logits, weights, rows, ids, valid, *reduced)
@@ -247,7 +255,7 @@ class _SupportLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         logits, weights, rows, ids, valid, *columns = ctx.saved_tensors
         with_sum, temperature, overwrite = ctx.options
-        gradient = body_for(logits, weighted=weights is not None).gradient(
+        gradient = body_for(logits, ids, weighted=weights is not None).gradient(
             logits,
             rows,
             ids,

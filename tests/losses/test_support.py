@@ -168,7 +168,10 @@ def test_kernels_run_where_the_logits_are_on_a_gpu(monkeypatch: pytest.MonkeyPat
     class OnGPU:
         is_cuda, dtype = True, torch.bfloat16
 
-    assert support.body_for(OnGPU()) is chosen  # type: ignore[arg-type]
+    ids, vocabulary = torch.zeros(2, 1024), torch.zeros(2, 32_000)
+    assert support.body_for(OnGPU(), ids) is chosen  # type: ignore[arg-type]
+    assert support.one_kernel(OnGPU(), vocabulary) is None  # type: ignore[arg-type]
+    assert support.body_for(OnGPU(), vocabulary) is Blocks  # type: ignore[arg-type]
     OnGPU.dtype = torch.float64
-    assert support.body_for(OnGPU()) is Blocks  # type: ignore[arg-type]
-    assert support.body_for(torch.zeros(1)) is Blocks
+    assert support.body_for(OnGPU(), ids) is Blocks  # type: ignore[arg-type]
+    assert support.body_for(torch.zeros(1), ids) is Blocks
