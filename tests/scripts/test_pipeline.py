@@ -157,6 +157,36 @@ def test_plan_of_a_study_with_other_pieces(tmp_path: Path) -> None:
     assert out.count("--max-update 1200") == 9 and "--patience" not in out
 
 
+def test_plan_of_a_study_with_few_references(tmp_path: Path) -> None:
+    data, runs = tmp_path / "data" / "fair" / "de-en", tmp_path / "runs" / "fair" / "de-en"
+    for path in (runs / "teacher/train.done", data / "cache.done", data / "sentencepiece.model"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    few = (CONFIGS / "fair.yaml", CONFIGS / "few.yaml")
+    out = plan("multi30k.yaml", tmp_path, options=(*few, "-c2", "-p"))
+    jobs = jobs_of(out)
+    assert (
+        jobs["student"] == "21"
+        and jobs["teacher_distilled_cache"] == jobs["distilled_cache"] == "1"
+    )
+    assert "--train-sentences 3000" in out and out.count("-- data/few/de-en/distilled ") == 9
+    assert (
+        "align_cache data/few/de-en/teacher-distilled-cache --data data/few/de-en/teacher-distilled"
+        " --student-data data/few/de-en/distilled --output data/few/de-en/distilled-cache"
+    ) in out
+    assert out.count("--teacher-cache data/few/de-en/distilled-cache") == 6
+    for seed in (1, 2, 3):
+        made = tmp_path / "runs" / "few" / "de-en" / f"seq_kd.{seed}" / "train.done"
+        made.parent.mkdir(parents=True)
+        made.touch()
+    out = plan("multi30k.yaml", tmp_path, options=(*few, CONFIGS / "few-warm.yaml", "-c2", "-p"))
+    jobs = jobs_of(out)
+    assert jobs["student"] == "6" and jobs["rounds"] == "3"
+    start = "runs/few/de-en/seq_kd.2/checkpoints/checkpoint_best.pt"
+    assert out.count(f"--finetune-from-model {start}") == 2 and out.count(f"--student {start}") == 1
+    assert "sekd_fairseq.rounds data/few/de-en/distilled" in out and "--train-sentences" not in out
+
+
 @pytest.mark.slow
 def test_a_study_with_other_pieces(tmp_path: Path) -> None:
     """Made whole: the teacher's study, as far as it is needed, and students with fewer pieces."""
