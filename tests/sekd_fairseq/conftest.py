@@ -33,6 +33,7 @@ WORDS = {
     "one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs",
     "seven": "sieben", "eight": "acht", "nine": "neun", "ten": "zehn", "and": "und", "a": "ein",
 }  # fmt: skip
+PYTHON = sys.executable  # in a child that runs a page's block another program stands for it
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -125,7 +126,8 @@ def run_module(
         os.dup2(output.fileno(), 1)
         os.dup2(errors.fileno(), 2)
         if fresh:
-            os.execve(sys.executable, [sys.executable, "-m", *words], ENVIRONMENT)
+            module = [] if words[0].endswith(".py") else ["-m"]
+            os.execve(PYTHON, [PYTHON, *module, *words], {**os.environ, **ENVIRONMENT})
         sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         for handler in list(logging.root.handlers):  # pytest's; a command sets up its own
