@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as fairseq_distributed
+from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.optim import AMPOptimizer
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig, ListConfig
@@ -233,6 +234,26 @@ def count_whole_updates() -> None:
     Trainer.train_step = train_step
 
 
+def forbid_repeats() -> None:
+    """Let ``--no-repeat-ngram-size`` see the tokens so far.
+
+    Where fairseq's CUDA extension is not built, it compares with the end of the buffer that tokens are
+    written to, which is padding, and forbids nothing.
+    """
+    forbid = NGramRepeatBlock._no_repeat_ngram
+    if getattr(forbid, "sees_tokens", False):
+        return
+
+    @functools.wraps(forbid)
+    def forbid_after(
+        self: NGramRepeatBlock, tokens: Any, lprobs: Any, bsz: int, beam_size: int, step: int
+    ) -> Any:
+        return forbid(self, tokens[:, : step + 1], lprobs, bsz, beam_size, step)
+
+    forbid_after.sees_tokens = True  # type: ignore[attr-defined]
+    NGramRepeatBlock._no_repeat_ngram = forbid_after
+
+
 def _copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
     """fairseq's ``PathManager.copy``, so that the destination never holds a part."""
     if os.path.exists(dst_path) and not overwrite:
@@ -313,6 +334,11 @@ PATCHES = (
         count_whole_updates,
         "Trainer.train_step",
         "with --update-freq on several GPUs the last update of an epoch is too large",
+    ),
+    Patch(
+        forbid_repeats,
+        "NGramRepeatBlock",
+        "--no-repeat-ngram-size has no effect",
     ),
     Patch(
         attend_without_plans,

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from fairseq.ngram_repeat_block import NGramRepeatBlock
 from sacrebleu.metrics import BLEU
 
 from sekd_fairseq.evaluate import read_generated
@@ -99,6 +101,13 @@ def test_generate_interactive_and_validate(
         )
     )
     assert "expected 13 translations" in line and not (tmp_path / "run2").exists()
+
+
+def test_ngrams_are_not_repeated() -> None:
+    """fairseq looks at the padding after the tokens, where its CUDA extension is not built."""
+    tokens = torch.tensor([[2, 5, 6, 7, 5, 6, 1, 1], [2, 5, 6, 7, 6, 5, 1, 1]])
+    allowed = NGramRepeatBlock(3, use_extension=False)(tokens, torch.zeros(2, 9), 1, 2, 5)
+    assert allowed.isinf().nonzero().tolist() == [[0, 7]]
 
 
 def test_validation_sees_every_sentence(student: tuple[Path, str]) -> None:
