@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as fairseq_distributed
+from fairseq.models.ema import EMA
 from fairseq.ngram_repeat_block import NGramRepeatBlock
 from fairseq.optim import AMPOptimizer
 from fairseq.trainer import Trainer
@@ -234,6 +235,32 @@ def count_whole_updates() -> None:
     Trainer.train_step = train_step
 
 
+def average_weights_once() -> None:
+    """Let ``--store-ema`` average each weight once an update, and copy what is no floating-point number.
+
+    fairseq does so once for each name in the model's state: of embeddings that encoder, decoder and
+    output share three times, each with ``--ema-decay``. And it cannot multiply integers, of which a
+    language model has some (the rows of its vocabulary).
+    """
+    EMA._step_internal = _average_weights
+
+
+def _average_weights(ema: EMA, new_model: Any, updates: int | None = None) -> None:
+    """fairseq's ``EMA._step_internal``."""
+    averages = dict(ema.fp32_params if ema.config.ema_fp32 else ema.model.state_dict())
+    done = set()
+    for name, weight in new_model.state_dict().items():
+        average = averages[name]
+        if average.data_ptr() in done:
+            continue
+        done.add(average.data_ptr())
+        if average.is_floating_point():
+            average.lerp_(weight.to(average), 1 - ema.get_decay())
+        else:
+            average.copy_(weight)
+    ema.restore(averages, build_fp32_params=False)
+
+
 def forbid_repeats() -> None:
     """Let ``--no-repeat-ngram-size`` see the tokens so far.
 
@@ -334,6 +361,11 @@ PATCHES = (
         count_whole_updates,
         "Trainer.train_step",
         "with --update-freq on several GPUs the last update of an epoch is too large",
+    ),
+    Patch(
+        average_weights_once,
+        "EMA",
+        "--store-ema averages shared embeddings three times an update, and fails with integers",
     ),
     Patch(
         forbid_repeats,

@@ -220,6 +220,12 @@ def test_adapters_and_fewer_layers(llm_data: Path, tokenizer: Path, tmp_path: Pa
     state = torch.load(path, map_location="cpu")["model"]
     assert all("lora_" in key or key == "vocabulary_rows" for key in state)
     model, task = load(path, llm_data)
+    # The average of the weights, of adapters and of whole numbers that come with them.
+    ema = ("--store-ema", "--ema-decay", "0", "--max-update", "2", "--lora-r", "2")
+    train_llm(llm_data, tmp_path / "averaged", *base, *ema)
+    averaged = torch.load(tmp_path / "averaged" / "checkpoint_last.pt", map_location="cpu")
+    for key, value in averaged["model"].items():
+        assert torch.equal(averaged["extra_state"]["ema"][key], value)
     command(
         "sekd_fairseq.export_hf",
         path,

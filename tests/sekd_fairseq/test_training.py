@@ -264,6 +264,28 @@ def test_patience_counts_on_after_a_resume(data: Path, tmp_path: Path) -> None:
     assert begun["extra_state"]["early_stopping"]["best"] != count["best"]
 
 
+def test_the_average_of_weights_counts_each_update_once(data: Path, tmp_path: Path) -> None:
+    """--store-ema, of embeddings that encoder, decoder and output share."""
+    base = (
+        "--criterion", "cross_entropy", "--disable-validation", "--no-last-checkpoints",
+        "--save-interval-updates", "1", "--max-update", "3",
+    )  # fmt: skip
+    for precision in ((), ("--ema-fp32",)):
+        save = tmp_path / f"save{len(precision)}"
+        train(data, save, *base, "--store-ema", "--ema-decay", "0.5", *precision)
+        states = [
+            torch.load(save / f"checkpoint_1_{update}.pt", map_location="cpu")
+            for update in (1, 2, 3)
+        ]
+        for name, weight in states[0]["model"].items():
+            # The average begins as the first weights, before the first update.
+            expected = states[0]["extra_state"]["ema"][name]
+            assert weight.shape == expected.shape
+            for state in states[1:]:
+                expected = (expected + state["model"][name]) / 2
+            torch.testing.assert_close(states[2]["extra_state"]["ema"][name], expected)
+
+
 def test_prior_knowledge_can_come_in_slowly(data: Path, cache: Path, tmp_path: Path) -> None:
     base = (
         "--teacher-cache", cache, "--criterion", "self_evolution_kd", "--gamma-type", "absolute",
