@@ -119,6 +119,7 @@ def resume_as_left() -> None:
     def load_as_left(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         with one_line_errors():
             check_precision(trainer)
+            check_validation(trainer.cfg.dataset)
             remember_teacher(trainer.cfg)
             last_one = Path(cfg.save_dir) / f"checkpoint_last{trainer.checkpoint_suffix}.pt"
             resets = ("optimizer", "lr_scheduler", "meters", "dataloader")
@@ -128,7 +129,8 @@ def resume_as_left() -> None:
             if last_one.is_file() and not deliberate:
                 check_settings(last_one, trainer.cfg)
             begins = cfg.finetune_from_model is not None and not last_one.is_file()
-        loaded = load(cfg, trainer, **kwargs)
+        with one_line_errors():
+            loaded = _loaded(load, cfg, trainer, **kwargs)
         updates, last = trainer.get_num_updates(), trainer.cfg.optimization.max_update
         if 0 < last <= updates:
             logger.info("done training before: %d updates of --max-update %d", updates, last)
@@ -148,6 +150,27 @@ def resume_as_left() -> None:
 
     load_as_left.as_left = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint = load_as_left
+
+
+def _loaded(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What fairseq's ``load_checkpoint`` returns; ``UserError`` where the options or the file do not fit."""
+    try:
+        return load(*args, **kwargs)
+    except Exception as error:
+        # fairseq's own: another architecture, a file that is not there, options that do not go together.
+        if type(error) is not Exception and not str(error).startswith("--finetune-from-model"):
+            raise
+        reason = " ".join(str(error.__context__ or "").split())[:300]
+        raise UserError(f"{str(error)[:300]}{reason and f' ({reason})'}") from error
+
+
+def check_validation(dataset: Any) -> None:
+    """Refuse ``--valid-subset`` beside ``--combine-valid-subsets``, which loads valid, valid1, ... as one."""
+    if dataset.combine_valid_subsets and dataset.valid_subset != "valid":
+        raise UserError(
+            "--combine-valid-subsets: validates on valid, valid1, ... as one set, expected no "
+            f"--valid-subset with it, found {dataset.valid_subset}; leave out one of the two"
+        )
 
 
 def _early_stopping() -> Any:

@@ -29,7 +29,7 @@ from fairseq.models import (
 )
 from torch import Tensor
 
-from sekd_fairseq.errors import UserError
+from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.llm.families import (
     Probe,
     Traits,
@@ -427,8 +427,21 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
         return {k: v for k, v in state.items() if "lora_" in k or k.endswith("vocabulary_rows")}
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
-        """Fill in the frozen weights, which a checkpoint of adapters does not hold."""
-        if hasattr(self.decoder.model, "peft_config"):
+        """Fill in the frozen weights, which a checkpoint of adapters does not hold.
+
+        A checkpoint of all weights is none that adapters can begin with, nor the other way round: those
+        of adapters keep what ``--hf-model`` names.
+        """
+        adapters = any(".lora_A." in key for key in state_dict)
+        if adapters != hasattr(self.decoder.model, "peft_config"):
+            kinds = ("of all weights", "of adapters")
+            with one_line_errors():  # fairseq would take it for another architecture
+                raise UserError(
+                    f"expected a checkpoint {kinds[not adapters]}, found one {kinds[adapters]}; make a folder "
+                    "of it with python -m sekd_fairseq.export_hf CHECKPOINT --data DATA --output FOLDER, and "
+                    "give --hf-model FOLDER in its place"
+                )
+        if adapters:
             for key, value in super().state_dict().items():
                 state_dict.setdefault(key, value)
 

@@ -238,6 +238,18 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         self.text = LanguageModelText(data, self.tgt_dict, tokenizer)
         return self.text
 
+    @one_line_errors()
+    def build_generator(self, models: Any, args: Any, *others: Any, **options: Any) -> Any:
+        """As fairseq's; a language model has no attention from translation to source to print."""
+        if getattr(args, "print_alignment", None) and any(
+            isinstance(m, HFCausalLM) for m in models
+        ):
+            raise UserError(
+                "--print-alignment: expected a model with an encoder, found a language model, which has no "
+                "attention of its own to the source; leave it out"
+            )
+        return super().build_generator(models, args, *others, **options)
+
     def get_interactive_tokens_and_lengths(self, lines: list[str], encode_fn: Any) -> Any:
         """As fairseq's; a language model gets the prompts that its data have."""
         if self.text is None:

@@ -242,6 +242,24 @@ def test_adapters_and_fewer_layers(llm_data: Path, tokenizer: Path, tmp_path: Pa
     original = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
     assert not torch.allclose(original(ids).logits, exported(ids).logits[..., :tokens], atol=1e-3)
     train_llm(llm_data, tmp_path / "one", *base, "--hf-layers", "1")
+    whole = tmp_path / "one" / "checkpoint_last.pt"
+    line = error_line(
+        command(
+            "fairseq_cli.generate",
+            llm_data,
+            *PLUGIN,
+            "--path",
+            whole,
+            "--print-alignment",
+            check=False,
+        )
+    )
+    assert "--print-alignment" in line
+    # Neither kind of checkpoint is a beginning of the other: adapters keep what --hf-model names.
+    for options, start in ((("--lora-r", "2"), whole), (("--hf-layers", "1"), path)):
+        begin = (*base, *options, "--finetune-from-model", start)
+        line = error_line(train_llm(llm_data, tmp_path / "other", *begin, check=False))
+        assert "sekd_fairseq.export_hf" in line
     model, _ = load(tmp_path / "one" / "checkpoint_last.pt", llm_data)
     assert len(model.decoder.model.model.layers) == 1
 

@@ -105,6 +105,32 @@ def test_what_cannot_work_ends_with_one_line(data: Path, tmp_path: Path) -> None
     assert str(tmp_path / "file") in line
 
 
+def test_a_beginning_that_does_not_fit_ends_with_one_line(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    ce = ("--criterion", "cross_entropy", "--finetune-from-model")
+    for options, words in (
+        ((teacher, "--encoder-embed-dim", "32"), "architectures match. (Error"),
+        (("nowhere.pt",), "nowhere.pt does not exist"),
+        ((teacher, "--reset-optimizer"), "can not be set together"),
+        ((teacher, "--restore-file", teacher), "can not be specified together"),
+    ):
+        line = error_line(train(data, tmp_path, *ce, *options, check=False))
+        assert words in line and len(line) < 600
+
+
+def test_combined_validation_has_no_subsets(data: Path, tmp_path: Path) -> None:
+    sets = (
+        "--criterion",
+        "cross_entropy",
+        "--valid-subset",
+        "valid,test",
+        "--combine-valid-subsets",
+    )
+    line = error_line(train(data, tmp_path, *sets, check=False))
+    assert "--combine-valid-subsets" in line and "valid,test" in line
+
+
 def test_eval_lm_is_refused_in_one_line(data: Path, teacher: Path) -> None:
     out = command(
         "fairseq_cli.eval_lm", data, *PLUGIN, "--path", teacher, "--gen-subset", "test", "--cpu",
