@@ -195,8 +195,8 @@ def share_closed(
     """Mean gain by mean lead over seeds and directions, with Fieller's 95 % interval: the shares g for
     which :func:`analysis.stats.hierarchical` does not reject that ``gain - g lead`` is 0.
 
-    All NaN where the teacher does not lead; without bounds where its lead is not significant, as a
-    ratio to what may be nothing can be anything.
+    All NaN where the teacher does not lead; without bounds where its lead is not significant (or cannot be
+    tested), as a ratio to what may be nothing can be anything.
 
     References
     ----------
@@ -207,7 +207,7 @@ def share_closed(
     if lead.effect <= 0:
         return Share(np.nan, np.nan, np.nan)
     share = float(np.mean([e.observed.mean() for e in gains])) / lead.effect
-    if lead.p > ALPHA:
+    if not lead.p <= ALPHA:
         return Share(share, np.nan, np.nan)
 
     def excess(at: float) -> float:
@@ -257,8 +257,8 @@ def _closed(row: Mapping[Any, Any]) -> str:
     if np.isnan(row["closed"]):
         return ""
     if np.isnan(row["low"]) or np.isnan(row["high"]):
-        return f"{row['closed']:.0%} (the lead is uncertain)"
-    return f"{row['closed']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+        return f"{row['closed']:z.0%} (the lead is uncertain)"
+    return f"{row['closed']:z.0%} [{row['low']:z.0%}, {row['high']:z.0%}]"
 
 
 def parser() -> argparse.ArgumentParser:

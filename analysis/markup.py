@@ -14,8 +14,8 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 
 def number(value: Any, digits: int) -> str:
-    """A number; nothing where there is none."""
-    return "" if pd.isna(value) else f"{value:.{digits}f}"
+    """A number; nothing where there is none. What rounds to 0 has no sign."""
+    return "" if pd.isna(value) else f"{value:z.{digits}f}"
 
 
 def p_value(value: Any, equals: str = "") -> str:
@@ -27,7 +27,7 @@ def p_value(value: Any, equals: str = "") -> str:
 
 def percent(value: Any) -> str:
     """A share in per cent."""
-    return "" if pd.isna(value) else f"{100 * value:.1f} %"
+    return "" if pd.isna(value) else f"{100 * value:z.1f} %"
 
 
 def span(low: Any, high: Any) -> str:
@@ -38,7 +38,7 @@ def span(low: Any, high: Any) -> str:
 
 
 def interval(value: Any, low: Any, high: Any, digits: int = 3) -> str:
-    """A value with its interval."""
-    if pd.isna(value):
-        return "no tokens" if digits == 3 else ""
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    """A value with its interval, where it has one; nothing where there is no value."""
+    if pd.isna(low):
+        return number(value, digits)
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"

@@ -111,10 +111,10 @@ def detectable(
     observed: Sequence[Floats], resampled: Sequence[Floats], sentences: Sequence[int]
 ) -> float:
     """The effect that a study like this one finds significant (uncorrected) with probability
-    :data:`POWER`; NaN where a direction has one seed, which says nothing of training. The arguments are
-    those of :func:`analysis.stats.hierarchical`."""
+    :data:`POWER`; NaN where a direction has one seed, which says nothing of training, or one sentence. The
+    arguments are those of :func:`analysis.stats.hierarchical`."""
     seeds = [len(values) for values in observed]
-    if min(seeds) < 2:
+    if min(seeds) < 2 or min(sentences) < 2:
         return float("nan")
     spread = Spread.of(observed, resampled, sentences)
     return smallest_detectable(spread, seeds, spread.sentences)

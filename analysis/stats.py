@@ -130,7 +130,8 @@ def hierarchical(
 
     A is the bootstrap variance of the mean over seeds, C the mean bootstrap variance of one seed;
     (C - A) / (S - 1) is the seed-by-sentence interaction, which A and the spread of the seeds both
-    contain. One seed gives V = A, which leaves the error from training out.
+    contain. One seed gives V = A, which leaves the error from training out. A single sentence (or
+    document) has no spread that an error could be estimated from: all but the effect is then NaN.
 
     The interval is never narrower, nor p smaller, than that of the t-test over the seeds alone, whose
     few degrees of freedom a large A would otherwise hide.
@@ -139,7 +140,7 @@ def hierarchical(
     ----------
     observed : per direction the effect of each seed, (S,)
     resampled : per direction the same in every resample, (S, B); resamples are shared by all
-    sentences : per direction, how many
+    sentences : per direction, how many, or how many documents where resamples draw these
 
     References
     ----------
@@ -148,6 +149,8 @@ def hierarchical(
     """
     count = len(observed)
     effect = float(np.mean([values.mean() for values in observed]))
+    if min(sentences) < 2:
+        return Estimate(effect, *[float("nan")] * 5)
     draws = np.stack([values.mean(axis=0) for values in resampled])  # (directions, B)
     a = float(np.nanvar(draws.mean(axis=0), ddof=1))
     between, between_terms, interaction = 0.0, 0.0, 0.0

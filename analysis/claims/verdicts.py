@@ -153,6 +153,8 @@ def _estimate(measure: Measure, group: Sequence[Sample], options: Options) -> di
         reason = f"{seeds} seed{'s' if seeds > 1 else ''}, {MIN_SEEDS} needed"
     elif min(sentences) < MIN_SENTENCES:
         reason = reason or f"{min(sentences)} sentences, {MIN_SENTENCES} needed"
+    elif min(units) < 2:
+        reason = reason or "all sentences are of one document"
     return {
         "effect": gain.effect,
         "low": gain.low,

@@ -235,7 +235,7 @@ def mean_sd(row: dict[Any, Any]) -> str:
 def _gain(row: dict[Any, Any], baseline: str) -> str:
     gain = row[f"BLEU_gain_over_{baseline}"]
     p = row[f"BLEU_p_bootstrap_over_{baseline}"]
-    return "" if np.isnan(gain) else f"{gain:+.2f} (p = {p:.3f})"
+    return "" if np.isnan(gain) else f"{gain:+z.2f} (p = {p:.3f})"
 
 
 def _over(row: dict[Any, Any], baseline: str) -> str:
@@ -321,9 +321,11 @@ def _over_seeds(table: pd.DataFrame, by: list[str]) -> list[dict[Any, Any]]:
 
 def _spread(row: dict[Any, Any], name: str) -> str:
     """A value with its interval (one seed), or with its standard deviation over seeds."""
+    if pd.isna(row[name]):
+        return "no tokens"
     if row["seeds"] == 1:
         return interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
-    return "no tokens" if pd.isna(row[name]) else f"{row[name]:.3f} ± {row[f'{name}_sd']:.3f}"
+    return f"{number(row[name], 3)} ± {number(row[f'{name}_sd'], 3)}"
 
 
 def method_blocks(directions: Sequence[Direction], options: Options) -> list[Block]:

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.claims.verdicts import CLAIMS, MIN_SEEDS, PLACEBO
+from analysis.markup import number
 from analysis.runs.methods import label_of, ordered
 from analysis.sums.direction import Options
 
@@ -82,11 +83,13 @@ def _quality(methods: pd.DataFrame, treatment: str, options: Options) -> str:
     gain, low, high = row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"]
     certain = int(low > 0) - int(high < 0)
     kind = {1: "A gain of", -1: "A loss of", 0: "No certain difference:"}[certain]
-    text = f"{kind} {abs(gain) if certain else gain:.2f} BLEU [{low:.2f}, {high:.2f}]".replace(
-        "-", "−"
-    )
+    value = number(abs(gain) if certain else gain, 2)
+    bounds = "" if np.isnan(low) else f" [{number(low, 2)}, {number(high, 2)}]"
+    text = f"{kind} {value} BLEU{bounds}".replace("-", "−")
     where = f" over {_pooled(methods)}" if row["direction"] == "all" else ""
-    if row[f"{prefix}_seeds"] < 2:
+    if np.isnan(low):
+        found = f"{text}{where}, from one sentence or document, which says nothing of others. "
+    elif row[f"{prefix}_seeds"] < 2:
         found = f"{text}{where}, from one seed, which says nothing of training again. "
     else:
         found = (

@@ -53,6 +53,14 @@ def test_what_may_be_no_lead_has_no_bounds() -> None:
     assert np.isnan(share_closed(*([part] for part in draws(rng, 1.0, -1.0, 0.1)), [300])).all()
 
 
+def test_one_sentence_has_no_bounds() -> None:
+    # Of one sentence and seed, by the bootstrap every lead is certain.
+    gain, lead = (Effects(np.array([value]), np.full((1, 50), value)) for value in (0.1, 0.3))
+    found = share_closed([gain], [lead], [1])
+    assert found.closed == pytest.approx(1 / 3)
+    assert np.isnan([found.low, found.high]).all()
+
+
 def test_seeds_widen_the_interval() -> None:
     rng = np.random.default_rng(0)
     gain, lead = draws(rng, 1.0, 4.0, 0.1)

@@ -291,6 +291,27 @@ def test_package_imports_no_torch() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def test_one_document_gives_no_certainty(tmp_path: Path, no_figures: None) -> None:
+    study = write_study(tmp_path / "runs", seeds=3, sentences=120, better=0.2)
+    documents = tmp_path / "documents"
+    documents.write_text("novel\n" * 120)
+    out = tmp_path / "report"
+    transfer.main(
+        [str(study), "--output", str(out), "--resamples", "100", "--documents", str(documents)]
+    )
+    claims = pd.read_csv(out / "tables" / "claims.csv")
+    deciding = claims[claims["decides"] & claims["effect"].notna()]
+    assert set(deciding["claim"]) == {1, 2, 3, 4, 5}
+    assert deciding[["low", "high", "p", "p_holm", "detectable"]].isna().all(axis=None)
+    judged = deciding[(deciding["claim"] < 4) & (deciding["treatment"] != "placebo")]
+    assert set(judged["verdict"]) == {"inconclusive"}
+    assert set(judged["reason"]) == {"all sentences are of one document"}
+    text = (out / "report.md").read_text()
+    assert "BLEU, from one sentence or document, which says nothing of others." in text
+    assert "nan" not in text
+    assert r"$^{\dagger}$" not in (out / "tables" / "results.tex").read_text()
+
+
 def test_runs_of_translations_alone(write_run: WriteRun, tmp_path: Path, one_format: None) -> None:
     root = tmp_path / "runs"
     for method, wrong in (("teacher", 0.1), ("finetune", 0.3), ("word_kd", 0.2)):

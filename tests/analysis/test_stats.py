@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from analysis.power import detectable
 from analysis.stats import Resamples, hierarchical, holm, interval, partial_spearman, ratio
 
 
@@ -104,6 +105,21 @@ def test_seeds_alone_give_the_t_test_over_seeds() -> None:
 def test_effect_without_any_spread() -> None:
     found = hierarchical([np.zeros(2)], [np.zeros((2, 10))], [200])
     assert (found.effect, found.p) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_sentence_or_document_leaves_nothing_to_estimate_an_error_from(seeds: int) -> None:
+    # Every resample of it is the same: by the bootstrap an error of 0, and certainty.
+    effects = np.arange(1.0, seeds + 1)
+    draws = Resamples(4, 50, np.random.default_rng(11), np.zeros(4, dtype=int))
+    assert draws.units == 1
+    drawn = np.repeat(effects[:, None], 50, axis=1)
+    found = hierarchical([effects], [drawn], [draws.units])
+    assert found.effect == effects.mean()
+    assert np.isnan([found.error, found.freedom, found.low, found.high, found.p]).all()
+    assert np.isnan(detectable([effects], [drawn], [draws.units]))
+    # As well where only one of two directions is as small.
+    assert np.isnan(hierarchical([effects, effects], [drawn, drawn], [300, 1]).p)
 
 
 CASES = json.loads((Path(__file__).parent / "cases" / "statsmodels.json").read_text())

@@ -3,9 +3,11 @@
 import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from analysis import terminal
+from analysis.markup import interval, number, percent
 from analysis.runs.errors import UserError
 from analysis.runs.languages import bleu_tokenizer, installed_tokenizer, language_name, languages_of
 from analysis.runs.texts import read_lines
@@ -102,3 +104,12 @@ def test_progress_in_a_log_is_lines(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 3 and lines[-1].startswith("slow: 100%")
     assert "\r" not in "".join(lines)
+
+
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    assert number(-0.004, 2) == "0.00"
+    assert number(-0.006, 2) == "-0.01"
+    assert percent(-0.0004) == "0.0 %"
+    assert interval(-0.0004, -0.1, 0.0, 3) == "0.000 [-0.100, 0.000]"
+    assert interval(0.5, np.nan, np.nan, 1) == "0.5"
+    assert interval(np.nan, np.nan, np.nan) == ""
