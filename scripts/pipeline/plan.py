@@ -101,7 +101,12 @@ class Plan:
         # On a cluster the machine that plans the jobs often has no GPU and the others have: gpu: true.
         self.cpu = [] if config.get("gpu", gpu) else ["--cpu"]
         self.task = ["--user-dir", plugin, "--task", "self_evolution_kd", *self.cpu]
-        self.generation = dict(config.get("generation", {}))
+        # Taken out of another configuration (null), these two have the pipeline's own value again.
+        self.generation = {
+            key: value
+            for key, value in config.get("generation", {}).items()
+            if value is not None or key not in ("beam", "lenpen")
+        }
         #: Length penalties to choose from on the validation set, for each run; or None.
         self.length_penalties: list[float] | None = self.generation.pop(TUNED, None)
         #: The study whose teacher this one has, with other pieces; or None.

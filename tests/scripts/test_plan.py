@@ -122,6 +122,10 @@ def test_the_length_penalty_is_one_for_all_or_a_runs_own(
     assert plan.penalty_inputs(run) == [] and plan.penalty_arguments(run) == ["--lenpen", "1.0"]
     plan = of("demo.yaml", generation={"lenpen": 0.6})
     assert plan.penalty_arguments(run) == ["--lenpen", "0.6"]
+    plan = of("demo.yaml", generation={"lenpen": None, "beam": None, "tune-lenpen": None})
+    assert plan.penalty_inputs(run) == [] and plan.penalty_arguments(run) == ["--lenpen", "1.0"]
+    assert plan.beam_arguments()[-4:] == ["--nbest", "4", "--lenpen", "0"]
+    assert "--beam 4" in " ".join(plan.generate_arguments("test"))
     plan = of("demo.yaml", generation={"tune-lenpen": [0.5, 1.5]})
     assert plan.penalty_inputs(run) == ["runs/demo/en-de/se_kd.1/length_penalty.json"]
     with pytest.raises(FileNotFoundError):  # which snakemake takes for "not yet"
