@@ -1,11 +1,15 @@
 """What was found and how sure it is, in a paragraph."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from analysis.claims.verdicts import CLAIMS, MIN_SEEDS, PLACEBO
 from analysis.markup import number
 from analysis.runs.methods import label_of, ordered
+from analysis.stats import ALPHA
 from analysis.sums.direction import Options
 
 #: Claims in a few words, as they stand in a sentence.
@@ -68,35 +72,43 @@ def findings(claims: pd.DataFrame, methods: pd.DataFrame, options: Options) -> l
 
 
 def _quality(methods: pd.DataFrame, treatment: str, options: Options) -> str:
-    """The gain in BLEU, and the one that the runs could have shown."""
+    """The gain in BLEU over all directions, or in each one where it is not known in all."""
     prefix = f"gain_over_{options.baseline}"
     if methods.empty or prefix not in methods:
         return ""
-    rows = methods[(methods["method"] == treatment) & (methods["metric"] == "BLEU")]
+    chosen = (methods["method"] == treatment) & (methods["metric"] == "BLEU")
+    rows = methods[chosen & methods[prefix].notna()]
     pooled = rows[rows["direction"] == "all"]
     rows = rows if pooled.empty else pooled
-    if rows.empty or pd.isna(rows.iloc[0][prefix]):
-        return ""
-    row = rows.iloc[0]
+    return "".join(_gain(methods, row, options) for row in rows.to_dict("records"))
+
+
+def _gain(methods: pd.DataFrame, row: Mapping[Any, Any], options: Options) -> str:
+    """The gain in BLEU of a row, and the one that the runs could have shown."""
+    prefix = f"gain_over_{options.baseline}"
     same = (methods["metric"] == "BLEU") & (methods["direction"] == row["direction"])
     lengths = methods[same].set_index("method")["length_ratio"]
     gain, low, high = row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"]
-    certain = int(low > 0) - int(high < 0)
+    beyond = int(low > 0) - int(high < 0)
+    p = row[f"{prefix}_p_holm"]
+    certain = beyond if p <= ALPHA else 0
     kind = {1: "A gain of", -1: "A loss of", 0: "No certain difference:"}[certain]
     value = number(abs(gain) if certain else gain, 2)
     bounds = "" if np.isnan(low) else f" [{number(low, 2)}, {number(high, 2)}]"
-    text = f"{kind} {value} BLEU{bounds}".replace("-", "−")
-    where = f" over {_pooled(methods)}" if row["direction"] == "all" else ""
+    text = f"{kind} {value} BLEU{bounds}".replace("-", "−") + _scope(methods, row["direction"])
+    if beyond and not certain:
+        text += f", p = {p:.2f} with Holm's correction over the methods"
     if np.isnan(low):
-        found = f"{text}{where}, from one sentence or document, which says nothing of others. "
+        found = f"{text}, from one sentence or document, which says nothing of others. "
     elif row[f"{prefix}_seeds"] < 2:
-        found = f"{text}{where}, from one seed, which says nothing of training again. "
+        found = f"{text}, from one seed, which says nothing of training again. "
     else:
         found = (
-            f"{text}{where}; with these runs, a gain of {row[f'{prefix}_detectable']:.1f} BLEU would be "
+            f"{text}; with these runs, a gain of {row[f'{prefix}_detectable']:.1f} BLEU would be "
             "told from none four times in five. "
         )
-    return found + _length(certain, lengths[treatment], lengths.get(options.baseline, np.nan))
+    baseline = lengths.get(options.baseline, np.nan)
+    return found + _length(certain, lengths[row["method"]], baseline)
 
 
 def _length(certain: int, own: float, baseline: float) -> str:
@@ -116,7 +128,9 @@ def _length(certain: int, own: float, baseline: float) -> str:
     return f"{told}; length {part}. "
 
 
-def _pooled(methods: pd.DataFrame) -> str:
-    """How many directions are pooled, in words for a sentence."""
+def _scope(methods: pd.DataFrame, direction: str) -> str:
+    """Where a gain is from, in words for a sentence; nothing where there is one direction."""
     count = methods.loc[methods["direction"] != "all", "direction"].nunique()
-    return f"{count} directions"
+    if direction == "all":
+        return f" over {count} directions"
+    return f" in {direction}" if count > 1 else ""

@@ -96,13 +96,31 @@ def results_table(methods: pd.DataFrame, baseline: str) -> str:
     if penalties:
         heads.append("penalty")
     caption = (
-        "Translation quality (sacreBLEU), mean $\\pm$ standard deviation over "
-        f"{int(table['seeds'].max())} training seeds; best student in bold; $\\dagger$: better than "
-        f"{escape(label_of(baseline))}, $p\\leq{ALPHA:.2f}$ over sentences and seeds with Holm's correction. "
-        "Length: words of the translations by words of the references"
+        f"Translation quality (sacreBLEU), {_seeds(table)}; best student in bold; {_mark(table, baseline)}"
+        "length: words of the translations by words of the references"
         f"{'; penalty: the length penalty of the search' if penalties else ''}."
     )
     return tabular(heads, groups, "ll" + "r" * (len(heads) - 2), caption, "tab:results")
+
+
+def _seeds(table: pd.DataFrame) -> str:
+    """What the scores are, for the caption; a teacher often has one seed and the students more."""
+    own = table[table["method"] != "teacher"]
+    seeds = (table if own.empty else own)["seeds"]
+    if seeds.max() == 1:
+        return "one training seed"
+    return f"mean $\\pm$ standard deviation over {span(seeds.min(), seeds.max())} training seeds"
+
+
+def _mark(table: pd.DataFrame, baseline: str) -> str:
+    """What the mark of a gain means, for the caption; nothing where none could be marked."""
+    prefix = f"gain_over_{baseline}"
+    if prefix not in table or not (table[f"{prefix}_seeds"] > 1).any():
+        return ""
+    return (
+        f"$\\dagger$: better than {escape(label_of(baseline))}, $p\\leq{ALPHA:.2f}$ over sentences and "
+        "seeds with Holm's correction; "
+    )
 
 
 def _score(row: dict[Any, Any], best: float, baseline: str) -> str:
@@ -112,8 +130,9 @@ def _score(row: dict[Any, Any], best: float, baseline: str) -> str:
         text += f" {{\\scriptsize$\\pm${row['sd_over_seeds']:.2f}}}"
     if best and row["mean"] == best:
         text = f"\\textbf{{{text}}}"
-    certain = row.get(f"gain_over_{baseline}_p_holm", np.nan) <= ALPHA
-    better = certain and row[f"gain_over_{baseline}"] > 0
+    prefix = f"gain_over_{baseline}"
+    certain = row.get(f"{prefix}_p_holm", np.nan) <= ALPHA
+    better = certain and row[prefix] > 0 and row[f"{prefix}_seeds"] > 1
     return text + (r"$^{\dagger}$" if better else "")
 
 

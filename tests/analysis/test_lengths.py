@@ -1,6 +1,7 @@
 """Length ratio and length penalty beside BLEU, so that a difference of length is seen."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from analysis import transfer
 from analysis.claims.verdicts import COLUMNS
 from analysis.report import document
 from analysis.report.findings import findings
+from analysis.report.latex import results_table
 from analysis.runs.run_record import write_scores
 from analysis.runs.simulated import write_study
 from analysis.sums.direction import Options
@@ -100,7 +102,15 @@ def test_what_is_told_of_gains_and_lengths(
 ) -> None:
     rows = {"method": ["se_kd_blend", "word_kd"], "length_ratio": [own, baseline]}
     table = pd.DataFrame(rows).assign(metric="BLEU", direction="de-en")
-    values = {"": sum(ends) / 2, "_low": ends[0], "_high": ends[1], "_seeds": 3, "_detectable": 0.4}
+    certain = ends[0] > 0 or ends[1] < 0
+    values = {
+        "": sum(ends) / 2,
+        "_p_holm": 0.01 if certain else 0.4,
+        "_low": ends[0],
+        "_high": ends[1],
+        "_seeds": 3,
+        "_detectable": 0.4,
+    }
     for name, value in values.items():
         table[f"gain_over_word_kd{name}"] = value
     claim = {
@@ -110,3 +120,56 @@ def test_what_is_told_of_gains_and_lengths(
     claims = pd.DataFrame([dict.fromkeys(COLUMNS, "") | claim])
     (text,) = findings(claims, table, Options())
     assert ("Its translations are" in text) == (abs(own - baseline) > 0.01) and told in text
+
+
+def gains(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A table of methods, of BLEU over word-level KD."""
+    usual = {
+        "metric": "BLEU", "seeds": 3, "mean": 30.0, "sd_over_seeds": 0.1, "length_ratio": 1.0,
+        "lenpen_low": float("nan"), "lenpen_high": float("nan"), "gain_over_word_kd_seeds": 3,
+        "gain_over_word_kd_detectable": 0.5,
+    }  # fmt: skip
+    names = [f"gain_over_word_kd{end}" for end in ("", "_low", "_high", "_p_holm")]
+    return pd.DataFrame(usual | row | dict(zip(names, row["gain"], strict=True)) for row in rows)
+
+
+def claimed(methods: pd.DataFrame, treatment: str) -> str:
+    claim = {
+        "treatment": treatment, "claim": 1, "scope": "all", "decides": True, "seeds": 3,
+        "verdict": "inconclusive",
+    }  # fmt: skip
+    (text,) = findings(pd.DataFrame([dict.fromkeys(COLUMNS, "") | claim]), methods, Options())
+    return text
+
+
+def test_a_gain_is_certain_by_the_corrected_p_in_words_as_in_latex() -> None:
+    rows = [
+        {"direction": "de-en", "method": "se_kd_blend", "gain": (0.5, 0.1, 0.9, p)}
+        for p in (0.12, 0.03)
+    ]
+    doubtful, certain = gains(rows[:1]), gains(rows[1:])
+    told = "No certain difference: 0.50 BLEU [0.10, 0.90], p = 0.12 with Holm's correction"
+    assert told in claimed(doubtful, "se_kd_blend")
+    assert "A gain of 0.50 BLEU [0.10, 0.90]; with these runs" in claimed(certain, "se_kd_blend")
+    mark = r"$^{\dagger}$"
+    assert mark not in results_table(doubtful, "word_kd")
+    assert mark in results_table(certain, "word_kd")
+    # One seed says nothing of seeds, and a baseline without a column is not said to be compared with.
+    one = results_table(certain.assign(seeds=1, gain_over_word_kd_seeds=1), "word_kd")
+    assert "dagger" not in one and "one training seed" in one
+    assert "dagger" not in results_table(certain, "seq_kd")
+    several = pd.concat([certain, certain.assign(method="word_kd", seeds=2)])
+    assert "over 2 to 3 training seeds" in results_table(several, "word_kd")
+
+
+def test_a_gain_in_some_of_the_directions_names_them() -> None:
+    known = {"method": "se_kd_blend", "gain": (0.5, 0.1, 0.9, 0.03)}
+    missing = {"direction": "fr-en", "method": "word_kd", "gain": (float("nan"),) * 4}
+    text = claimed(gains([known | {"direction": "de-en"}, missing]), "se_kd_blend")
+    assert "A gain of 0.50 BLEU [0.10, 0.90] in de-en; with these runs" in text
+    # Where the baseline is missing in one of them, too.
+    pooled = {"direction": "all", "method": "se_kd_blend", "gain": (float("nan"),) * 4}
+    text = claimed(gains([known | {"direction": "de-en"}, missing, pooled]), "se_kd_blend")
+    assert "in de-en" in text
+    both = [known | {"direction": name} for name in ("de-en", "fr-en", "all")]
+    assert "[0.10, 0.90] over 2 directions; with" in claimed(gains(both), "se_kd_blend")
