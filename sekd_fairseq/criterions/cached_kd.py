@@ -117,8 +117,9 @@ class CachedKDCriterion(DistillationCriterion):
     def distill(self, events: Events, nll: Tensor, teacher: TeacherTokens) -> Distilled:
         """The divergence at selected tokens, zero at the others."""
         selected = self._selected(nll)
-        if self.training and self.counted and self.queue is not None:
-            self.queue.push(nll)
+        if self.training and self.queue is not None:
+            # Nothing of a batch that does not count, but on the device where the processes gather.
+            self.queue.push(nll if self.counted else nll[:0])
         value = self._distance(events)
         kl = relative_entropy(events.log_p, events.log_q.detach(), events.log_multiplicity)
         # The mask drops infinity at a token that does not distil, where a factor would make NaN.

@@ -129,6 +129,13 @@ def test_nothing_is_learnt_from_a_skipped_update_or_a_batch_that_fills_one_up() 
     learn(criterion, [9.0])
     criterion.counted = True
     criterion.end_update([])
+    # A process that has nothing else gives nothing, from the device that the others gather on.
+    criterion.train()
+    criterion.counted = False
+    learn(criterion, [9.0])
+    assert criterion.queue is not None
+    assert [values.numel() for values in criterion.queue._pending] == [0]
+    criterion.counted = True
     criterion.eval()
     learn(criterion, [8.0])
     assert criterion.running_state()["queue"].tolist() == [2.0, 3.0]
