@@ -227,10 +227,11 @@ def _sample(
     how often each was drawn (never, perhaps, the reference and the best)."""
     cumulative = weight.double().cumsum(dim=1)
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    drawn = drawn.clamp_max(weight.size(1) - 1)
+    drawn = drawn.clamp_max(weight.size(1) - 1).sort(dim=1).values
     kept = torch.cat([drawn, weight.argmax(dim=1, keepdim=True)], dim=1).sort(dim=1).values
     ids = torch.cat([gold, kept], dim=1)
-    count = (drawn.unsqueeze(1) == ids.unsqueeze(2)).sum(dim=2)  # (n, 2 + samples)
+    before = torch.searchsorted(drawn, ids)
+    count = torch.searchsorted(drawn, ids, right=True) - before  # (n, 2 + samples)
     first = torch.ones_like(kept, dtype=torch.bool)
     first[:, 1:] = kept[:, 1:] != kept[:, :-1]
     valid = torch.cat([torch.ones_like(gold, dtype=torch.bool), first & (kept != gold)], dim=1)

@@ -134,6 +134,17 @@ def test_eight_bits() -> None:
     assert (p * np.log(p / q)).sum(axis=1).mean() < 1.7e-4
 
 
+def test_many_draws_need_no_more_memory_than_they_are() -> None:
+    """Each draw compared with each other one would be 48 GB here."""
+    rule = Truncation(rule="sample", samples=4000)
+    draws = uniforms(rule.seed, [0], [3000], rule.samples)
+    columns = truncate(torch.zeros(3000, 4), torch.zeros(3000, dtype=torch.long), rule, draws)
+    assert columns["support_size"].tolist() == [4] * 3000
+    counts = columns["draws"].reshape(3000, 4)
+    expected = [np.bincount(row, minlength=4) for row in (draws.numpy() * 4).astype(int)]
+    assert (counts == np.stack(expected)).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
