@@ -100,7 +100,12 @@ class _Compared:
 
 def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]:
     scores = [[item.score(run, metric) for run in item.runs(method)] for item in group]
-    over_seeds = _seed_means(scores)
+    over_seeds = _seed_means(
+        [
+            dict(zip([run.seed for run in item.runs(method)], values, strict=True))
+            for item, values in zip(group, scores, strict=True)
+        ]
+    )
     found = [[run.translations for run in item.runs(method) if run.translations] for item in group]
     penalties = [own.texts.lenpen for runs in found for own in runs if own.texts.lenpen is not None]
     row = _row(group, method, metric) | {
@@ -123,9 +128,10 @@ def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[st
     return row
 
 
-def _seed_means(scores: Sequence[Sequence[float]]) -> list[float]:
-    """Means over directions by seed, for as many seeds as every direction has."""
-    return [float(np.mean(values)) for values in zip(*scores, strict=False)]
+def _seed_means(scores: Sequence[Mapping[int, float]]) -> list[float]:
+    """Means over directions by seed, of the seeds that every direction has."""
+    seeds = sorted(set.intersection(*map(set, scores)))
+    return [float(np.mean([own[seed] for own in scores])) for seed in seeds]
 
 
 def _placebo_row(group: Sequence[_Compared], metric: str) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from conftest import WriteRun
 from sacrebleu.metrics import BLEU
 
 from analysis import transfer
+from analysis.chapters.methods import methods_table
 from analysis.claims.verdicts import COLUMNS
 from analysis.report import document
 from analysis.report.findings import findings
@@ -15,6 +18,7 @@ from analysis.report.latex import results_table
 from analysis.runs.run_record import write_scores
 from analysis.runs.simulated import write_study
 from analysis.sums.direction import Options
+from analysis.sums.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +177,35 @@ def test_a_gain_in_some_of_the_directions_names_them() -> None:
     assert "in de-en" in text
     both = [known | {"direction": name} for name in ("de-en", "fr-en", "all")]
     assert "[0.10, 0.90] over 2 directions; with" in claimed(gains(both), "se_kd_blend")
+
+
+def test_spread_over_seeds_of_the_mean_pairs_seeds_and_not_places(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for direction, seeds in (("de-en", (1, 2, 3)), ("fr-en", (1, 3, 4))):
+        for seed in seeds:
+            own = {"seed": seed, "direction": direction, "sentences": 20, "wrong": 0.1 * seed}
+            write_run(tmp_path, f"{direction}/{seed}", "finetune", **own)
+    directions, _ = load(tmp_path, Options(resamples=100))
+    table = methods_table(directions, Options(resamples=100))
+    (row,) = table[
+        (table["direction"] == "all")
+        & (table["metric"] == "BLEU")
+        & (table["seeds"] > 0)
+        & (table["method"] == "finetune")
+    ].to_dict("records")
+    scores = {
+        (item.name, run.seed): BLEU()
+        .corpus_score(run.translations.texts.hypotheses, [run.translations.texts.references])
+        .score
+        for item in directions
+        for run in item.translated
+        if run.translations
+    }
+    means = [(scores["de-en", seed] + scores["fr-en", seed]) / 2 for seed in (1, 3)]
+    assert row["sd_over_seeds"] == pytest.approx(np.std(means, ddof=1))
+    both = [
+        np.mean([scores[name, seed] for seed in seeds])
+        for name, seeds in (("de-en", (1, 2, 3)), ("fr-en", (1, 3, 4)))
+    ]
+    assert row["mean"] == pytest.approx(np.mean(both))
