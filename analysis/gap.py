@@ -24,7 +24,7 @@ from analysis.runs.methods import label_of, ordered
 from analysis.stats import ALPHA, Floats, hierarchical
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.loading import load
-from analysis.sums.pairing import couples, partner
+from analysis.sums.pairing import couples, of_method, partner
 from analysis.terminal import progress
 
 TEACHER = "teacher"
@@ -294,6 +294,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if table.empty:
             raise UserError(
                 f"{args.runs}: expected runs with translations of {args.subset!r}, found none"
+            )
+        if not any(of_method(found.translated, args.baseline) for found in directions):
+            raise UserError(
+                f"--baseline: expected a method of the runs ({', '.join(table['method'].unique())}), "
+                f"found {args.baseline}"
             )
         print(markdown_table(shown(table)))
         print(

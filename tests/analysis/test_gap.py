@@ -139,3 +139,9 @@ def test_no_teacher_no_share(write_run: WriteRun, tmp_path: Path) -> None:
         write_run(tmp_path / "runs", method, method)
     directions, _ = load(tmp_path / "runs", Options(resamples=100))
     assert gap_table(directions)["closed"].isna().all()
+
+
+def test_a_baseline_that_no_run_has_is_named(runs: Path) -> None:
+    message = r"--baseline: expected a method of the runs \(teacher, .*finetune.*found fine_tune$"
+    with pytest.raises(SystemExit, match=message):
+        gap.main([str(runs), "--baseline", "fine_tune"])
