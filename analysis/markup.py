@@ -1,16 +1,21 @@
 """Tables and their cells as Markdown."""
 
+import re
 from typing import Any
 
 import pandas as pd
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A table in Markdown; bars in cells are escaped."""
-    rows = [[str(value).replace("|", "\\|") for value in row] for row in table.to_numpy().tolist()]
-    names = [str(name) for name in table.columns]
+    """A table in Markdown; bars, and what a reader would take for HTML, are escaped."""
+    rows = [[_cell(value) for value in row] for row in table.to_numpy().tolist()]
+    names = [_cell(name) for name in table.columns]
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return re.sub(r"\||<(?=[A-Za-z/!?])", r"\\\g<0>", str(value))
 
 
 def number(value: Any, digits: int) -> str:

@@ -21,6 +21,7 @@ _SPECIAL = {
     ">": r"\textgreater{}",
     "±": r"$\pm$",
     "−": "$-$",
+    "|": r"\textbar{}",
     "†": r"$^\dagger$",
     "↓": r"$\downarrow$",
     "≤": r"$\leq$",

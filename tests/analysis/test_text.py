@@ -4,10 +4,12 @@ import gzip
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import terminal
-from analysis.markup import interval, number, percent
+from analysis.markup import interval, markdown_table, number, percent
+from analysis.report.latex import escape
 from analysis.runs.errors import UserError
 from analysis.runs.languages import bleu_tokenizer, installed_tokenizer, language_name, languages_of
 from analysis.runs.texts import read_lines
@@ -104,6 +106,17 @@ def test_progress_in_a_log_is_lines(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 3 and lines[-1].startswith("slow: 100%")
     assert "\r" not in "".join(lines)
+
+
+def test_names_and_pieces_stay_text_in_markdown_and_latex() -> None:
+    table = pd.DataFrame({"a|b <x>": ["<b>bold</b> | & x_1", "< 0.0001"]})
+    assert markdown_table(table).splitlines() == [
+        r"| a\|b \<x> |",
+        "| --- |",
+        r"| \<b>bold\</b> \| & x_1 |",
+        "| < 0.0001 |",
+    ]
+    assert escape("a|b <x_1> & 5 %") == (r"a\textbar{}b \textless{}x\_1\textgreater{} \& 5 \%")
 
 
 def test_what_rounds_to_zero_has_no_sign() -> None:
