@@ -121,16 +121,19 @@ def settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
     sections = {name: members(cfg.get(name)) for name in cfg}
     found: dict[str, Any] = {}
     for section, name in SECTIONS.items():
-        # A model's options may be all of the command line's.
-        elsewhere = {
-            key for other, keys in sections.items() if other != "model" for key in keys
-        } | set(sections)
+        # A model's options may be all of the command line's, and those of what has no dataclass (of
+        # optimisers, sgd, adafactor and more) are.
+        has_all = section == "model" or not isinstance(cfg.get(section), Mapping)
+        elsewhere = set(sections) | {
+            key
+            for other, keys in sections.items()
+            if other != section and isinstance(cfg.get(other), Mapping)
+            for key in keys
+        }
         for key, value in sections.get(section, {}).items():
             if key == "_name":
                 found[f"--{name.replace('_', '-')}"] = value
-            elif not (
-                key in FREE or key.startswith("eval_") or (section == "model" and key in elsewhere)
-            ):
+            elif not (key in FREE or key.startswith("eval_") or (has_all and key in elsewhere)):
                 found[f"--{key.replace('_', '-')}"] = value
     for section, keys in SINGLE.items():
         for key in keys:

@@ -63,6 +63,20 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(
     train(data, save, *base, "--lr", "3e-3", "--reset-optimizer", "--max-update", "6")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_an_optimizer_without_dataclass_holds_no_other_settings(
+    data: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """fairseq keeps the whole command line as its options, the rank of a process too."""
+    save = tmp_path / "save"
+    base = ("--criterion", "cross_entropy", "--disable-validation", "--optimizer", optimizer)
+    train(data, save, *base, "--max-update", "2")
+    other = ("--max-update", "3", "--distributed-port", "12345", "--log-interval", "2")
+    assert "Loaded checkpoint" in train(data, save, *base, *other)
+    line = error_line(train(data, save, *base, *other, "--weight-decay", "0.1", check=False))
+    assert "begun with other settings (--weight-decay 0.0 is now 0.1);" in line
+
+
 def test_logits_that_do_not_match_the_targets() -> None:
     target = torch.zeros(2, 3, dtype=torch.long)
     assert flat_logits(torch.zeros(2, 3, 7), target, 7).shape == (6, 7)
