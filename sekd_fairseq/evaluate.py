@@ -14,6 +14,7 @@ it is, so that the analysis compares it.
 import argparse
 import html
 import itertools
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -25,7 +26,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from analysis.runs.languages import bleu_tokenizer
 from analysis.runs.run_record import LINES, RunRecord, read_run, write_run, write_scores
-from analysis.runs.texts import Texts, read_lines, write_texts
+from analysis.runs.texts import Texts, read_lines, read_references, write_texts
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 
@@ -75,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if (args.method is None) != (args.source_lang is None):
             raise UserError("expected --method and --source-lang together, found one of them")
-        sources, references = read_lines(args.source), read_lines(args.reference)
+        if args.lenpen is not None and not math.isfinite(args.lenpen):
+            raise UserError(f"--lenpen: expected a number, found {args.lenpen}")
+        sources, references = read_lines(args.source), read_references(args.reference)
         if len(sources) != len(references):
             raise UserError(
                 f"{args.source} has {len(sources)} lines, {args.reference} {len(references)}; "

@@ -14,6 +14,7 @@ them gives, for every value, exactly what ``fairseq-generate --lenpen VALUE`` wo
 """
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from sacrebleu.metrics import BLEU
 
 from analysis.runs.files import atomic_write, sealed_json
 from analysis.runs.languages import bleu_tokenizer
-from analysis.runs.texts import read_lines
+from analysis.runs.texts import read_lines, read_references
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 
@@ -77,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read, score each value, write."""
     args = parser().parse_args(argv)
     with one_line_errors():
-        references = read_lines(args.reference)
+        if not all(map(math.isfinite, args.values)):
+            raise UserError(f"--values: expected numbers, found {' '.join(map(str, args.values))}")
+        references = read_references(args.reference)
         beams = read_beams(args.generated, len(references))
         grid, signature = scores(beams, references, args.target_lang, args.values)
         best = max(grid, key=lambda row: row["bleu"])

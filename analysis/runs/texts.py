@@ -43,6 +43,20 @@ def read_lines(path: Path) -> list[str]:
     return [_decode(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
+def read_references(path: Path) -> list[str]:
+    """The lines of a file of references.
+
+    Raises
+    ------
+    UserError
+        As :func:`read_lines`; or there is nothing in any line that a translation could be compared with.
+    """
+    lines = read_lines(path)
+    if not any(map(str.strip, lines)):
+        raise UserError(f"{path}: expected references, one a line, found {len(lines)} empty lines")
+    return lines
+
+
 def _decode(line: bytes, path: Path, number: int) -> str:
     try:
         return line.removesuffix(b"\r").decode("utf-8").removeprefix(BYTE_ORDER_MARK)
@@ -82,8 +96,8 @@ def read_texts(run: Path, subset: str) -> Texts | None:
     Raises
     ------
     UserError
-        References are missing, the files have different numbers of lines, or they are not those that
-        were scored: ``scores.json`` holds a checksum of each.
+        References are missing, the files have different numbers of lines or none, or they are not those
+        that were scored: ``scores.json`` holds a checksum of each.
     """
     folder = run / "hyps"
     path = folder / f"{subset}.txt"
@@ -99,6 +113,8 @@ def read_texts(run: Path, subset: str) -> Texts | None:
         if suffix == ".src" and not file.exists():
             continue
         lines[suffix] = read_lines(file)
+        if not lines[suffix]:
+            raise UserError(f"{file}: expected a sentence a line, found an empty file")
         if len(lines[suffix]) != len(lines[""]):
             raise UserError(
                 f"{file}: expected {len(lines[''])} lines as in {path.name}, found "

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import terminal
+from analysis import gap, terminal
 from analysis.markup import interval, markdown_table, number, percent
 from analysis.report.latex import escape
 from analysis.runs.errors import UserError
 from analysis.runs.languages import bleu_tokenizer, installed_tokenizer, language_name, languages_of
-from analysis.runs.texts import read_lines
+from analysis.runs.simulated import write_run_record
+from analysis.runs.texts import Texts, read_lines, write_texts
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,14 @@ def test_names_and_pieces_stay_text_in_markdown_and_latex() -> None:
         "| < 0.0001 |",
     ]
     assert escape("a|b <x_1> & 5 %") == (r"a\textbar{}b \textless{}x\_1\textgreater{} \& 5 \%")
+
+
+def test_runs_without_a_sentence_are_named(tmp_path: Path) -> None:
+    for method in ("finetune", "word_kd"):
+        write_run_record(tmp_path / method, method, 1, "en-de", 1, "cache")
+        write_texts(tmp_path / method, "test", Texts([], [], []))
+    with pytest.raises(SystemExit, match=r"finetune.*test\.txt: expected a sentence a line, found"):
+        gap.main([str(tmp_path)])
 
 
 def test_what_rounds_to_zero_has_no_sign() -> None:

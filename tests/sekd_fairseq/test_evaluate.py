@@ -10,6 +10,7 @@ from analysis.runs.errors import UserError
 from analysis.runs.texts import read_lines, read_texts
 from analysis.sums.direction import Options
 from analysis.sums.loading import load
+from sekd_fairseq import tune_lenpen
 from sekd_fairseq.evaluate import main
 
 SOURCES = ["A red house .", "Two dogs run", "Who's there?", "the end &amp; all"]
@@ -206,3 +207,25 @@ def test_translations_alone_make_runs_that_are_compared(tmp_path: Path) -> None:
         main([str(tmp_path / "a"), *named, "word_kd", *run])
     with pytest.raises(SystemExit, match="--method and --source-lang together"):
         main([str(tmp_path / "a"), *options, "--method", "finetune", *run])
+
+
+def test_nothing_to_compare_with_is_named(tmp_path: Path) -> None:
+    # sacreBLEU divides by the length of the references.
+    for lines in ([], ["", " "]):
+        with pytest.raises(
+            SystemExit, match=rf"ref: expected references, .* found {len(lines)} empty"
+        ):
+            evaluate(tmp_path, sources=lines, references=lines, generated=(lines, lines, lines))
+        words = [str(tmp_path / "out"), "--run", str(tmp_path), "--target-lang", "de"]
+        with pytest.raises(SystemExit, match="ref: expected references"):
+            tune_lenpen.main([*words, "--reference", str(tmp_path / "ref"), "--values", "1"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_length_penalty_is_a_number(tmp_path: Path) -> None:
+    words = [str(tmp_path / "out"), "--run", str(tmp_path / "run"), "--target-lang", "de"]
+    words += ["--reference", str(tmp_path / "ref")]
+    with pytest.raises(SystemExit, match="--lenpen: expected a number, found nan"):
+        main([*words, "--source", str(tmp_path / "src"), "--lenpen", "nan"])
+    with pytest.raises(SystemExit, match=r"--values: expected numbers, found 1\.0 inf"):
+        tune_lenpen.main([*words, "--values", "1", "inf"])
