@@ -288,8 +288,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Build the data directory under a temporary name and rename it to ``output``.
 
-    An ``output`` that is there already is replaced. Returns the content of ``data.json``.
+    An ``output`` that is there already is replaced, of a link what it leads to. Returns the content of
+    ``data.json``.
     """
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:

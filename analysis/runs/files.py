@@ -69,13 +69,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Make a new directory so that ``path`` is whole or not there.
 
-    It is filled under a temporary name beside it and renamed; on any error nothing is left.
+    It is filled under a temporary name beside it and renamed; on any error nothing is left. A link is
+    followed, so that the directory is where it leads.
 
     Raises
     ------
     UserError
         There is something at ``path`` already, other than an empty directory.
     """
+    path = path.resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(
             f"{path}: expected a new directory, found one with files; delete it or name another"

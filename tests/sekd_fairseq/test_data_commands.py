@@ -9,6 +9,7 @@ import sentencepiece
 from fairseq.data import Dictionary
 
 from analysis.runs.errors import UserError
+from analysis.runs.files import atomic_directory
 from analysis.runs.texts import read_lines
 from sekd_fairseq.parallel_text import normalise, read_pairs, split, without_leaks
 
@@ -115,6 +116,22 @@ def test_only_prepared_data_are_replaced(tmp_path: Path) -> None:
     for size in ("60", "61"):
         done = run(*given, *sizes, size, "--output", tmp_path / "out")
         assert done.returncode == 0, done.stderr
+
+
+def test_a_link_for_an_output_is_followed(tmp_path: Path) -> None:
+    source, target = text_files(tmp_path)
+    given = ("--src", source, "--tgt", target, "--source-lang", "en", "--target-lang", "de")
+    for name in ("there", "not there", "new"):
+        (tmp_path / f"link to {name}").symlink_to(tmp_path / name)
+    (tmp_path / "there").mkdir()
+    for name in ("there", "there", "not there"):  # at the second time it is replaced
+        link = tmp_path / f"link to {name}"
+        done = run(*given, "--vocab-size", 60, "--output", link)
+        assert done.returncode == 0, done.stderr
+        assert link.is_symlink() and (tmp_path / name / "bin" / "dict.en.txt").is_file()
+    with atomic_directory(tmp_path / "link to new") as folder:
+        (folder / "file").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
 
 
 def test_recorded_vocabulary_is_that_of_the_models(tmp_path: Path) -> None:
