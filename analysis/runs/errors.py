@@ -34,9 +34,10 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         stop_workers()
         where = f"{error.filename}: " if error.filename else ""
+        missing = isinstance(error, FileNotFoundError)
+        mend = "check the path" if missing else "free space or choose another directory"
         raise SystemExit(
-            f"error: {where}{error.strerror or one_line(error)}; free space or choose another "
-            "directory, and run the command again"
+            f"error: {where}{error.strerror or one_line(error)}; {mend}, and run the command again"
         ) from error
 
 

@@ -119,6 +119,13 @@ def test_a_beginning_that_does_not_fit_ends_with_one_line(
         assert words in line and len(line) < 600
 
 
+def test_data_that_are_not_there_end_with_one_line(tmp_path: Path) -> None:
+    line = error_line(
+        train(tmp_path / "bin", tmp_path, "--criterion", "cross_entropy", check=False)
+    )
+    assert str(tmp_path / "bin") in line and "check the path" in line
+
+
 def test_combined_validation_has_no_subsets(data: Path, tmp_path: Path) -> None:
     sets = (
         "--criterion",
