@@ -30,6 +30,7 @@ from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
+from sekd_fairseq.settings import manifests_of
 from sekd_fairseq.splits import read_whole, readable
 from sekd_fairseq.tasks.configuration import (
     SelfEvolutionKDTaskConfig,
@@ -173,18 +174,22 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         Raises
         ------
         UserError
-            The parts of a split have several teachers, each with a law of its own.
+            The parts of a split, or the data directories, have several teachers, each with a law of its own.
         """
         if self._tail_law is None:
             loaded = [one for one in self.datasets.values() if isinstance(one, TeacherDataset)]
-            for dataset in loaded:
-                models = [cache.manifest.teacher.get("sha256") for cache in dataset.caches]
+            roots, split = paths(self.cfg.teacher_cache), self.cfg.train_subset
+            sets = [[cache.manifest for cache in dataset.caches] for dataset in loaded]
+            sets.append([one for root in roots for one in manifests_of(root, split)])
+            for manifests in sets:
+                models = [manifest.teacher.get("sha256") for manifest in manifests]
                 if any(model != models[0] for model in models):
                     raise UserError(
-                        f"--missing-mass tail: expected one teacher, whose law it is, found several for {len(models)} "
-                        "parts of a split (join_data); take --missing-mass bucket or uniform"
+                        "--missing-mass tail: expected one teacher, whose law it is, found several in "
+                        f"{len(models)} caches (of data directories, or of parts of a split); take "
+                        "--missing-mass bucket or uniform"
                     )
-            directory = split_folder(paths(self.cfg.teacher_cache)[0], self.cfg.train_subset)
+            directory = split_folder(roots[0], split)
             if (directory / MANIFEST).exists():
                 cache = TeacherCache.open(directory)
             else:

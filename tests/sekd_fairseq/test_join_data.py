@@ -1,6 +1,8 @@
 """One student of several teachers: every sentence has the distributions of its own."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from sekd_fairseq.datasets import TeacherDataset
 from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teacher_cache.format import Manifest
 from sekd_fairseq.teacher_cache.storage import publish
 
 from .conftest import WORDS, command, error_line, sentence_pairs, train
@@ -145,6 +148,21 @@ def test_one_student_learns_from_both(
         joined / "cache", "--combine-valid-subsets", "--missing-mass", "tail", check=False,
     )  # fmt: skip
     assert "expected one teacher" in error_line(refused)
+    # Nor where each data directory has its own, of which one is read an epoch.
+    data, caches = zip(*pairs.values(), strict=True)
+    same = f"{data[0]}:{data[0]}"
+    one, other = (f"{caches[0]}:{cache}" for cache in (caches[0], tmp_path / "other"))
+    shutil.copytree(caches[0], tmp_path / "other")
+    path = tmp_path / "other" / "train" / "manifest.json"
+    manifest = Manifest.load(path.parent)
+    teacher = {**manifest.teacher, "sha256": "0" * 64}
+    path.write_bytes(replace(manifest, teacher=teacher).to_json())
+    for name, roots, check in (("one", one, True), ("two", other, False)):
+        log = train(
+            same, tmp_path / name, "--criterion", "cached_kd", "--teacher-cache", roots,
+            "--missing-mass", "tail", "--max-update", "2", check=check,
+        )  # fmt: skip
+    assert "expected one teacher" in error_line(log)
 
 
 def test_what_was_joined_is_joined_with_more(
