@@ -325,7 +325,8 @@ def _spread(row: dict[Any, Any], name: str) -> str:
         return "no tokens"
     if row["seeds"] == 1:
         return interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
-    return f"{number(row[name], 3)} ± {number(row[f'{name}_sd'], 3)}"
+    spread = row[f"{name}_sd"]  # none where the bucket is empty in all seeds but one
+    return number(row[name], 3) + ("" if pd.isna(spread) else f" ± {spread:.3f}")
 
 
 def method_blocks(directions: Sequence[Direction], options: Options) -> list[Block]:

@@ -100,6 +100,8 @@ def _gain(methods: pd.DataFrame, row: Mapping[Any, Any], options: Options) -> st
         text += f", p = {p:.2f} with Holm's correction over the methods"
     if np.isnan(low):
         found = f"{text}, from one sentence or document, which says nothing of others. "
+    elif low == high:
+        found = f"{text}: the runs score the same, whatever the sentences. "
     elif row[f"{prefix}_seeds"] < 2:
         found = f"{text}, from one seed, which says nothing of training again. "
     else:

@@ -12,7 +12,7 @@ from sacrebleu.metrics import BLEU
 from analysis import transfer
 from analysis.chapters.methods import methods_table
 from analysis.claims.verdicts import COLUMNS
-from analysis.report import document
+from analysis.report import content, document
 from analysis.report.findings import findings
 from analysis.report.latex import results_table
 from analysis.runs.run_record import write_scores
@@ -164,6 +164,24 @@ def test_a_gain_is_certain_by_the_corrected_p_in_words_as_in_latex() -> None:
     assert "dagger" not in results_table(certain, "seq_kd")
     several = pd.concat([certain, certain.assign(method="word_kd", seeds=2)])
     assert "over 2 to 3 training seeds" in results_table(several, "word_kd")
+
+
+def test_equal_runs_detect_nothing() -> None:
+    text = claimed(
+        gains([{"direction": "de-en", "method": "se_kd_blend", "gain": (0.0, 0.0, 0.0, 1.0)}]),
+        "se_kd_blend",
+    )
+    assert "No certain difference: 0.00 BLEU [0.00, 0.00]: the runs score the same" in text
+    assert "would be told" not in text
+
+
+def test_a_bucket_that_all_seeds_but_one_leave_empty_has_no_spread() -> None:
+    table = pd.DataFrame(
+        {"direction": "de-en", "method": "finetune", "seed": [1, 2], "bucket": "hard", "tokens": [3, 0],
+         "kl": [1.5, float("nan")], "kl_low": [1.0, float("nan")], "kl_high": [2.0, float("nan")]}
+    )  # fmt: skip
+    (row,) = content._over_seeds(table, ["bucket"])
+    assert content._spread(row, "kl") == "1.500"
 
 
 def test_a_gain_in_some_of_the_directions_names_them() -> None:
