@@ -68,22 +68,21 @@ class Look:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method, in the order of legends: a colour for each id, which its variants share;
-    the teacher is black and takes no colour."""
+    """A look for each method, in the order of legends: a colour for each id, which its variants share
+    (and, of more ids than there are colours, later ones), told apart by their markers; the teacher is
+    black and takes no colour."""
     found: dict[str, Look] = {}
     ids: dict[str, int] = {}
-    variants: Counter[str] = Counter()
+    taken: Counter[int] = Counter()  # looks of a colour
     for method in ordered(methods):
         name = Method.of(method).id
         if name == "teacher":
             found[method] = Look("#000000", "*", ":", "xx")
             continue
-        colour = ids.setdefault(name, len(ids))
-        other = (colour + variants[name]) % len(MARKERS)
-        variants[name] += 1
-        found[method] = Look(
-            COLOURS[colour % len(COLOURS)], MARKERS[other], LINES[other], HATCHES[other]
-        )
+        colour = ids.setdefault(name, len(ids)) % len(COLOURS)
+        other = (colour + taken[colour]) % len(MARKERS)
+        taken[colour] += 1
+        found[method] = Look(COLOURS[colour], MARKERS[other], LINES[other], HATCHES[other])
     return found
 
 

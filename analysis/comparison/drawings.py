@@ -65,4 +65,5 @@ def _colour(systems: list[str], system: object) -> str:
 
 
 def _marker(systems: list[str], system: object) -> str:
-    return MARKERS[systems.index(str(system)) % len(MARKERS)]
+    place = systems.index(str(system))  # a colour that comes again has another marker
+    return MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]

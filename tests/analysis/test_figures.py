@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis import figures, style
 from analysis.chapters import methods, quality, sensitivity, training
+from analysis.comparison import drawings
 from analysis.runs.errors import UserError
 from analysis.style import COLUMN, PAGE, looks
 
@@ -223,3 +224,14 @@ def test_a_style_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     missing = style.own_style(tmp_path / "none.mplstyle")
     with pytest.raises(UserError, match="--style: expected a matplotlib style file"), missing:
         pass
+
+
+def test_methods_that_share_a_colour_differ_in_their_marker() -> None:
+    methods = [f"se_kd_{number}" for number in range(20)]
+    methods += ["se_kd_0 (gamma=1)", "se_kd_0 (gamma=2)", "se_kd_8 (gamma=1)"]
+    found = looks(methods)
+    assert len({(look.colour, look.marker) for look in found.values()}) == len(methods)
+    assert found["se_kd_0"].colour == found["se_kd_0 (gamma=1)"].colour
+    systems = [f"system{number}" for number in range(20)]
+    drawn = {(drawings._colour(systems, name), drawings._marker(systems, name)) for name in systems}
+    assert len(drawn) == len(systems)
