@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         default="word_kd",
         metavar="METHOD",
         help="claims compare with this method (default: %(default)s); the tables of BLEU and of "
-        "gains always have finetune and word_kd",
+        "gains have it beside finetune and word_kd",
     )
     add(
         "--margin",

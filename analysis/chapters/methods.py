@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.chapters.chapter import Figure
-from analysis.chapters.quality import PREFERRED, RUN_COLUMNS
+from analysis.chapters.quality import RUN_COLUMNS, main_baseline
 from analysis.claims.verdicts import PLACEBO
 from analysis.power import detectable
 from analysis.runs.methods import label_of, ordered
@@ -23,7 +23,7 @@ from analysis.style import (
     share_x,
 )
 from analysis.sums.direction import Direction, Options, ScoredRun
-from analysis.sums.pairing import BASELINES, couples, placebo_couples
+from analysis.sums.pairing import couples, placebo_couples
 from analysis.sums.translations import Corpus
 
 Couple = tuple[ScoredRun, ScoredRun]
@@ -56,13 +56,13 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
         methods = [{str(run.method) for run in item.direction.translated} for item in group]
         for method in sorted(set.intersection(*methods)):
             for metric in group[0].corpus.metrics:
-                rows.append(_method_row(group, method, metric))
+                rows.append(_method_row(group, method, metric, options.baselines))
         for metric in group[0].corpus.metrics:
-            row = _placebo_row(group, metric)
-            if any(row[f"gain_over_{baseline}_seeds"] for baseline in BASELINES):
+            row = _placebo_row(group, metric, options.baselines)
+            if any(row[f"gain_over_{baseline}_seeds"] for baseline in options.baselines):
                 rows.append(row)
     table = pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
-    for baseline in BASELINES if rows else ():
+    for baseline in options.baselines if rows else ():
         column = f"gain_over_{baseline}_p"
         tested = table[column].where(table["method"] != PLACEBO)
         corrected = tested.groupby([table["direction"], table["metric"]]).transform(
@@ -98,7 +98,9 @@ class _Compared:
         return [run for run in self.direction.translated if str(run.method) == method]
 
 
-def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]:
+def _method_row(
+    group: Sequence[_Compared], method: str, metric: str, baselines: Sequence[str]
+) -> dict[str, Any]:
     scores = [[item.score(run, metric) for run in item.runs(method)] for item in group]
     over_seeds = _seed_means(
         [
@@ -118,7 +120,7 @@ def _method_row(group: Sequence[_Compared], method: str, metric: str) -> dict[st
         "lenpen_low": min(penalties, default=np.nan),
         "lenpen_high": max(penalties, default=np.nan),
     }
-    for baseline in BASELINES:
+    for baseline in baselines:
         compared = method not in ("teacher", baseline)
         pairs = [
             couples(item.runs(method), item.direction.translated, baseline) if compared else []
@@ -134,10 +136,12 @@ def _seed_means(scores: Sequence[Mapping[int, float]]) -> list[float]:
     return [float(np.mean([own[seed] for own in scores])) for seed in seeds]
 
 
-def _placebo_row(group: Sequence[_Compared], metric: str) -> dict[str, Any]:
+def _placebo_row(
+    group: Sequence[_Compared], metric: str, baselines: Sequence[str]
+) -> dict[str, Any]:
     names = ("mean", "sd_over_seeds", "length_ratio", "lenpen_low", "lenpen_high")
     row = _row(group, PLACEBO, metric) | dict.fromkeys(names, np.nan)
-    for baseline in BASELINES:
+    for baseline in baselines:
         found = [placebo_couples(item.direction.translated, baseline) for item in group]
         row |= _gain(group, found, baseline, metric)
         row["seeds"] = max(row["seeds"], row[f"gain_over_{baseline}_seeds"])
@@ -178,10 +182,9 @@ def _gain(
 
 
 def draw_methods(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
-    """The results table as a figure: BLEU gained over word-level KD (or, where there is none, over
-    fine-tuning) by method and direction, with hierarchical 95 % intervals and the mean BLEU."""
+    """The results table as a figure: BLEU gained over the main baseline by method and direction, with hierarchical 95 % intervals and the mean BLEU."""
     table = table[(table["metric"] == "BLEU") & ~table["method"].isin(["teacher", PLACEBO])]
-    over = next((name for name in PREFERRED if table[f"gain_over_{name}"].notna().any()), "")
+    over = main_baseline(table, "gain_over_")
     if not over:
         return
     height = 0.55 + 0.2 * max(table.groupby("direction").size())

@@ -19,12 +19,10 @@ from analysis.style import (
     share_x,
 )
 from analysis.sums.direction import Direction, Options, ScoredRun
-from analysis.sums.pairing import BASELINES, partner
+from analysis.sums.pairing import partner
 from analysis.sums.significance import PairedScores, Significance
 from analysis.terminal import progress
 
-#: Baselines in the order in which a figure of gains takes the first that there is.
-PREFERRED = ("word_kd", "finetune")
 #: Columns of a table without rows.
 RUN_COLUMNS = ["direction", "method", "seed", "run"]
 
@@ -44,12 +42,14 @@ def results_table(directions: Sequence[Direction], options: Options) -> pd.DataF
                 continue
             tests = Significance(direction.corpus)
             for run in direction.translated:
-                rows.append(_result(direction, tests, run))
+                rows.append(_result(direction, tests, run, options.baselines))
                 bar.update()
     return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
 
 
-def _result(direction: Direction, tests: Significance, run: ScoredRun) -> dict[str, Any]:
+def _result(
+    direction: Direction, tests: Significance, run: ScoredRun, baselines: Sequence[str]
+) -> dict[str, Any]:
     corpus, translations = direction.corpus, run.translations
     assert corpus is not None and translations is not None
     row: dict[str, Any] = {
@@ -69,7 +69,7 @@ def _result(direction: Direction, tests: Significance, run: ScoredRun) -> dict[s
         row[f"{name}_low"], row[f"{name}_high"] = score._mean - score._ci, score._mean + score._ci
     for name, metric in corpus.metrics.items():
         row[f"{name}_signature"] = str(metric.get_signature())
-    for baseline in BASELINES:
+    for baseline in baselines:
         other = partner(run, direction.translated, baseline)
         for name in corpus.metrics:
             found = PairedScores(*[np.nan] * 5)
@@ -83,10 +83,24 @@ def _result(direction: Direction, tests: Significance, run: ScoredRun) -> dict[s
     return row
 
 
+def baselines_of(table: pd.DataFrame, prefix: str) -> list[str]:
+    """The methods that a table has gains over, in columns of this prefix: fine-tuning, word-level KD and
+    one that the user named."""
+    names = map(str, table.columns)
+    columns = [name for name in names if name.startswith(prefix) and name.endswith("_low")]
+    return [name.removeprefix(prefix).removesuffix("_low") for name in columns]
+
+
+def main_baseline(table: pd.DataFrame, prefix: str) -> str:
+    """What a figure shows gains over: the last of them that any run was compared with; "" if none."""
+    names = baselines_of(table, prefix)
+    return next((name for name in reversed(names) if table[f"{prefix}{name}"].notna().any()), "")
+
+
 def draw_quality(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """BLEU of every run over that of the baseline's run that it is compared with, with paired bootstrap
     intervals, a panel a direction; BLEU itself on the right. Without a baseline its own intervals."""
-    over = next((name for name in PREFERRED if table[f"BLEU_gain_over_{name}"].notna().any()), "")
+    over = main_baseline(table, "BLEU_gain_over_")
     value = f"BLEU_gain_over_{over}" if over else "BLEU"
     shown = table[table["method"] != "teacher"] if over else table
     height = 0.5 + 0.17 * max(shown.groupby("direction").size())

@@ -14,7 +14,7 @@ from analysis.stats import Floats, interval, ratio
 from analysis.style import PAGE, Look, among, figure, hide, save
 from analysis.sums.bucket_sums import METRICS, Partition, calibration_error
 from analysis.sums.direction import Direction, Options, ScoredRun
-from analysis.sums.pairing import BASELINES, partner
+from analysis.sums.pairing import partner
 from analysis.sums.selection import bias
 
 #: A teacher that gives the reference no more than this over the baseline has no lead to close.
@@ -112,7 +112,7 @@ def gain_table(directions: Sequence[Direction], options: Options) -> pd.DataFram
     for direction in directions:
         resampled = ResampledKL(direction) if direction.scored else None
         for run in direction.scored:
-            for baseline in BASELINES:
+            for baseline in options.baselines:
                 other = partner(run, direction.scored, baseline)
                 if resampled is not None and other is not None and run.method.id != baseline:
                     rows.extend(_gains(direction, run, other, baseline, resampled))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.chapters.quality import baselines_of
 from analysis.claims import verdicts
 from analysis.claims.verdicts import PLACEBO
 from analysis.figures import FIGURES
@@ -15,7 +16,6 @@ from analysis.report.findings import judged
 from analysis.runs.methods import label_of, ordered
 from analysis.runs.run_record import LeftOut
 from analysis.sums.direction import Direction, Options
-from analysis.sums.pairing import BASELINES
 
 Rows = list[dict[str, Any]]
 Tables = dict[str, pd.DataFrame]
@@ -158,10 +158,9 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
     if results.empty:
         return ["No run has translations."]
     blocks: list[Block] = [*_figure("methods", drawn)]
-    if methods[[f"gain_over_{name}" for name in BASELINES]].isna().all(axis=None):
-        blocks.append(
-            "No run of fine-tuning or word-level KD to compare with, so there are no gains."
-        )
+    baselines = baselines_of(methods, "gain_over_")
+    if methods[[f"gain_over_{name}" for name in baselines]].isna().all(axis=None):
+        blocks.append("No run of a baseline to compare with, so there are no gains.")
     if (methods["seeds"] > 1).any():
         rows = [
             {
@@ -172,7 +171,7 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
                 "mean ± sd": mean_sd(row),
                 "length ratio": number(row["length_ratio"], 3),
                 "length penalty": span(row["lenpen_low"], row["lenpen_high"]),
-                **{f"over {label_of(base)}": _over(row, base) for base in BASELINES},
+                **{f"over {label_of(base)}": _over(row, base) for base in baselines},
             }
             for row in by_method(methods).to_dict("records")
         ]
@@ -200,8 +199,7 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
             },
             "length ratio": number(row["length_ratio"], 3),
             "length penalty": span(row["lenpen"], row["lenpen"]),
-            "over fine-tuning": _gain(row, "finetune"),
-            "over word-level KD": _gain(row, "word_kd"),
+            **{f"over {label_of(base)}": _gain(row, base) for base in baselines},
             "sentences": str(row["sentences"]),
         }
         for row in by_method(results).to_dict("records")

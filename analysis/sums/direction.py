@@ -12,6 +12,7 @@ from analysis.runs.token_records import TokenSet
 from analysis.stats import Resamples
 from analysis.sums.bucket_sums import Partition, RunSums
 from analysis.sums.buckets import Threshold
+from analysis.sums.pairing import BASELINES
 from analysis.sums.translations import Corpus, Translations
 
 
@@ -39,6 +40,11 @@ class Options:
     resamples: int = 1000
     seed: int = 0
     documents: tuple[str, ...] = ()
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """What every table of gains compares with."""
+        return tuple(dict.fromkeys((*BASELINES, self.baseline)))
 
 
 @dataclass(frozen=True)

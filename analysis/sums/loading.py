@@ -18,7 +18,7 @@ from analysis.runs.token_records import TokenSet, read_columns, read_token_set
 from analysis.stats import Resamples
 from analysis.sums.bucket_sums import Partition, RecordSums, ordered_map, sum_records
 from analysis.sums.direction import Direction, Options, ScoredRun
-from analysis.sums.pairing import BASELINES, name_variants, partner, placebo_couples
+from analysis.sums.pairing import name_variants, partner, placebo_couples
 from analysis.sums.selection import Cutter, Reference, read_reference, reference_steps
 from analysis.sums.surprise import rank_correlations, teacher_ranks
 from analysis.sums.translations import make_corpus
@@ -305,8 +305,7 @@ def _read_records(
 
 def _compared(runs: Sequence[ScoredRun], options: Options) -> Iterator[tuple[ScoredRun, ScoredRun]]:
     """Every two runs that some table compares."""
-    baselines = dict.fromkeys((*BASELINES, options.baseline))
-    for run, baseline in itertools.product(runs, baselines):
+    for run, baseline in itertools.product(runs, options.baselines):
         other = partner(run, runs, baseline)
         if other is not None:
             yield run, other

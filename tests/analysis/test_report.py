@@ -14,6 +14,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
 from analysis import figures, style, transfer
+from analysis.chapters.quality import main_baseline
 from analysis.report import document
 from analysis.runs.simulated import write_study
 from analysis.stats import holm
@@ -127,6 +128,24 @@ def test_runs_without_translations(demo: Path, no_figures: None, one_format: Non
     assert figures.draw_all(demo / "report/figures") == [
         "claims", "transfer", "difficulty", "training", "transitions",
     ]  # fmt: skip
+
+
+def test_gains_are_over_the_baseline_that_is_named_too(tmp_path: Path, no_figures: None) -> None:
+    root = write_study(tmp_path / "runs", seeds=3, sentences=40)
+    transfer.main([str(root), "--resamples", "100", "--baseline", "se_kd_student"])
+    methods = pd.read_csv(root / "report/tables/methods.csv").set_index(["method", "metric"])
+    gain = methods.loc[("se_kd_student", "BLEU"), "gain_over_word_kd"]
+    assert methods.loc[("word_kd", "BLEU"), "gain_over_se_kd_student"] == pytest.approx(-gain)
+    assert pd.isna(methods.loc[("se_kd_student", "BLEU"), "gain_over_se_kd_student"])
+    results = pd.read_csv(root / "report/tables/results.csv").set_index("run")
+    own, other = results.loc["en-de/word_kd2"], results.loc["en-de/treatment2"]
+    assert own["BLEU_gain_over_se_kd_student"] == pytest.approx(own["BLEU"] - other["BLEU"])
+    gains = pd.read_csv(root / "report/tables/gain.csv")
+    assert set(gains["baseline"]) == {"finetune", "word_kd", "se_kd_student"}
+    report = (root / "report/report.md").read_text()
+    assert "| over fine-tuning | over word-level KD | over SE-KD (student) |" in report
+    # A figure shows the gains over it.
+    assert main_baseline(methods.reset_index(), "gain_over_") == "se_kd_student"
 
 
 def test_several_directions_and_seeds(tmp_path: Path, no_figures: None) -> None:
