@@ -182,7 +182,8 @@ def _gain(
 
 
 def draw_methods(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
-    """The results table as a figure: BLEU gained over the main baseline by method and direction, with hierarchical 95 % intervals and the mean BLEU."""
+    """The results table as a figure: BLEU gained over the main baseline by method and direction, with
+    hierarchical 95 % intervals and the mean BLEU."""
     table = table[(table["metric"] == "BLEU") & ~table["method"].isin(["teacher", PLACEBO])]
     over = main_baseline(table, "gain_over_")
     if not over:
