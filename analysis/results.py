@@ -52,13 +52,14 @@ def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
     if model is not None and not results.empty:
         results = neural.add_comet(results, directions, model, options)
     claims, relation = claims_table(directions, options)
+    levels, gains = transfer.transfer_tables(directions, options)
     tables = {
         "claims": claims,
         "relation": relation,
         "results": results,
         "methods": methods.methods_table(directions, options),
-        "transfer": transfer.transfer_table(directions, options),
-        "gain": transfer.gain_table(directions, options),
+        "transfer": levels,
+        "gain": gains,
         "calibration": transfer.calibration_table(directions, options),
         "transitions": transitions.transition_table(directions, options),
     }

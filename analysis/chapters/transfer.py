@@ -1,6 +1,6 @@
 """Transfer by bucket: each run's records, its gain over the baselines, and its calibration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,63 +60,67 @@ class ResampledKL:
         return self._means[run.label, partition.selector]
 
 
-def transfer_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
-    """One row a run and bucket: counts, means over the bucket's tokens, interval of KL.
+def transfer_tables(
+    directions: Sequence[Direction], options: Options
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Each run's records by bucket, and how much closer to the teacher than the baselines it is.
 
-    ``agreement`` is the share of tokens where teacher and student have the same first choice,
-    ``overlap_top5`` the mean share of the teacher's five best among the student's,
-    ``surprise_rank_correlation`` Spearman's correlation of the two surprises at the reference
-    (families all and difficulty). An empty bucket has count 0 and no values.
+    Returns
+    -------
+    levels : one row a run and bucket: counts, means over the bucket's tokens, interval of KL.
+        ``agreement`` is the share of tokens where teacher and student have the same first choice,
+        ``overlap_top5`` the mean share of the teacher's five best among the student's,
+        ``surprise_rank_correlation`` Spearman's correlation of the two surprises at the reference
+        (families all and difficulty). An empty bucket has count 0 and no values.
+    gains : one row a run, baseline and bucket. ``gain`` is KL(baseline) - KL(run) in nats,
+        ``relative_gain`` its share of KL(baseline); ``gain_target`` and ``gain_nontarget`` its parts;
+        ``lead_closed`` the share of the teacher's lead over the baseline in the probability of the
+        reference that the run has closed. Rows with ``selected_by_pair`` are biased: the run or its
+        baseline shares a method or a seed with what cut the tokens, and so some of its errors; it looks
+        worse on hard tokens than it is, and better on easy ones.
     """
-    rows: list[dict[str, Any]] = []
+    levels: list[dict[str, Any]] = []
+    gains: list[dict[str, Any]] = []
     for direction in directions:
-        resampled = ResampledKL(direction) if direction.scored else None
+        if not direction.scored:
+            continue
+        resampled = ResampledKL(direction)
         for run in direction.scored:
-            assert resampled is not None
-            partition = run.cut
-            sums = run.under(partition)
-            means = ratio(sums.totals, partition.tokens[:, None])
-            means[:, METRICS.index("overlap_top5")] /= 5
-            low, high = interval(resampled.of(run, partition))
-            for index, (family, bucket) in enumerate(partition.names):
-                values = dict(zip(METRICS, means[index].tolist(), strict=True))
-                kl = values.pop("kl")
-                rows.append(
-                    {
-                        **run_columns(direction, run),
-                        "family": family,
-                        "bucket": bucket,
-                        "tokens": int(partition.tokens[index]),
-                        "sentences": int((partition.by_sentence[:, index] > 0).sum()),
-                        "kl": kl,
-                        "kl_low": low[index],
-                        "kl_high": high[index],
-                        **values,
-                        "agreeing_tokens": int(sums.total("agreement")[index]),
-                        "surprise_rank_correlation": run.surprise.get((family, bucket), np.nan),
-                    }
-                )
-    return pd.DataFrame(rows, columns=None if rows else [*RUN_COLUMNS, "family", "bucket"])
-
-
-def gain_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
-    """One row a run, baseline and bucket: how much closer to the teacher than the baseline.
-
-    ``gain`` is KL(baseline) - KL(run) in nats, ``relative_gain`` its share of KL(baseline);
-    ``gain_target`` and ``gain_nontarget`` its parts; ``lead_closed`` the share of the teacher's lead
-    over the baseline in the probability of the reference that the run has closed. Rows with
-    ``selected_by_pair`` are biased: the run or its baseline shares a method or a seed with what cut the
-    tokens, and so some of its errors; it looks worse on hard tokens than it is, and better on easy ones.
-    """
-    rows: list[dict[str, Any]] = []
-    for direction in directions:
-        resampled = ResampledKL(direction) if direction.scored else None
-        for run in direction.scored:
+            levels.extend(_levels(direction, run, resampled))
             for baseline in options.baselines:
                 other = partner(run, direction.scored, baseline)
-                if resampled is not None and other is not None and run.method.id != baseline:
-                    rows.extend(_gains(direction, run, other, baseline, resampled))
-    return pd.DataFrame(rows, columns=None if rows else GAIN_COLUMNS)
+                if other is not None and run.method.id != baseline:
+                    gains.extend(_gains(direction, run, other, baseline, resampled))
+    return (
+        pd.DataFrame(levels, columns=None if levels else [*RUN_COLUMNS, "family", "bucket"]),
+        pd.DataFrame(gains, columns=None if gains else GAIN_COLUMNS),
+    )
+
+
+def _levels(
+    direction: Direction, run: ScoredRun, resampled: ResampledKL
+) -> Iterator[dict[str, Any]]:
+    partition = run.cut
+    sums = run.under(partition)
+    means = ratio(sums.totals, partition.tokens[:, None])
+    means[:, METRICS.index("overlap_top5")] /= 5
+    low, high = interval(resampled.of(run, partition))
+    for index, (family, bucket) in enumerate(partition.names):
+        values = dict(zip(METRICS, means[index].tolist(), strict=True))
+        kl = values.pop("kl")
+        yield {
+            **run_columns(direction, run),
+            "family": family,
+            "bucket": bucket,
+            "tokens": int(partition.tokens[index]),
+            "sentences": int((partition.by_sentence[:, index] > 0).sum()),
+            "kl": kl,
+            "kl_low": low[index],
+            "kl_high": high[index],
+            **values,
+            "agreeing_tokens": int(sums.total("agreement")[index]),
+            "surprise_rank_correlation": run.surprise.get((family, bucket), np.nan),
+        }
 
 
 GAIN_COLUMNS = [

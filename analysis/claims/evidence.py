@@ -17,6 +17,8 @@ from analysis.sums.selection import bias
 #: A rank correlation below this is too weak to matter.
 CORRELATION_MARGIN = 0.1
 Couple = tuple[ScoredRun, ScoredRun]
+#: What claims compare on easy and hard tokens.
+ON_BUCKETS = ("kl", "kl_target", "kl_nontarget", "agreement")
 #: Of each couple the correlation and, (B,), that of every resample; None where there is none.
 Correlations = list[tuple[float, Floats]] | None
 
@@ -44,6 +46,40 @@ class Sample:
     sentences: int
     units: int
     bias: str = ""
+
+
+@dataclass(frozen=True)
+class ResampledSums:
+    """Sums over the sentences of a direction, tokens first.
+
+    Attributes
+    ----------
+    totals : (C,)
+    drawn : (B, C) in every resample
+    sentences : with any token
+    """
+
+    totals: Floats
+    drawn: Floats
+    sentences: int
+
+    def columns(self, *columns: int) -> "ResampledSums":
+        """The tokens and some other columns."""
+        chosen = [0, *columns]
+        return ResampledSums(self.totals[chosen], self.drawn[:, chosen], self.sentences)
+
+
+def resampled_sums(direction: Direction, sums: Floats) -> list[ResampledSums]:
+    """Of groups of tokens, from their sums by sentence (S, groups, C): resampled together, because
+    unpacking the counts of the resamples costs more than multiplying with them."""
+    assert direction.resamples is not None
+    drawn = direction.resamples.sums(sums.reshape(len(sums), -1))
+    groups = drawn.reshape(len(drawn), *sums.shape[1:]).swapaxes(0, 1)
+    counts = (sums[:, :, 0] > 0).sum(axis=0)
+    return [
+        ResampledSums(totals, part, int(count))
+        for totals, part, count in zip(sums.sum(axis=0), groups, counts, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -76,6 +112,19 @@ class Evidence:
         return cls(direction, placebo_couples(direction.scored, baseline))
 
     @functools.cached_property
+    def bucket_sums(self) -> list[list["ResampledSums"]]:
+        """Of each couple the sums on easy and on hard tokens: tokens, :data:`ON_BUCKETS` of the run, the
+        same of the baseline."""
+        metrics = [METRICS.index(name) for name in ON_BUCKETS]
+        found = []
+        for run, other in self.couples:
+            partition = self.direction.cut(run, other)
+            tokens = partition.by_sentence[:, partition.columns("difficulty"), None]
+            both = (item.under(partition).difficulty[:, :, metrics] for item in (run, other))
+            found.append(resampled_sums(self.direction, np.concatenate([tokens, *both], axis=2)))
+        return found
+
+    @functools.cached_property
     def correlations(self) -> Correlations:
         """Of the gain in KL and the gain in chrF, given length and the baseline's chrF."""
         return _correlations(self.direction, self.couples, given_others=True)
@@ -101,47 +150,41 @@ class Measure:
 def bucket_sample(evidence: Evidence, metric: str, bucket: int, sign: float = 1.0) -> Sample | None:
     """Baseline minus treatment (times ``sign``) of a mean over easy or hard tokens; None where the
     bucket is empty."""
-    direction, column = evidence.direction, METRICS.index(metric)
-    parts = []
-    reason = ""
-    for run, other in evidence.couples:
-        partition = direction.cut(run, other)
-        reason = reason or bias(direction, run, other)
-        counts = partition.by_sentence[:, partition.columns("difficulty")][:, [bucket]]
-        own, base = (item.under(partition).difficulty[:, bucket, [column]] for item in (run, other))
-        parts.append(np.concatenate([counts, sign * own, sign * base], axis=1))  # (S, 3)
-    return _mean_difference(direction, parts, reason, sign)
+    own = 1 + ON_BUCKETS.index(metric)
+    parts = [couple[bucket].columns(own, own + len(ON_BUCKETS)) for couple in evidence.bucket_sums]
+    reasons = (bias(evidence.direction, run, other) for run, other in evidence.couples)
+    return _mean_difference(evidence.direction, parts, sign, next(filter(None, reasons), ""))
 
 
 def easy_time_sample(evidence: Evidence) -> Sample | None:
     """How much sooner tokens that are hard for both turn easy, as a share of the observed span; None
     with fewer than two common steps or without such tokens."""
-    parts = []
+    parts: list[ResampledSums] = []
     for run, other in evidence.couples:
         sums = easy_times(evidence.direction, run, other)
         if sums is None:
             return None
-        parts.append(sums)
+        parts.extend(resampled_sums(evidence.direction, sums[:, None]))
     return _mean_difference(evidence.direction, parts)
 
 
 def _mean_difference(
-    direction: Direction, parts: Sequence[Floats], reason: str = "", sign: float = 1.0
+    direction: Direction, parts: Sequence[ResampledSums], sign: float = 1.0, reason: str = ""
 ) -> Sample | None:
-    """Mean of the baseline less mean of the run, from (S, 3) sums by sentence for each couple: tokens,
-    the run's values, the baseline's."""
+    """Mean of the baseline less mean of the run (times ``sign``), from sums for each couple: tokens,
+    the run's values, the baseline's; ``reason`` is the sample's bias."""
     assert direction.resamples is not None
-    totals = np.array([sums.sum(axis=0) for sums in parts])
+    totals = np.array([part.totals for part in parts])
     if (totals[:, 0] == 0).any():
         return None
-    drawn = np.array([direction.resamples.sums(sums) for sums in parts])  # (couples, B, 3)
+    drawn = np.array([part.drawn for part in parts])  # (couples, B, 3)
     return Sample(
-        effect=(totals[:, 2] - totals[:, 1]) / totals[:, 0],
-        drawn=ratio(drawn[:, :, 2] - drawn[:, :, 1], drawn[:, :, 0]),
-        base=sign * totals[:, 2] / totals[:, 0],
-        base_drawn=sign * ratio(drawn[:, :, 2], drawn[:, :, 0]),
+        effect=sign * (totals[:, 2] - totals[:, 1]) / totals[:, 0],
+        drawn=sign * ratio(drawn[:, :, 2] - drawn[:, :, 1], drawn[:, :, 0]),
+        base=totals[:, 2] / totals[:, 0],
+        base_drawn=ratio(drawn[:, :, 2], drawn[:, :, 0]),
         tokens=int(totals[:, 0].min()),
-        sentences=min(int((sums[:, 0] > 0).sum()) for sums in parts),
+        sentences=min(part.sentences for part in parts),
         units=direction.resamples.units,
         bias=reason,
     )

@@ -1,5 +1,6 @@
 """What a chapter of the report consists of."""
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Table:
     fold: str = ""
     source: str = ""
 
-    @property
+    @functools.cached_property
     def classes(self) -> list[str]:
         """How each column is laid out: ``number`` at the right, ``verdict`` never broken, or "".
 

@@ -157,7 +157,8 @@ def test_word_starts_by_kind_of_vocabulary(
 def test_transfer_table_against_plain_means(demo: Path) -> None:
     options = Options(resamples=200)
     directions, _ = load(demo, options)
-    table = transfer.transfer_table(directions, options).set_index(["run", "family", "bucket"])
+    levels, gains = transfer.transfer_tables(directions, options)
+    table = levels.set_index(["run", "family", "bucket"])
     reference = read_columns(demo / "finetune/tokens/test/100.parquet", ["kl"])["kl"]
     gamma = np.quantile(reference.astype(float), 0.75)
     hard = reference > gamma
@@ -174,9 +175,7 @@ def test_transfer_table_against_plain_means(demo: Path) -> None:
     expected = scipy.stats.spearmanr(-np.log(own["p_gold"][hard]), -np.log(own["q_gold"][hard]))
     assert row["surprise_rank_correlation"] == pytest.approx(expected.statistic)
 
-    gains = transfer.gain_table(directions, options).set_index(
-        ["run", "baseline", "family", "bucket"]
-    )
+    gains = gains.set_index(["run", "baseline", "family", "bucket"])
     base = read_columns(demo / "word_kd/tokens/test/100.parquet", ["kl", "q_gold"])
     gain = gains.loc[("se_kd", "word_kd", "difficulty", "hard")]
     difference = base["kl"][hard].astype(float) - own["kl"][hard]
@@ -195,7 +194,7 @@ def test_transfer_table_against_plain_means(demo: Path) -> None:
 
 def test_empty_bucket_says_so(demo: Path) -> None:
     options = Options(threshold=Threshold(1e6, "absolute"), resamples=100)
-    table = transfer.transfer_table(load(demo, options)[0], options)
+    table, _ = transfer.transfer_tables(load(demo, options)[0], options)
     hard = table[(table["family"] == "difficulty") & (table["bucket"] == "hard")]
     assert (hard["tokens"] == 0).all() and (hard["sentences"] == 0).all()
     assert hard[["kl", "kl_low", "kl_high", "agreement"]].isna().all(axis=None)
