@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from analysis.runs.errors import UserError, one_line
 from analysis.runs.methods import Method, label_of, ordered
@@ -49,7 +50,6 @@ SETTINGS: dict[Any, Any] = {
     "pdf.fonttype": 42,  # TrueType, embedded
     "svg.fonttype": "path",
     "svg.hashsalt": "analysis",  # the same file for the same table
-    "figure.constrained_layout.use": True,
 }
 #: Settings that follow ``font.size``.
 TEXT_SIZES = ("axes.titlesize", "axes.labelsize", "legend.fontsize", "xtick.labelsize", "ytick.labelsize")  # fmt: skip
@@ -147,10 +147,10 @@ def save(drawn: Figure, path: Path) -> None:
         "png": {"Software": None},
         "svg": {"Date": None, "Creator": None},
     }
-    drawn.draw_without_rendering()
+    layout = ConstrainedLayoutEngine()  # once: a figure's own engine works for each format again
+    layout.execute(drawn)
     if break_labels(drawn):
-        drawn.draw_without_rendering()
-    drawn.set_layout_engine("none")  # the layout is done; not again for every format
+        layout.execute(drawn)
     for suffix in FORMATS:
         drawn.savefig(path.with_suffix(f".{suffix}"), metadata=dates[suffix])
 
