@@ -248,14 +248,11 @@ def _ranks(values: Floats, counts: Floats) -> Floats:
     return np.asarray(np.take(ranks, group, axis=1), dtype=np.float64)
 
 
-def sorted_ranks(values: NDArray[np.floating], order: NDArray[np.intp]) -> Floats:
-    """Mean ranks (N,) of values whose ascending order is known, from 1; ties share theirs."""
-    ascending = values[order]
-    starts = np.flatnonzero(np.diff(ascending, prepend=np.nan) != 0)
-    sizes = np.diff(starts, append=len(ascending))
-    ranks = np.empty(len(values))
-    ranks[order] = np.repeat(starts + (sizes + 1) / 2, sizes)
-    return ranks
+def ascending_ranks(values: NDArray[np.floating]) -> Floats:
+    """Mean ranks of ascending values (N,), from 1; ties share theirs."""
+    starts = np.flatnonzero(np.diff(values, prepend=np.nan) != 0)
+    sizes = np.diff(starts, append=len(values))
+    return np.repeat(starts + (sizes + 1) / 2, sizes)
 
 
 def _residual(values: Floats, basis: Sequence[Floats], weights: Floats) -> Floats:

@@ -103,12 +103,12 @@ def by_piece(pieces: Sequence[str], index: NDArray[np.int64], tokens: TokenSet) 
 def shared_families(path: Path, tokens: TokenSet) -> list[Family]:
     """The families that no student enters, from any record file of the direction."""
     pieces, index = read_pieces(path, "piece")
-    top1 = read_columns(path, ["p_top1"])["p_top1"]
-    wrong = (top1 != tokens.token).astype(np.int8)
+    columns = read_columns(path, ["p_top1", "frequency", "p_entropy"])
+    wrong = (columns["p_top1"] != tokens.token).astype(np.int8)
     return [
         Family("all", ("all",), np.zeros(len(tokens.token), dtype=np.int8)),
-        by_edges("frequency", read_columns(path, ["frequency"])["frequency"], FREQUENCY_EDGES),
-        by_quantile("teacher entropy", read_columns(path, ["p_entropy"])["p_entropy"]),
+        by_edges("frequency", columns["frequency"], FREQUENCY_EDGES),
+        by_quantile("teacher entropy", columns["p_entropy"]),
         by_edges("position", tokens.position, POSITION_EDGES),
         Family("teacher", ("right about the reference", "wrong about the reference"), wrong),
         by_piece(pieces, index, tokens),

@@ -267,8 +267,8 @@ def _read_records(
         return sum_records(path, tokens, list(needed[run.label].values()))
 
     p_gold = read_columns(cutter.shared_by, ["p_gold"])["p_gold"].astype(np.float32)
-    order = np.argsort(p_gold, kind="stable")
-    ranks = {item.selector: teacher_ranks(p_gold, order, item) for item in own.values()}
+    judged = {partition.selector: partition for partition in own.values()}
+    ranks = {selector: teacher_ranks(p_gold, partition) for selector, partition in judged.items()}
 
     def each() -> Iterator[tuple[ScoredRun, RecordSums]]:
         for run in scored():
@@ -286,7 +286,7 @@ def _read_records(
             partition=partition,
             sums=dict(zip(needed[run.label], sums.by_partition, strict=True)),
             kl=sums.kl,
-            surprise=rank_correlations(sums.q_gold, ranks[partition.selector]),
+            surprise=rank_correlations(sums.q_gold, partition, ranks[partition.selector]),
         )
 
     for run in ordered_map(finished, each()):

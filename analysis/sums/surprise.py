@@ -3,13 +3,12 @@
 Surprise falls with probability on both sides, so the correlation is that of the two probabilities.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.stats import Floats, sorted_ranks
+from analysis.stats import Floats, ascending_ranks
 from analysis.sums.bucket_sums import Partition
 from analysis.sums.buckets import EASY, HARD
 
@@ -17,48 +16,38 @@ from analysis.sums.buckets import EASY, HARD
 Bucket = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class TeacherRanks:
-    """Tokens of a bucket (None: all) and the teacher's centred ranks of their references."""
-
-    mask: NDArray[np.bool_] | None
-    ranks: Floats
-
-
-def teacher_ranks(
-    p_gold: NDArray[np.float32], order: NDArray[np.intp], partition: Partition
-) -> dict[Bucket, TeacherRanks]:
-    """For all, easy and hard tokens, from the teacher's probabilities (N,) and their order."""
-    hard = partition.codes("difficulty")
-    return {
-        key: TeacherRanks(mask, _centred_ranks(p_gold, order, mask))
-        for key, mask in (
-            (("all", "all"), None),
-            (("difficulty", "easy"), hard == EASY),
-            (("difficulty", "hard"), hard == HARD),
-        )
-    }
+def buckets(
+    order: NDArray[np.intp], partition: Partition
+) -> Iterator[tuple[Bucket, NDArray[np.intp]]]:
+    """All, easy and hard tokens, each in the order that is given of all, (N,): one sort serves them all."""
+    hard = partition.codes("difficulty")[order]
+    yield ("all", "all"), order
+    yield ("difficulty", "easy"), order[hard == EASY]
+    yield ("difficulty", "hard"), order[hard == HARD]
 
 
-def rank_correlations(
-    q_gold: NDArray[np.float32], teacher: Mapping[Bucket, TeacherRanks]
-) -> dict[Bucket, float]:
-    """Spearman's correlation of -log p_gold and -log q_gold in each bucket."""
-    order = np.argsort(q_gold, kind="stable")
-    found: dict[Bucket, float] = {}
-    for key, other in teacher.items():
-        ranks = _centred_ranks(q_gold, order, other.mask)
-        scale = np.sqrt((ranks**2).sum() * (other.ranks**2).sum())
-        found[key] = float((ranks * other.ranks).sum() / scale) if scale > 0 else np.nan
+def teacher_ranks(p_gold: NDArray[np.float32], partition: Partition) -> dict[Bucket, Floats]:
+    """The centred rank of the teacher's probability of each reference among its bucket's, (N,); NaN
+    outside the bucket."""
+    found: dict[Bucket, Floats] = {}
+    for bucket, chosen in buckets(np.argsort(p_gold), partition):
+        found[bucket] = np.full(len(p_gold), np.nan)
+        found[bucket][chosen] = _centred_ranks(p_gold[chosen])
     return found
 
 
-def _centred_ranks(
-    values: NDArray[np.float32], order: NDArray[np.intp], mask: NDArray[np.bool_] | None
-) -> Floats:
-    """Ranks of the chosen values less their mean, from the order of all of them."""
-    if mask is not None:
-        # The order among a bucket's tokens is theirs among all, so one sort serves all buckets.
-        place = np.cumsum(mask) - 1
-        values, order = values[mask], place[order[mask[order]]]
-    return sorted_ranks(values, order) - (len(values) + 1) / 2
+def rank_correlations(
+    q_gold: NDArray[np.float32], partition: Partition, teacher: Mapping[Bucket, Floats]
+) -> dict[Bucket, float]:
+    """Spearman's correlation of -log p_gold and -log q_gold in each bucket; NaN where one is constant."""
+    found: dict[Bucket, float] = {}
+    for bucket, chosen in buckets(np.argsort(q_gold), partition):
+        ranks, others = _centred_ranks(q_gold[chosen]), teacher[bucket][chosen]
+        scale = np.sqrt((ranks @ ranks) * (others @ others))
+        found[bucket] = float(ranks @ others / scale) if scale > 0 else np.nan
+    return found
+
+
+def _centred_ranks(ascending: NDArray[np.float32]) -> Floats:
+    """Mean ranks less their mean."""
+    return ascending_ranks(ascending) - (len(ascending) + 1) / 2
