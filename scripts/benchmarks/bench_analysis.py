@@ -1,23 +1,24 @@
 """Speed and memory of the analysis on ten million token records, and its error rates where the
 truth is known.
 
-    python scripts/benchmarks/bench_analysis.py
+    python scripts/benchmarks/bench_analysis.py --parts scale errors nulls
 
 Simulated runs: each method errs in its own way, and each run a little differently. With methods that
 are equally far from the teacher on average, claim 1 (on hard tokens the student is closer to the
 teacher) must hold in few of 500 studies; with a planted difference it must be found. Writes
-results/bench_analysis.csv and .json. What is known of each study stands in OUTPUT/bench_analysis.part
-until then, so that an interrupted run resumes.
+results/bench_analysis.csv and .json, in which parts that are not measured stay as they are. What is known
+of each study stands in OUTPUT/bench_analysis.part until then, so that an interrupted run resumes.
 """
 
 import argparse
+import csv
 import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from analysis.runs.simulated import PIECES, write_columns, write_run_directory, 
 from analysis.sums.direction import Options
 from analysis.terminal import progress
 
+PARTS = ("scale", "errors", "nulls")
 TOKENS, LENGTH = 2_500_000, 25
 METHODS = ("finetune", "word_kd", "se_kd_student", "se_kd_target")
 #: Seeds and sentences of the studies with a planted gain, the last of a real study's size.
@@ -168,20 +170,24 @@ def null_rows(studies: Studies, count: int) -> list[dict[str, Any]]:
     judges: dict[str, Callable[[int], bool]] = {kind: partial(rejects, kind) for kind in KINDS}
     judges["error shared with a reference"] = renamed_wins
     rows = []
-    for kind, judge in judges.items() if count else ():
+    for kind, judge in judges.items():
         (share,) = studies.mean(f"null: {kind}", count, lambda i, judge=judge: [judge(i)])
         row = {"part": "nulls", "case": kind, "studies": count, "rejected": float(share)}
         rows.append(row)
     return rows
 
 
-def targets_of(
-    size: dict[str, Any], errors: Sequence[dict[str, Any]], nulls: Sequence[dict[str, Any]]
-) -> list[Target]:
-    """The limits that the three parts have to keep."""
-    targets = [
+def scale_targets(size: Mapping[str, Any]) -> list[Target]:
+    """The limits of speed and memory."""
+    return [
         Target("seconds for ten million token records", size["seconds"], 20),
         Target("peak memory for ten million token records, GiB", size["peak_gib"], 2),
+    ]
+
+
+def error_targets(errors: Sequence[Mapping[str, Any]]) -> list[Target]:
+    """The limits of claim 1 without and with a planted gain."""
+    return [
         Target(
             "claim 1 supported though nothing differs, share of studies",
             value=errors[0]["supported"],
@@ -199,39 +205,64 @@ def targets_of(
             at_least=True,
         ),
     ]
-    for row in nulls:
-        # Two standard errors of a share of 5 % may come by chance.
-        allowed = 0.05 + 2 * (0.05 * 0.95 / row["studies"]) ** 0.5
-        name = f"null rejected: {row['case']}, share of studies"
-        targets.append(Target(name, row["rejected"], allowed))
-    return targets
+
+
+def null_targets(nulls: Sequence[Mapping[str, Any]]) -> list[Target]:
+    """The limit of each kind of null: two standard errors of a share of 5 % may come by chance."""
+    return [
+        Target(
+            f"null rejected: {row['case']}, share of studies",
+            value=row["rejected"],
+            limit=0.05 + 2 * (0.05 * 0.95 / row["studies"]) ** 0.5,
+        )
+        for row in nulls
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--studies", type=int, default=500, help="simulated under the null")
     parser.add_argument(
-        "--nulls",
-        type=int,
-        default=0,
-        metavar="N",
-        help="studies of each of six kinds of null, as well (500 take about an hour)",
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=["scale", "errors"],
+        help="what to measure; the six kinds of null take about an hour (default: scale errors)",
     )
+    parser.add_argument("--studies", type=int, default=500, help="simulated of each kind")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        size = scale(Path(name) / "runs")
     args.output.mkdir(parents=True, exist_ok=True)
     studies = Studies(args.output / "bench_analysis.part")
-    errors = error_rows(studies, args.studies)
-    nulls = null_rows(studies, args.nulls)
-    rows = [size, *errors, *nulls]
-    write_results(
-        "bench_analysis", rows, targets_of(size, errors, nulls), torch.device("cpu"), args.output
-    )
+    rows: list[dict[str, Any]] = []
+    targets: list[Target] = []
+    if "scale" in args.parts:
+        with tempfile.TemporaryDirectory() as name:
+            size = scale(Path(name) / "runs")
+        rows.append(size)
+        targets += scale_targets(size)
+    if "errors" in args.parts:
+        errors = error_rows(studies, args.studies)
+        rows += errors
+        targets += error_targets(errors)
+    if "nulls" in args.parts:
+        nulls = null_rows(studies, args.studies)
+        rows += nulls
+        targets += null_targets(nulls)
+    kept = [row for row in known_rows(args.output) if row["part"] not in args.parts]
+    rows = sorted([*kept, *rows], key=lambda row: PARTS.index(row["part"]))
+    write_results("bench_analysis", rows, targets, torch.device("cpu"), args.output, add=bool(kept))
     studies.path.unlink(missing_ok=True)
+
+
+def known_rows(folder: Path) -> list[dict[str, Any]]:
+    """What an earlier run has measured."""
+    path = folder / "bench_analysis.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 if __name__ == "__main__":

@@ -174,15 +174,17 @@ def write_results(
     device: torch.device,
     folder: Path = RESULTS,
     quiet: bool = False,
+    add: bool = False,
 ) -> None:
-    """Write ``NAME.csv`` (measurements) and ``NAME.json`` (targets), and print the targets."""
+    """Write ``NAME.csv`` (measurements) and ``NAME.json`` (targets), and print the targets; with ``add``
+    other targets that the file has stay in it."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    write_targets(name, targets, device, folder, quiet)
+    write_targets(name, targets, device, folder, quiet, add)
     if not quiet:
         print(f"{folder / name}.csv, .json")
 
@@ -193,8 +195,10 @@ def write_targets(
     device: torch.device,
     folder: Path = RESULTS,
     quiet: bool = False,
+    add: bool = False,
 ) -> None:
-    """Write ``NAME.json``, and print which targets were met unless ``quiet``."""
+    """Write ``NAME.json``, and print which targets were met unless ``quiet``; with ``add`` other targets
+    that the file has stay in it."""
     command = shlex.join(["python", *sys.argv])
     entries = [
         {
@@ -208,8 +212,13 @@ def write_targets(
         }
         for target in targets
     ]
+    path = folder / f"{name}.json"
+    if add:
+        measured = {target.name for target in targets}
+        known = json.loads(path.read_text(encoding="utf-8"))
+        entries += [entry for entry in known if entry["target"] not in measured]
     text = json.dumps(entries, indent=1, allow_nan=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
     for target in () if quiet else targets:
         figure = target.figure()
         value = "no figure" if figure is None else f"{figure:.3f}"

@@ -48,19 +48,28 @@ def test_the_error_rates_of_the_analysis_go_on_where_they_were_interrupted(
     monkeypatch.setattr(bench_analysis, "judge_claim", lambda better, study, **_: (study == 0, 0.5))
     monkeypatch.setattr(bench_analysis, "rejects", lambda kind, study: False)
     monkeypatch.setattr(bench_analysis, "renamed_wins", interrupted)
-    options = ["--studies", "5", "--nulls", "4", "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["bench_analysis.py", *options])
-    with pytest.raises(KeyboardInterrupt):
+
+    def measure(*parts: str) -> None:
+        options = ["--studies", "4", "--output", str(tmp_path), "--parts", *parts]
+        monkeypatch.setattr("sys.argv", ["bench_analysis.py", *options])
         bench_analysis.main()
-    bench_analysis.main()
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(*bench_analysis.PARTS)
+    measure(*bench_analysis.PARTS)
     assert judged == [0, 1, 1, 2, 3]
+    size["seconds"] = 25.0
+    measure("scale")  # the others stay as they are
+    table = pd.read_csv(tmp_path / "bench_analysis.csv")
+    assert table["seconds"].tolist()[0] == 25 and len(table) == 1 + 5 + 6
     found = {
         entry["target"]: (entry["value"], entry["met"])
         for entry in json.loads((tmp_path / "bench_analysis.json").read_text())
     }
+    assert found["seconds for ten million token records"] == (25.0, False)
     shared = "null rejected: error shared with a reference, share of studies"
     assert found[shared] == (0.25, True) and len(found) == 5 + len(bench_analysis.KINDS) + 1
-    assert found["claim 1 supported though nothing differs, share of studies"] == (0.2, False)
+    assert found["claim 1 supported though nothing differs, share of studies"] == (0.25, False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "bench_analysis.csv", "bench_analysis.json",
     ]  # fmt: skip
