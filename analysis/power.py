@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
-import scipy.stats
+import scipy.special
 
 from analysis.stats import ALPHA, Floats
 
@@ -159,8 +159,8 @@ def seeds_needed(
 def _power(effect: float, error: float, critical: Floats) -> float:
     if error == 0:
         return float(effect != 0)
-    above = scipy.stats.norm.sf((critical - effect) / error)
-    below = scipy.stats.norm.cdf((-critical - effect) / error)
+    above = scipy.special.ndtr((effect - critical) / error)
+    below = scipy.special.ndtr((-critical - effect) / error)
     return float((above + below).mean())
 
 
@@ -191,5 +191,5 @@ def _error_and_critical(
 
 def _critical(variance: Floats, terms: Floats, alpha: float) -> Floats:
     """The critical value of an estimate with this variance, by Satterthwaite's t; 0 without any."""
-    freedom = np.divide(variance**2, terms, out=np.full_like(variance, np.inf), where=terms > 0)
-    return np.asarray(scipy.stats.t.ppf(1 - alpha / 2, freedom) * np.sqrt(variance))
+    freedom = np.divide(variance**2, terms, out=np.ones_like(variance), where=terms > 0)
+    return np.asarray(scipy.special.stdtrit(freedom, 1 - alpha / 2) * np.sqrt(variance))

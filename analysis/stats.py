@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import scipy.special
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -176,8 +176,8 @@ def hierarchical(
         candidates.append((float(np.sqrt(between)), between**2 / between_terms))
     half, p = 0.0, 0.0
     for own, degrees in candidates:
-        half = max(half, float(scipy.stats.t.ppf(0.5 + LEVEL / 2, degrees)) * own)
-        p = max(p, float(2 * scipy.stats.t.sf(abs(effect) / own, degrees)))
+        half = max(half, float(scipy.special.stdtrit(degrees, 0.5 + LEVEL / 2)) * own)
+        p = max(p, float(2 * scipy.special.stdtr(degrees, -abs(effect) / own)))
     return Estimate(effect, error, freedom, effect - half, effect + half, p)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import sem
 
 from analysis.chapters.chapter import Figure
 from analysis.claims.evidence import sentence_gains
@@ -46,7 +45,7 @@ def sentence_table(directions: Sequence[Direction], options: Options) -> pd.Data
                         "sentences": len(members),
                         "kl_gain": kl_gain[members].mean(),
                         "chrf_gain": chrf_gain[members].mean(),
-                        "chrf_gain_error": sem(chrf_gain[members]),
+                        "chrf_gain_error": pd.Series(chrf_gain[members]).sem(),
                     }
                 )
     columns = ["direction", "method", "group", "sentences", "kl_gain", "chrf_gain"]

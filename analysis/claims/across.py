@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
+import pandas as pd
+import scipy.special
 
 from analysis.claims.evidence import Evidence
 from analysis.stats import LEVEL
@@ -34,13 +35,13 @@ def across_runs(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
         if len(kl) > 2:
             directions += 1
             for ranks, values in ((kl_ranks, -np.array(kl)), (bleu_ranks, np.array(bleu))):
-                ranks.extend((scipy.stats.rankdata(values) - (len(values) + 1) / 2) / len(values))
+                ranks.extend((pd.Series(values).rank() - (len(values) + 1) / 2) / len(values))
     freedom = len(kl_ranks) - 3 - (directions - 1)
     if len(kl_ranks) < MIN_RUNS or freedom < 1 or np.ptp(bleu_ranks) == 0:
         return []
     value = float(np.corrcoef(kl_ranks, bleu_ranks)[0, 1])
     centre, error = np.arctanh(np.clip(value, -0.999999, 0.999999)), freedom**-0.5
-    half = scipy.stats.norm.ppf(0.5 + LEVEL / 2) * error
+    half = scipy.special.ndtri(0.5 + LEVEL / 2) * error
     return [
         {
             "measure": MEASURE,
@@ -48,7 +49,7 @@ def across_runs(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
             "effect": value,
             "low": float(np.tanh(centre - half)),
             "high": float(np.tanh(centre + half)),
-            "p": float(2 * scipy.stats.norm.sf(abs(centre) / error)),
+            "p": float(2 * scipy.special.ndtr(-abs(centre) / error)),
             "seeds": len(
                 {run.seed for item in evidence for couple in item.couples for run in couple}
             ),

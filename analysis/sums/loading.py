@@ -109,20 +109,29 @@ def _look_through(found: Found, subset: str, bar: Any) -> Found:
     """See what each run has, and leave out those of another test set or teacher than most."""
     sets: dict[str, TokenSet] = {}
     by_label = {run.label: run for run in found.runs}
-    for run in list(found.runs):
-        bar.update()
+
+    def opened(run: Run) -> tuple[Texts | None, int | None, TokenSet | None] | UserError:
         try:
-            texts = read_texts(run.path, subset)
-            if texts:
-                found.texts[run.label] = texts
-            step = run.last_step(subset)
-            if step is not None:
-                sets[run.label] = read_token_set(run.records(subset, step))
-                found.steps[run.label] = step
+            texts, step = read_texts(run.path, subset), run.last_step(subset)
+            tokens = None if step is None else read_token_set(run.records(subset, step))
         except UserError as error:
-            found.leave_out(run, str(error))
+            return error
+        return texts, step, tokens
+
+    runs = list(found.runs)
+    distinct: dict[str, TokenSet] = {}
+    for run, files in zip(runs, ordered_map(opened, runs), strict=True):
+        bar.update()
+        if isinstance(files, UserError):
+            found.leave_out(run, str(files))
             continue
-        if not all(file.sealed for file in (run, texts, sets.get(run.label)) if file):
+        texts, step, tokens = files
+        if texts:
+            found.texts[run.label] = texts
+        if step is not None and tokens is not None:
+            sets[run.label] = distinct.setdefault(tokens.digest, tokens)
+            found.steps[run.label] = step
+        if not all(file.sealed for file in (run, texts, tokens) if file):
             found.unsealed.add(run.label)
         if not texts and step is None:
             found.leave_out(run, f"no token records or translations of {subset}")
