@@ -12,9 +12,13 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from sekd_fairseq.criterions.configuration import DistillationConfig
-from sekd_fairseq.criterions.projection import output_projection, parse_chunk_tokens
+from sekd_fairseq.criterions.projection import (
+    batch_loss,
+    output_projection,
+    parse_chunk_tokens,
+    target_positions,
+)
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.logits import flat_logits
 from sekd_fairseq.losses import (
     Events,
     SelfEvolution,
@@ -22,7 +26,6 @@ from sekd_fairseq.losses import (
     TeacherTokens,
     blockwise_loss,
     build_events,
-    chunked_loss,
     support_log_probs,
 )
 from sekd_fairseq.losses.cross_entropy import cross_entropy_weights
@@ -197,12 +200,7 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
                 "an adaptive softmax gives no logits that a teacher could be compared with; "
                 "leave out --adaptive-softmax-cutoff"
             )
-        target = sample["target"].view(-1)
-        if (positions := sample.get("target_positions")) is None:
-            # With the number of tokens given, a GPU does not have to be waited for.
-            mask = target.ne(self.padding_idx)
-            size = int(sample["ntokens"])
-            positions = torch.nonzero_static(mask, size=size).squeeze(1)  # (N,)
+        positions = target_positions(sample, self.padding_idx)
         teacher = self.task.teacher_at(sample, positions)
         sampled = isinstance(teacher, TeacherTokens) and teacher.log_weight is not None
         if self.missing_mass == "sampled" and not sampled:
@@ -212,23 +210,17 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             )
         if self.missing_mass == "tail" and isinstance(teacher, TeacherTokens):
             teacher = replace(teacher, tail=self.task.tail_law(positions.device))
+
+        def loss_of(
+            logits: Tensor, rows: Tensor, part: slice, overwrite: bool
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            return self._loss(logits, rows, teacher[part], overwrite)
+
         projection = self._chunked_projection(model)
-
-        def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            every = torch.arange(len(logits), device=logits.device)
-            return self._loss(logits, every, teacher[part], overwrite=True)
-
-        if projection is not None:
-            features = model(**sample["net_input"], features_only=True)[0]
-            features = flat_logits(features, sample["target"])  # (B T, D)
-            features = features.index_select(0, positions)
-            weights = (projection.weight, projection.bias)
-            loss, sums = chunked_loss(features, *weights, part_loss, self.chunk_tokens)
-        else:
-            logits = model(**sample["net_input"])[0]
-            symbols = len(self.task.target_dictionary)
-            logits = flat_logits(logits, sample["target"], symbols)  # (B T, V)
-            loss, sums = self._loss(logits, positions, teacher)
+        symbols = len(self.task.target_dictionary)
+        loss, sums = batch_loss(
+            model, sample, positions, loss_of, projection, self.chunk_tokens, symbols
+        )
         sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": loss.detach(),

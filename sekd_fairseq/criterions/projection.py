@@ -1,12 +1,20 @@
-"""The output projection of a model, where a loss may apply it to some tokens at a time."""
+"""From a model to the summed loss of a batch: the plain way, or in chunks of the output projection."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from fairseq.models.transformer import TransformerDecoderBase
+from torch import Tensor
 
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.logits import flat_logits
+from sekd_fairseq.losses import chunked_loss
+
+#: From logits, the rows of them that count, which of the batch's tokens these are, and whether the
+#: gradient may take the place of the logits in memory: their summed loss, 0-d, and sums to log.
+LossOf = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, dict[str, Tensor]]]
 
 
 def parse_chunk_tokens(value: str) -> int | None:
@@ -40,3 +48,46 @@ def output_projection(model: Any) -> torch.nn.Linear | None:
         )
     )
     return projection if plain else None
+
+
+def target_positions(sample: dict[str, Any], pad: int) -> Tensor:
+    """The places of a batch's target tokens that are not padding in the flattened target, (N,)."""
+    if (positions := sample.get("target_positions")) is not None:
+        found: Tensor = positions
+        return found
+    # With the number of tokens given, a GPU does not have to be waited for.
+    mask = sample["target"].view(-1).ne(pad)
+    return torch.nonzero_static(mask, size=int(sample["ntokens"])).squeeze(1)
+
+
+def batch_loss(
+    model: Any,
+    sample: dict[str, Any],
+    positions: Tensor,
+    loss_of: LossOf,
+    projection: torch.nn.Linear | None,
+    chunk_tokens: int | None,
+    symbols: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed loss of a batch, and sums to log.
+
+    Parameters
+    ----------
+    positions : (N,) int64
+        The places of the tokens that count (:func:`target_positions`).
+    projection
+        What is applied to ``chunk_tokens`` at a time (None: as memory allows); None for all at once.
+    symbols
+        Of the dictionary.
+    """
+    if projection is None:
+        logits = model(**sample["net_input"])[0]
+        logits = flat_logits(logits, sample["target"], symbols)  # (B T, V)
+        return loss_of(logits, positions, slice(None), False)
+    features = model(**sample["net_input"], features_only=True)[0]
+    features = flat_logits(features, sample["target"]).index_select(0, positions)  # (N, D)
+
+    def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss_of(logits, torch.arange(len(logits), device=logits.device), part, True)
+
+    return chunked_loss(features, projection.weight, projection.bias, part_loss, chunk_tokens)

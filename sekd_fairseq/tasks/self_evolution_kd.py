@@ -15,6 +15,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor
 
 from analysis.terminal import suggested
+from sekd_fairseq.criterions.cross_entropy import OF_LANGUAGE_MODELS
 from sekd_fairseq.criterions.distillation import DistillationCriterion
 from sekd_fairseq.datasets import (
     StableOrderDataset,
@@ -265,7 +266,8 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     @one_line_errors()
     def build_criterion(self, cfg: Any, from_checkpoint: bool = False) -> FairseqCriterion:
         """Build the criterion, with what it learnt before the checkpoint that the task was loaded
-        from, and load the teacher where it is not a cache."""
+        from, and load the teacher where it is not a cache; of a language model, fairseq's cross
+        entropies are this project's."""
         self.criterion = super().build_criterion(cfg, from_checkpoint=from_checkpoint)
         teacher = self.cfg.teacher_cache or self.cfg.teacher_path
         if teacher and type(self.criterion).__module__.startswith("fairseq."):
@@ -274,6 +276,9 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 f"{flag} {teacher}: has no effect with --criterion {cfg._name}, which knows no "
                 "teacher; expected --criterion self_evolution_kd or cached_kd, or no teacher"
             )
+        own = OF_LANGUAGE_MODELS.get(type(self.criterion))
+        if own is not None and self.joint_positions < math.inf:
+            self.criterion = own.build_criterion(cfg, self)
         if self._learnt and isinstance(self.criterion, DistillationCriterion):
             self.criterion.load_running_state(self._learnt)
         if self.cfg.teacher_path and isinstance(self.criterion, DistillationCriterion):

@@ -1,0 +1,105 @@
+"""fairseq's two cross entropies, for language models.
+
+The same options, losses and logs, but for rounding.  fairseq makes log-probabilities in single precision at
+every position, padding too: with them, their gradient and the copies on the way it holds six times the logits
+in bfloat16 (12 GiB of 4,096 positions and 262,144 symbols).  Here the logits are read in their own type, so
+that they and their gradient are all, and where it is less the output projection is applied to some tokens at a
+time, which takes 0.5 GiB and the gradient of its weight in single precision.
+"""
+
+from typing import Any
+
+import torch
+from fairseq.criterions import FairseqCriterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from torch import Tensor
+
+from sekd_fairseq.criterions.projection import batch_loss, output_projection, target_positions
+from sekd_fairseq.losses import support_log_probs
+from sekd_fairseq.losses.chunked import tokens_per_chunk
+from sekd_fairseq.losses.cross_entropy import cross_entropy_weights
+
+
+class _LanguageModelCrossEntropy(FairseqCriterion):  # type: ignore[misc]
+    """Before one of fairseq's classes: its forward pass."""
+
+    eps = 0.0
+    logs_nll = False
+
+    def forward(
+        self, model: Any, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Loss of a batch: ``(sum over tokens, denominator, sums to log)``."""
+        positions = target_positions(sample, self.padding_idx)
+        target = sample["target"].view(-1).index_select(0, positions).unsqueeze(1)  # (N, 1)
+        valid = torch.ones_like(target, dtype=torch.bool)
+
+        def loss_of(
+            logits: Tensor, rows: Tensor, part: slice, overwrite: bool
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            student = support_log_probs(
+                logits, rows, target[part], valid[part], self.eps > 0, overwrite=overwrite
+            )
+            on_nll, on_sum = cross_entropy_weights(0.0, self.eps, logits.size(-1))
+            nll = -student.log_q[:, 0].sum()
+            loss = on_nll * nll + (on_sum * student.sum_log_q.sum() if self.eps > 0 else 0.0)
+            return loss, {"nll_loss": nll.detach()} if self.logs_nll else {}
+
+        projection = output_projection(model)
+        if projection is not None and not saves_memory(projection, positions.numel()):
+            projection = None
+        symbols = len(self.task.target_dictionary)
+        loss, sums = batch_loss(model, sample, positions, loss_of, projection, None, symbols)
+        sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": loss.detach(),
+            **sums,
+            "ntokens": sample["ntokens"],
+            "nsentences": len(sample["target"]),
+            "sample_size": sample_size,
+        }
+        return loss, sample_size, logging_output
+
+
+class LanguageModelCrossEntropy(_LanguageModelCrossEntropy, CrossEntropyCriterion):  # type: ignore[misc]
+    """``--criterion cross_entropy``."""
+
+
+class LanguageModelLabelSmoothedCrossEntropy(  # type: ignore[misc]
+    _LanguageModelCrossEntropy, LabelSmoothedCrossEntropyCriterion
+):
+    """``--criterion label_smoothed_cross_entropy``; with ``--report-accuracy`` or
+    ``--ignore-prefix-size`` fairseq's own."""
+
+    logs_nll = True
+
+    def forward(
+        self, model: Any, sample: dict[str, Any], reduce: bool = True
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Loss of a batch: ``(sum over tokens, denominator, sums to log)``."""
+        if self.report_accuracy or self.ignore_prefix_size:
+            found: tuple[Tensor, Any, dict[str, Any]] = LabelSmoothedCrossEntropyCriterion.forward(
+                self, model, sample, reduce
+            )
+            return found
+        return super().forward(model, sample, reduce)
+
+
+#: By fairseq's class.
+OF_LANGUAGE_MODELS = {
+    CrossEntropyCriterion: LanguageModelCrossEntropy,
+    LabelSmoothedCrossEntropyCriterion: LanguageModelLabelSmoothedCrossEntropy,
+}
+
+
+def saves_memory(projection: torch.nn.Linear, tokens: int) -> bool:
+    """Whether chunks take less memory than the logits of all tokens and their gradient, (N, V) each.
+
+    Chunks add up the gradient of the weight, (V, D), in single precision.
+    """
+    weight = projection.weight
+    size = weight.element_size()
+    several = tokens_per_chunk(tokens, len(weight), size) < tokens
+    added_up = 4 * weight.size(1) if weight.requires_grad and torch.is_grad_enabled() else 0
+    return several and 2 * tokens * size > added_up

@@ -1,0 +1,160 @@
+"""fairseq's cross entropies of language models: the same numbers in less memory."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from sekd_fairseq.criterions.cross_entropy import (
+    LanguageModelLabelSmoothedCrossEntropy,
+    saves_memory,
+)
+from sekd_fairseq.losses import chunked
+
+from .language_models import COMMON, FAMILIES
+
+PAD = 1
+FAMILY = {
+    "llama-tied": FAMILIES["llama-tied"],
+    # A cap on the logits: nothing can be applied in chunks.
+    "gemma2": {**COMMON, "model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 30.0},
+}
+
+
+def config(name: str, **options: Any) -> Any:
+    return OmegaConf.create({"_name": name, "sentence_avg": False, **options})
+
+
+CONFIGS = {
+    "plain": config("cross_entropy"),
+    "by sentence": config("cross_entropy", sentence_avg=True),
+    "smoothed": config("label_smoothed_cross_entropy", label_smoothing=0.1),
+    "no smoothing": config("label_smoothed_cross_entropy", label_smoothing=0.0),
+    "accuracy": config(
+        "label_smoothed_cross_entropy", label_smoothing=0.1, report_accuracy=True,
+        ignore_prefix_size=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "chunks"), [("llama-tied", False), ("llama-tied", True), ("gemma2", True)]
+)
+def test_language_models_have_the_same_loss_gradient_and_log(
+    llm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, chunks: bool
+) -> None:
+    import fairseq.tasks
+
+    from sekd_fairseq.checkpoints import language_model_config
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(FAMILY[family]))
+    cfg = language_model_config(str(llm_data), "--hf-config", str(path))
+    task = fairseq.tasks.setup_task(cfg.task)
+    stock = {name: task.build_criterion(one) for name, one in CONFIGS.items()}
+    torch.manual_seed(1)
+    model = task.build_model(cfg.model)
+    if chunks:  # seven tokens each
+        monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 4 * len(task.target_dictionary))
+    task.load_dataset("valid")
+    dataset = task.dataset("valid")
+    batch = dataset.collater([dataset[i] for i in range(9)])
+    assert batch["target"].eq(PAD).any()
+    for name, expected in stock.items():
+        assert type(expected) in (CrossEntropyCriterion, LabelSmoothedCrossEntropyCriterion)
+        criterion = task.build_criterion(CONFIGS[name])
+        assert type(criterion).__module__ == "sekd_fairseq.criterions.cross_entropy"
+        assert isinstance(criterion, type(expected))
+        found = []
+        for one in (expected, criterion):
+            model.zero_grad()
+            loss, size, log = one(model, batch)
+            (-2.5 * loss).backward()  # a non-unit upstream gradient
+            gradients = {name: weight.grad for name, weight in model.named_parameters()}
+            found.append((loss, size, {k: torch.as_tensor(v) for k, v in log.items()}, gradients))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+class Features(nn.Module):
+    """A decoder of an embedding and an output projection in bfloat16."""
+
+    plain_projection = True
+
+    def __init__(self, symbols: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, width)
+        self.output_projection = nn.Linear(width, symbols, bias=False)
+        self.bfloat16()
+
+    @property
+    def decoder(self) -> "Features":
+        return self
+
+    def forward(self, tokens: Tensor, features_only: bool = False) -> tuple[Tensor, None]:
+        features = self.embedding(tokens)
+        return (features if features_only else self.output_projection(features)), None
+
+    def get_normalized_probs(self, output: Any, log_probs: bool) -> Tensor:
+        return output[0].log_softmax(dim=-1, dtype=torch.float32)
+
+    def get_targets(self, sample: dict[str, Any], output: Any) -> Tensor:
+        found: Tensor = sample["target"]
+        return found
+
+
+def peak_bytes(function: Any) -> int:
+    """The most that torch held at once during a call, above what it held before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_a_wide_vocabulary_takes_the_logits_and_their_gradient_at_most(
+    monkeypatch: pytest.MonkeyPatch, chunks: bool
+) -> None:
+    symbols, tokens, width = 65_536, 128, 8
+    task = SimpleNamespace(
+        target_dictionary=type("D", (), {"pad": lambda _: PAD, "__len__": lambda _: symbols})()
+    )
+    model = Features(symbols, width)
+    target = torch.randint(2, symbols, (4, tokens // 4))
+    sample = {"net_input": {"tokens": target}, "target": target, "ntokens": tokens}
+    logits = 2 * tokens * symbols
+    if chunks:
+        monkeypatch.setattr(chunked, "CHUNK_BYTES", logits // 16)
+    peaks = []
+    for kind in (LabelSmoothedCrossEntropyCriterion, LanguageModelLabelSmoothedCrossEntropy):
+        criterion = kind(task, False, 0.1)
+
+        def step(criterion: Any = criterion) -> None:
+            model.zero_grad()
+            criterion(model, sample)[0].backward()
+
+        step()
+        peaks.append(peak_bytes(step) / logits)
+    # Logits and gradient, or two chunks of each; the rest are a block of rows and the weights' gradient.
+    assert peaks[0] > 6 and peaks[1] < (0.6 if chunks else 2.5), peaks
+
+
+def test_chunks_are_taken_where_they_save_memory() -> None:
+    projection = nn.Linear(4096, 128_000, bias=False, device="meta", dtype=torch.bfloat16)
+    # The weight's gradient is added up in single precision, as large as 4,096 tokens' logits and gradient.
+    assert [saves_memory(projection, n) for n in (100, 4096, 4097)] == [False, False, True]
+    with torch.no_grad():
+        assert saves_memory(projection, 4096) and not saves_memory(projection, 1000)
+    projection.weight.requires_grad_(False)  # of adapters
+    assert saves_memory(projection, 4096) and not saves_memory(projection, 1000)
