@@ -48,6 +48,8 @@ class StableOrderDataset(BaseWrapperDataset):
     is padding, and batches hold
 
     - ``net_input["longest"]`` (int): positions of the longest row, for the model
+    - ``net_input["beginning"]`` (int64 array, (n,)): the tokens that all prompts begin with, but for the
+      last of a prompt, whose output predicts the translation's first
     - ``positions`` ((int, int)): positions that the model computes, and those of them that are padding
     """
 
@@ -103,9 +105,18 @@ class StableOrderDataset(BaseWrapperDataset):
             lengths = row_lengths(np.array(sizes))
             longest = int(lengths.max())
             batch["net_input"]["longest"] = longest
+            shortest = min(size[0] for size in sizes) - 1  # without the end of the source
+            prompts = np.stack([sample["source"][:shortest].numpy() for sample in samples])
+            batch["net_input"]["beginning"] = common_beginning(prompts, shortest - 1)
             positions = longest * len(samples)
             batch["positions"] = (positions, positions - int(lengths.sum()))
         return batch
+
+
+def common_beginning(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """What all rows (B, L) begin with, at most so many tokens."""
+    starts = rows[:, : max(most, 0)]
+    return starts[0, : int((starts == starts[0]).all(axis=0).cumprod().sum())]
 
 
 def row_lengths(sizes: NDArray[Any]) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """What of fairseq 0.12 and torch is fixed for current Python, torch and NumPy: :data:`PATCHES`.
 
 Beside that, :data:`BATCH_SIZE_MULTIPLE`, :func:`collect_before_fork` and :func:`patience_state` are what
-the task calls.
+the task calls, and :func:`take_rows_as_one_sequence` what a language model does, because importing
+transformers takes seconds.
 """
 
 import argparse
@@ -339,6 +340,24 @@ def attend_without_plans() -> None:
     """
     if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") != "1":
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def take_rows_as_one_sequence() -> None:
+    """Tell transformers that no row holds several sequences.
+
+    Where there is no mask it looks for such rows, which a GPU has to be waited for, and makes a mask of
+    what it finds, whatever that is. With a mask torch cannot take its fastest attention, and keys and
+    values are repeated for each head. Nothing here packs sequences into rows.
+    """
+    try:
+        from transformers import masking_utils
+    except ImportError:  # before 4.53, which looks for none
+        return
+    masking_utils.find_packed_sequence_indices = _no_packed_sequences
+
+
+def _no_packed_sequences(position_ids: torch.Tensor) -> None:
+    """transformers' ``find_packed_sequence_indices``, of rows of one sequence each."""
 
 
 class Patch(NamedTuple):

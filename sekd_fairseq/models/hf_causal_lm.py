@@ -14,12 +14,13 @@ order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and p
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import (
@@ -27,8 +28,10 @@ from fairseq.models import (
     FairseqIncrementalDecoder,
     register_model,
 )
+from numpy.typing import NDArray
 from torch import Tensor
 
+from sekd_fairseq.datasets import common_beginning
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.llm.families import (
     Probe,
@@ -41,6 +44,7 @@ from sekd_fairseq.llm.families import (
 from sekd_fairseq.llm.loading import load_language_model, weights_in_checkpoint
 from sekd_fairseq.llm.prompt_encoder import PromptEncoder
 from sekd_fairseq.llm.vocabulary import select_rows
+from sekd_fairseq.patches import take_rows_as_one_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +106,7 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         self.positions = positions
         self.traits = Traits()
         self.shared_prefix: float = SHARED_PREFIX
-        self._prefix: tuple[Tensor, list[tuple[Tensor, Tensor]]] | None = None
+        self._prefix: tuple[NDArray[np.int64], list[tuple[Tensor, Tensor]]] | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CausalLMDecoder":
         """As in torch (``half()``, ``to()``), but the frequencies of rotary positions keep their type.
@@ -147,19 +151,21 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         incremental_state: dict[str, Any] | None = None,
         features_only: bool = False,
         longest: int | None = None,
+        beginning: NDArray[np.int64] | None = None,
         **_: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logits (or features) at every target position, or at the last with a state; (B, T, V).
 
         ``prev_output_tokens`` (B, T) begin with fairseq's end-of-sentence token, for which the
         prompt's last token stands in. ``longest`` is the number of tokens of the longest prompt and
-        translation together, where the batch knows it; counting it on a GPU would wait for the GPU.
+        translation together, and ``beginning`` what all prompts begin with, where the batch knows them
+        (:class:`~sekd_fairseq.datasets.StableOrderDataset`); finding them on a GPU would wait for it.
         Features are there where :attr:`output_projection` is.
         """
         prompt = encoder_out["encoder_out"][0]
         padding = encoder_out["encoder_padding_mask"][0]
         if incremental_state is None:
-            features = self._all_places(prompt, padding, prev_output_tokens, longest)
+            features = self._all_places(prompt, padding, prev_output_tokens, longest, beginning)
         elif self.traits.cache:
             features = self._step(prompt, padding, prev_output_tokens[:, 1:], incremental_state)
         else:
@@ -174,7 +180,12 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         return logits, {"attn": [None]}
 
     def _all_places(
-        self, prompt: Tensor, padding: Tensor, previous: Tensor, longest: int | None
+        self,
+        prompt: Tensor,
+        padding: Tensor,
+        previous: Tensor,
+        longest: int | None,
+        beginning: NDArray[np.int64] | None,
     ) -> Tensor:
         """Features or logits at every place of the translations, (B, T, X)."""
         real = previous.ne(self.dictionary.pad())
@@ -185,7 +196,7 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
                 f"has {self.positions} positions; shorten the prompt (fewer --shots) or "
                 "leave out long sentences"
             )
-        return self._read(rows, places, prompt.size(1) - padding.sum(dim=1))
+        return self._read(rows, places, prompt.size(1) - padding.sum(dim=1), beginning)
 
     def _last_place(
         self, prompt: Tensor, padding: Tensor, previous: Tensor, longest: int | None
@@ -195,7 +206,7 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         rows, places = self._join(prompt, padding, previous, real, longest)
         rows = rows[:, : self.positions]
         places = places[:, -1:].clamp_max(rows.size(1) - 1)
-        return self._read(rows, places, prompt.size(1) - padding.sum(dim=1))
+        return self._read(rows, places, prompt.size(1) - padding.sum(dim=1), None)
 
     def _end_at_last_position(self, logits: Tensor, padding: Tensor, previous: Tensor) -> Tensor:
         """Logits that allow the end alone where the next token would have no position."""
@@ -231,13 +242,21 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         places = number + (~padding).sum(dim=1, keepdim=True) - 2
         return rows, places.clamp(0, rows.size(1) - 1)
 
-    def _read(self, rows: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+    def _read(
+        self,
+        rows: Tensor,
+        places: Tensor,
+        lengths: Tensor,
+        beginning: NDArray[np.int64] | None,
+    ) -> Tensor:
         """Features at some places of rows (B, L), or the logits where there are no features;
         ``lengths`` (B,) are those of the prompts."""
         if self.traits.body is None:
             return self._logits(partial(take, places=places), input_ids=rows, use_cache=False)
         if self.traits.cache and not torch.is_grad_enabled():
-            prefix = self._shared_prefix(rows, int(lengths.min()))
+            if beginning is None:
+                beginning = common_beginning(rows.cpu().numpy(), int(lengths.min()) - 1)
+            prefix = self._shared_prefix(rows, beginning)
             if prefix is not None:
                 return self._after_prefix(rows, places, *prefix)
         return take(self._body(input_ids=rows, use_cache=False).last_hidden_state, places)
@@ -300,41 +319,40 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         """Run the model or its body with those options that the family knows."""
         known = inspect.signature(type(self.lm).forward).parameters
         try:
-            with no_packed_rows():
-                return module(**{name: value for name, value in options.items() if name in known})
+            return module(**{name: value for name, value in options.items() if name in known})
         except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
             mode = "training" if self.training else "evaluation"
             raise refused(self.lm, f"one that reads token ids alone in {mode}", error) from error
 
     def _shared_prefix(
-        self, rows: Tensor, shortest: int
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
-        """What all prompts, at the beginning of the rows (B, L) and of ``shortest`` tokens or more,
-        begin with, and its keys and values; None if that is little."""
-        # The last token of a prompt is never shared, because its output predicts the
-        # translation's first token.
-        starts = rows[:, : max(shortest - 1, 0)]
-        same = int(starts.eq(starts[0]).all(dim=0).long().cumprod(dim=0).sum())
+        self, rows: Tensor, beginning: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], list[tuple[Tensor, Tensor]]] | None:
+        """What all prompts, at the beginning of the rows (B, L), begin with, and its keys and values;
+        None if that is little."""
+        same = len(beginning)
         if same < self.shared_prefix:
             return None
-        tokens = starts[0, :same]
         if self._prefix is not None:
             # A batch may have more in common by chance; the prefix of the others serves it too.
-            known = self._prefix[0]
-            fits = same // 2 <= known.numel() <= same and known.device == tokens.device
-            if fits and torch.equal(known, tokens[: known.numel()]):
+            known, layers = self._prefix
+            fits = same // 2 <= len(known) <= same and layers[0][0].device == rows.device
+            if fits and np.array_equal(known, beginning[: len(known)]):
                 return self._prefix
         from transformers import DynamicCache
 
         cache = self._body(
-            input_ids=tokens.unsqueeze(0), past_key_values=DynamicCache(), use_cache=True
+            input_ids=rows[:1, :same], past_key_values=DynamicCache(), use_cache=True
         ).past_key_values
         layers = [(cache[i][0], cache[i][1]) for i in range(len(cache))]
-        self._prefix = tokens, layers
+        self._prefix = beginning, layers
         return self._prefix
 
     def _after_prefix(
-        self, rows: Tensor, places: Tensor, prefix: Tensor, layers: list[tuple[Tensor, Tensor]]
+        self,
+        rows: Tensor,
+        places: Tensor,
+        prefix: NDArray[np.int64],
+        layers: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
         """Features at some places of rows (B, L), from the prefix's keys and values."""
         from transformers import DynamicCache
@@ -344,15 +362,15 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
             cache.update(
                 key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer
             )
-        positions = torch.arange(prefix.numel(), rows.size(1), device=rows.device)
+        positions = torch.arange(len(prefix), rows.size(1), device=rows.device)
         hidden = self._body(
-            input_ids=rows[:, prefix.numel() :],
+            input_ids=rows[:, len(prefix) :],
             attention_mask=torch.ones_like(rows),
             position_ids=positions.expand(len(rows), -1),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return take(hidden, (places - prefix.numel()).clamp_min(0))
+        return take(hidden, (places - len(prefix)).clamp_min(0))
 
     def reorder_incremental_state(
         self, incremental_state: dict[str, Any], new_order: Tensor
@@ -382,6 +400,7 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
 
     @classmethod
     def _built(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
+        take_rows_as_one_sequence()
         lm, rows = load_language_model(cfg, task)
         kept = weights_in_checkpoint(cfg)
         fresh = kept or not cfg.hf_model
@@ -444,26 +463,6 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
         if adapters:
             for key, value in super().state_dict().items():
                 state_dict.setdefault(key, value)
-
-
-@contextmanager
-def no_packed_rows() -> Iterator[None]:
-    """Tell transformers that no row holds several sequences.
-
-    Where there is no mask it looks for such rows, and makes a mask of what it finds, whatever that is.
-    With a mask torch cannot take its fastest attention, and keys and values are repeated for each head.
-    """
-    try:
-        from transformers import masking_utils
-    except ImportError:  # before 4.53, which looks for none
-        yield
-        return
-    usual = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda *_: None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = usual
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """A step asks the device for numbers as rarely as it can: each time, a GPU would be waited for."""
 
+import json
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fairseq import tasks
 from fairseq.logging import metrics
+from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sekd_fairseq.criterions.self_evolution_kd import (
@@ -15,6 +19,15 @@ from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDCriterion,
 )
 from sekd_fairseq.tasks.self_evolution_kd import SelfEvolutionKDTask, on_host
+
+from .language_models import FAMILIES
+
+READS = {
+    f"aten::{name}" for name in (
+        "_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim",
+        "unique_consecutive", "bincount", "repeat_interleave.Tensor",
+    )
+}  # fmt: skip
 
 
 class Reads(TorchDispatchMode):
@@ -27,12 +40,18 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.count[function._schema.name] += 1
+        name = function._schema.name
+        if name == "aten::index" and any(
+            one.dtype == torch.bool for one in args[1] if one is not None
+        ):
+            name = "aten::nonzero"  # of the mask
+        self.count[name] += 1
         return function(*args, **(kwargs or {}))
 
     @property
-    def reads(self) -> int:
-        return self.count["aten::_local_scalar_dense"] + self.count["aten::nonzero"]
+    def reads(self) -> dict[str, int]:
+        """How often each was called of those that a GPU is waited for."""
+        return {name: count for name, count in self.count.items() if name in READS}
 
 
 def test_sums_are_fetched_at_once() -> None:
@@ -68,6 +87,43 @@ def test_logging_an_update_reads_no_tensor_one_by_one() -> None:
         task.reduce_metrics([log], criterion)
     values = metrics.get_smoothed_values("test")
     metrics.reset()
-    assert mode.reads == 0
+    assert mode.reads == {}
     assert values["loss"] == pytest.approx(0.5 / math.log(2), abs=1e-3)
     assert values["hard_share"] == 0.5 and values["kl_hard"] == 1.0 and values["padding"] == 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_step_of_a_language_model_beside_its_teacher_reads_no_tensor(
+    llm_data: Path, tmp_path: Path, family: str
+) -> None:
+    from sekd_fairseq.checkpoints import language_model_config
+    from sekd_fairseq.import_hf import import_model
+
+    from .language_models import pretrained
+
+    rows = len((llm_data / "dict.en.txt").read_text().splitlines()) + 4
+    folder = pretrained(tmp_path / "model", family, rows)
+    teacher = tmp_path / "teacher.pt"
+    import_model(str(folder), None, str(llm_data), teacher)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES[family]))
+    cfg = language_model_config(
+        str(llm_data), "--hf-config", str(config), "--teacher-path", str(teacher)
+    )
+    task = tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    criterion = task.build_criterion(
+        OmegaConf.create({"_name": "self_evolution_kd", "sentence_avg": False})
+    )
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
+    batches = [dataset.collater([dataset[i] for i in one]) for one in (range(4), range(7, 12))]
+    with Reads() as mode:
+        for batch in batches:
+            task.train_step(batch, model, criterion, optimizer, 1)
+        task.valid_step(batch, model, criterion)
+    assert mode.reads == {}
+    # The teacher had the prompts' common beginning computed once.
+    (lm,) = task.online_teacher.models
+    assert len(lm.decoder._prefix[0]) >= lm.decoder.shared_prefix
