@@ -353,7 +353,7 @@ def take_rows_as_one_sequence() -> None:
         from transformers import masking_utils
     except ImportError:  # before 4.53, which looks for none
         return
-    masking_utils.find_packed_sequence_indices = _no_packed_sequences
+    masking_utils.find_packed_sequence_indices = _no_packed_sequences  # type: ignore[assignment]
 
 
 def _no_packed_sequences(position_ids: torch.Tensor) -> None:

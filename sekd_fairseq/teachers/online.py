@@ -40,7 +40,8 @@ class OnlineTeacher:
         """The teacher at some positions, (N,), of a batch's flattened target, (B T)."""
         logits = []
         for model in self.models:
-            model.to(positions.device)
+            if next(model.parameters()).device != positions.device:
+                model.to(positions.device)  # which looks at every weight
             found = model(**sample["net_input"])[0]
             logits.append(found.reshape(-1, found.size(-1)))
         return DenseTeacher(logits, positions, sample["target"].view(-1)[positions])
