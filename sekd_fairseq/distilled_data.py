@@ -35,6 +35,7 @@ from analysis.runs.texts import read_lines
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.evaluate import read_generated
+from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.splits import check_splits, languages, sentences_of, stored_as
 
@@ -181,7 +182,7 @@ def chosen_translations(
 ) -> list[str]:
     """One translation per sentence, in pieces."""
     prefix = "H-"
-    cut: Callable[[str], str] = str
+    read, cut = readers(args.data, dictionary)
     if args.sentencepiece_model:
         prefix, cut = "D-", cutter(args.sentencepiece_model, dictionary)
     if args.choose is None:
@@ -208,11 +209,26 @@ def chosen_translations(
         if scores is not None:
             values = scores[sentence][: args.nbest]
         elif args.choose == "mbr":
-            values = mean_chrf(texts)
+            values = mean_chrf([read(text) for text in texts])
         else:
-            values = against_reference(texts, dictionary.string(references[sentence]))
+            reference = read(dictionary.string(references[sentence]))
+            values = against_reference([read(text) for text in texts], reference)
         chosen.append(texts[int(np.argmax(values))])  # of equals the model's best
     return chosen
+
+
+def readers(
+    data: Path, dictionary: Dictionary
+) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """What makes of pieces the text that chrF compares, and of a model's the translation alone.
+
+    chrF leaves out spaces, so pieces are their text whatever cut them; but not a language model's symbols,
+    and it may go on after the translation.
+    """
+    if not (data / FILE).is_file():
+        return str, str
+    text = LanguageModelText(data, dictionary)
+    return text.decode, text.translation
 
 
 def cutter(model: Path, dictionary: Dictionary) -> Callable[[str], str]:
@@ -294,9 +310,11 @@ def round_trip(
 
 
 def joined_chrf(pieces: str, other: str) -> float:
-    """chrF of a translation against another text, both in pieces: chrF leaves out spaces, so pieces can
-    be joined whatever cut them."""
-    texts = (text.replace(" ", "") for text in (pieces, other))
+    """chrF of a translation against another text, both in pieces (:func:`readers`); the marks of
+    SentencePiece and subword-nmt are no characters of theirs."""
+    texts = (
+        f"{text} ".replace("@@ ", "").replace(" ", "").replace("▁", "") for text in (pieces, other)
+    )
     return float(CHRF().sentence_score(next(texts), [next(texts)]).score)
 
 

@@ -13,6 +13,7 @@ from analysis.runs.texts import read_lines
 from sekd_fairseq.distilled_data import (
     against_reference,
     encode,
+    readers,
     side_of,
     translations,
     write_indexed,
@@ -77,6 +78,7 @@ def nearest_to_references(generated: Path, data: Path) -> tuple[list[Tensor], in
     """
     target = languages(data, "train")[1]
     dictionary, references = dictionary_of(data, target), training_side(data, target)
+    read, cut = readers(data, dictionary)
     found = translations(read_lines(generated))
     if missing := sorted(set(range(len(references))) - set(found)):
         raise UserError(
@@ -85,8 +87,10 @@ def nearest_to_references(generated: Path, data: Path) -> tuple[list[Tensor], in
         )
     targets, changed = [], 0
     for sentence, reference in enumerate(references):
-        texts = found[sentence]
-        scores = against_reference(texts, dictionary.string(reference))
+        texts = [cut(text) for text in found[sentence]]
+        scores = against_reference(
+            [read(text) for text in texts], read(dictionary.string(reference))
+        )
         best = int(np.argmax(scores))  # of equals the model's best
         changed += best > 0
         targets.append(encode(texts[best], dictionary, generated, sentence))

@@ -16,7 +16,7 @@ from torch import Tensor
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import Prompts
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
-from sekd_fairseq.llm.vocabulary import TOKENIZER, Vocabulary, symbol_of, token_of
+from sekd_fairseq.llm.vocabulary import NEW_ROW, TOKENIZER, Vocabulary, symbol_of, token_of
 
 
 @dataclass
@@ -112,12 +112,46 @@ class LanguageModelText:
 
     def decode(self, symbols: str) -> str:
         """A translation's symbols to its text, which is one line."""
+        return one_line(self._tokenizer.decode(self._until_end(self._tokens(symbols))))
+
+    def translation(self, symbols: str) -> str:
+        """The symbols of the translation alone in what a model wrote: those of :meth:`decode`'s text."""
+        every = self._tokens(symbols)
+        tokens = self._until_end(every)
+        text = self._tokenizer.decode(tokens)
+        line = one_line(text)
+        if line == text and tokens == every:
+            return symbols
+        if line != text:
+            tokens = self._line(tokens, line)
+        found = self._vocabulary.symbols(tokens, self._tokenizer)
+        return " ".join(self._dictionary[symbol] for symbol in found)
+
+    def _line(self, tokens: list[int], line: str) -> list[int]:
+        """Of tokens those of their first line that is not empty, whose text is ``line`` (but for a space
+        at its start, which some tokenizers leave out where a text begins)."""
+
+        def text(some: list[int]) -> str:
+            return self._tokenizer.decode(some).lstrip(" ")
+
+        line = line.lstrip(" ")
+        start = next((i for i in range(len(tokens)) if text(tokens[: i + 1]).strip("\n")), 0)
+        kept = tokens[start:]
+        while kept and "\n" in text(kept):
+            kept = kept[:-1]
+        rest = line[len(text(kept)) :]  # of a token that has more than the line end, ".\n" say
+        kept = kept + (self._tokenizer.encode(rest) if rest else [])
+        return kept if text(kept) == line else self._tokenizer.encode(line)
+
+    def _tokens(self, symbols: str) -> list[int]:
+        rows = self._vocabulary.rows
         found = [self._dictionary.index(symbol) for symbol in symbols.split()]
-        tokens = [self._vocabulary.rows[i] for i in found if i >= self._dictionary.nspecial]
+        return [rows[i] for i in found if i >= self._dictionary.nspecial and rows[i] != NEW_ROW]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        """Tokens before the tokenizer's own end: a model may end as it is used to."""
         ends = self._tokenizer.specials[2]
-        if ends in tokens:  # a model may end as it is used to
-            tokens = tokens[: tokens.index(ends)]
-        return one_line(self._tokenizer.decode(tokens))
+        return tokens[: tokens.index(ends)] if ends in tokens else tokens
 
 
 def one_line(text: str) -> str:

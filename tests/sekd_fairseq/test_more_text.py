@@ -10,6 +10,9 @@ from sacrebleu.metrics import CHRF
 
 from sekd_fairseq.distilled_data import joined_chrf, mean_chrf, read_scores, translations
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.bpe import LanguageModelText
+from sekd_fairseq.llm.vocabulary import symbol_of
+from sekd_fairseq.mixed_data import link_data, nearest_to_references
 
 from .conftest import WORDS, binarise, command, error_line, sentence_pairs, write_text
 
@@ -85,7 +88,12 @@ def test_utilities() -> None:
     exact = CHRF()
     for one, other in itertools.product(texts, texts):
         expected = exact.sentence_score(one, [other]).score
-        assert joined_chrf(one, other) == pytest.approx(expected)
+        for pieces in (
+            one,
+            "▁ei ns ▁z w ei ▁dr ei" if one == texts[0] else one,
+            f"{one[0]}@@ {one[1:]}",
+        ):
+            assert joined_chrf(pieces, other) == pytest.approx(expected)
     values = mean_chrf(texts)
     for i, one in enumerate(texts):
         others = [joined_chrf(one, other) for j, other in enumerate(texts) if j != i]
@@ -175,3 +183,53 @@ def test_more_text_is_mixed_with_gold(data: Path, tmp_path: Path) -> None:
         )
     )
     assert "--srcdict" in line and not (tmp_path / "no").exists()
+
+
+def test_a_language_models_translations_are_chosen_by_their_text(
+    llm_data: Path, tmp_path: Path
+) -> None:
+    dictionary = Dictionary.load(str(llm_data / "dict.de.txt"))
+    text = LanguageModelText(llm_data, dictionary)
+    references = [text.decode(line) for line in side(llm_data, "train", "de")]
+
+    def pieces(*names: str) -> str:
+        return " ".join(symbol_of(text._tokenizer._token_of[name], name) for name in names)
+
+    def spelled(line: str) -> str:
+        """The same text in pieces of one character."""
+        return pieces(*f"▁{line}".replace(" ", "▁"))
+
+    line_end = pieces("<0x0A>")
+    # The first has the reference's pieces, but for a word; the second its text, and goes on after it.
+    lists = [
+        [
+            text.encode(f"{line} acht"),
+            f"{line_end} {spelled(line)} {line_end} {spelled('eins')}",
+        ]
+        for line in references
+    ]
+    assert text.decode(lists[3][1]) == f" {references[3]}"
+    path = generated(tmp_path / "out", lists)
+    words = (llm_data, "--generated", path)
+    distil(*words, "--nbest", 2, "--choose", "reference", "--output", tmp_path / "chosen")
+    written = side(tmp_path / "chosen", "train", "de")
+    assert [text.decode(line) for line in written] == references
+    # Of the translation alone, in the pieces that the model wrote.
+    assert all(
+        line.split() == spelled(gold).split()
+        for line, gold in zip(written, references, strict=True)
+    )
+    path = generated(tmp_path / "out", [one[1:] for one in lists])
+    distil(*words, "--output", tmp_path / "first")
+    assert side(tmp_path / "first", "train", "de") == written
+    (tmp_path / "part").mkdir()
+    link_data(llm_data, tmp_path / "part", "train")
+    path = generated(tmp_path / "out", lists)
+    targets, changed = nearest_to_references(path, tmp_path / "part")
+    assert [dictionary.string(one) for one in targets] == written and changed == len(lists)
+    # A line end within a token, and the tokenizer's own end.
+    assert text.translation(text.encode("eins")) == text.encode("eins")
+    own = text._tokenizer
+    own.decode = lambda tokens: "".join({7: "a", 8: ".\n", 9: "b"}[one] for one in tokens)  # type: ignore[method-assign]
+    own.encode = lambda line: {".": [7], "a.": [9]}[line]  # type: ignore[method-assign]
+    assert text._line([7, 8, 9], "a.") == [9]
