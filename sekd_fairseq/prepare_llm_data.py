@@ -15,6 +15,12 @@ A teacher may read other prompts than the student, few-shot ones (``--teacher-sh
 to ``teacher/``, a data directory of the same sentences and dictionary. A cache that is built on it
 serves students that train on ``bin/``. What ends a translation may differ too: a base model goes on
 with the next example and does not end the text.
+
+    python -m sekd_fairseq.prepare_llm_data --mono mono.de --vocabulary data/llm-de-en \\
+        --source-lang de --target-lang en --output mono
+
+makes the same prompts of monolingual text that a teacher is to translate: a split ``train`` alone, whose
+target side repeats the source, because fairseq wants one.
 """
 
 import argparse
@@ -25,7 +31,14 @@ from pathlib import Path
 
 from analysis.runs.errors import one_line_errors
 from analysis.runs.files import atomic_directory
-from sekd_fairseq.llm.preparing import SUBSETS, PromptChoice, Settings, prepare
+from sekd_fairseq.llm.preparing import (
+    SUBSETS,
+    MonolingualSettings,
+    PromptChoice,
+    Settings,
+    prepare,
+    prepare_monolingual,
+)
 from sekd_fairseq.llm.prompts import DEFAULT
 
 
@@ -37,15 +50,25 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument(
         "--tokenizer",
-        required=True,
         metavar="PATH",
         help="folder (or hub id) of a Hugging Face tokenizer, or a SentencePiece model file",
     )
     out.add_argument("--gguf-file", help="take the tokenizer of this GGUF file in --tokenizer")
     for subset in SUBSETS:
-        out.add_argument(
-            f"--{subset}", required=True, metavar="PREFIX", help="prefixes, joined with ','"
-        )
+        out.add_argument(f"--{subset}", metavar="PREFIX", help="prefixes, joined with ','")
+    out.add_argument(
+        "--mono",
+        type=Path,
+        metavar="FILE",
+        help="instead of these text of the source language that a teacher is to translate (distilled_data "
+        "--sources), one sentence per line; with --vocabulary",
+    )
+    out.add_argument(
+        "--vocabulary",
+        type=Path,
+        metavar="DIR",
+        help="with --mono: the output of an earlier call, whose tokenizer, dictionary and prompts are taken",
+    )
     out.add_argument("--source-lang", required=True)
     out.add_argument("--target-lang", required=True)
     out.add_argument("--output", required=True, type=Path, metavar="DIR")
@@ -101,6 +124,30 @@ def add_prompts(parser: argparse.ArgumentParser, whose: str, where: str, prefix:
     )
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line and refuse what does not belong together."""
+    command = parser()
+    args = command.parse_args(argv)
+    given = {
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(args).items()
+        if value != command.get_default(name)
+    }
+    mono = {"--mono", "--vocabulary"}
+    splits = {"--tokenizer", *(f"--{subset}" for subset in SUBSETS)}
+    if given & mono:
+        others = given - mono - {"--source-lang", "--target-lang", "--output"}
+        if others or not mono <= given:
+            command.error(
+                "--mono FILE and --vocabulary DIR expect each other and, because tokenizer and prompts "
+                f"are those of DIR, no other options; found {', '.join(sorted(given & mono | others))}"
+            )
+    elif not splits <= given:
+        missing = ", ".join(sorted(splits - given))
+        command.error(f"expected --mono, or all of {', '.join(sorted(splits))}; missing: {missing}")
+    return args
+
+
 def choice_of(args: argparse.Namespace, prefix: str) -> PromptChoice:
     """The prompts that the options ask for whose names begin with ``prefix``."""
     return PromptChoice(
@@ -127,9 +174,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
 @one_line_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare the data; the output appears when it is complete."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     with atomic_directory(args.output) as building:
-        summary, notes = prepare(settings_of(args), building)
+        if args.mono:
+            languages = (args.source_lang, args.target_lang)
+            mono = MonolingualSettings(args.mono, args.vocabulary, languages)
+            summary, notes = prepare_monolingual(mono, building)
+        else:
+            summary, notes = prepare(settings_of(args), building)
         (building / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
     for note in notes:
         print(f"{args.output}: {note}")

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,25 @@ from fairseq.data import Dictionary, indexed_dataset
 
 from analysis.runs.errors import UserError
 from analysis.runs.files import hash_file
+from analysis.runs.texts import read_lines
 from analysis.terminal import progress
 from sekd_fairseq.llm.prompts import Prompts, PromptSettings, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
-from sekd_fairseq.llm.vocabulary import UNK, Vocabulary, build_vocabulary, with_end
-from sekd_fairseq.parallel_text import Pair, read_aligned, without_leaks
+from sekd_fairseq.llm.vocabulary import (
+    NEW_ROW,
+    TOKENIZER,
+    UNK,
+    Vocabulary,
+    build_vocabulary,
+    with_end,
+)
+from sekd_fairseq.parallel_text import Pair, read_aligned, repeated, without_leaks
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
 Tokens = list[list[int]]
 SUBSETS = ("train", "valid", "test")
+#: The data directories: of the student's prompts, and of the teacher's.
+PROMPTS = ("bin", "teacher")
 EOS = 2
 
 
@@ -58,6 +69,55 @@ class Settings:
             )
             for name, choice in self.prompts.items()
         }
+
+    def place(self, subset: str, pair: Pair, side: int) -> str:
+        """File and line of one side of a pair."""
+        for prefix in self.text[subset]:
+            pairs = read_subset([prefix], self.languages)
+            if pair in pairs:
+                return f"{prefix}.{self.languages[side]}, line {pairs.index(pair) + 1}"
+        raise AssertionError("every pair comes from a file")
+
+
+@dataclass(frozen=True)
+class MonolingualSettings:
+    """Text of the source language for data directories that are there: those of ``vocabulary``, which an
+    earlier call made."""
+
+    text: Path
+    vocabulary: Path
+    languages: tuple[str, str]
+
+    def vocabularies(self, dictionary: Dictionary) -> dict[str, Vocabulary]:
+        """Those of the student's prompts, and of the teacher's where they are others."""
+        names = [name for name in PROMPTS if name == "bin" or (self.vocabulary / name).is_dir()]
+        found = {
+            name: Vocabulary.load(self.vocabulary / name, dictionary.symbols) for name in names
+        }
+        for name, one in found.items():
+            settings = one.prompt
+            languages = settings and (settings.source_lang, settings.target_lang)
+            if languages != self.languages:
+                raise UserError(
+                    f"--vocabulary {self.vocabulary}: expected prompts from {self.languages[0]} to "
+                    f"{self.languages[1]}, found {languages or 'none'} in {name}"
+                )
+        return found
+
+    def read(self) -> tuple[list[Pair], dict[str, int]]:
+        """The sentences, each once and on both sides, as they are; and counts of lines left out."""
+        lines = read_lines(self.text)
+        pairs = [(line, line) for line in lines if line.strip()]
+        if not pairs:
+            raise UserError(
+                f"--mono {self.text}: expected sentences, found {len(lines)} empty lines"
+            )
+        counts = {"empty": len(lines) - len(pairs), "repeated": repeated(pairs)}
+        return list(dict.fromkeys(pairs)), counts
+
+    def place(self, subset: str, pair: Pair, side: int) -> str:
+        """File and line of a sentence."""
+        return f"{self.text}, line {read_lines(self.text).index(pair[side]) + 1}"
 
 
 def read_subset(prefixes: list[str], languages: tuple[str, str]) -> list[Pair]:
@@ -110,8 +170,8 @@ def write_binary(path: Path, sentences: Tokens, size: int) -> None:
 class Kept:
     """What of the text could not be kept exactly, and where first."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, place: Callable[[str, Pair, int], str]) -> None:
+        self.place = place
         self.counts: Counter[str] = Counter()
         self.notes: list[str] = []
         self._first: dict[str, str] = {}
@@ -121,15 +181,6 @@ class Kept:
         self.counts[what] += count
         if count and what not in self._first:
             self._first[what] = self.place(subset, pair, side)
-
-    def place(self, subset: str, pair: Pair, side: int) -> str:
-        """File and line of one side of a pair."""
-        languages = self._settings.languages
-        for prefix in self._settings.text[subset]:
-            pairs = read_subset([prefix], languages)
-            if pair in pairs:
-                return f"{prefix}.{languages[side]}, line {pairs.index(pair) + 1}"
-        raise AssertionError("every pair comes from a file")
 
     def lines(self) -> list[str]:
         """What people should know, a line each."""
@@ -234,30 +285,44 @@ def encode_text(
 
 
 def write_directories(
-    building: Path, settings: Settings, tokenizer: Tokenizer, text: Encoded, kept: Kept
-) -> Dictionary:
+    building: Path,
+    vocabularies: dict[str, Vocabulary],
+    tokenizer: Tokenizer,
+    dictionary: Dictionary,
+    text: Encoded,
+    kept: Kept,
+) -> None:
     """Write the data directories, which share a dictionary."""
-    keep = text.used(tokenizer) if settings.prune_vocab else None
-    dictionary, rows = make_dictionary(tokenizer, text.ends["bin"], keep)
-    for name, maker in text.prompts.items():
-        end, folder = text.ends[name], building / name
-        used = rows if end in (None, rows[EOS]) else with_end(rows, end)
-        dictionary_hash = hash_symbols(dictionary.symbols)
-        vocabulary = Vocabulary(
-            used, settings.tokenizer, maker.settings, dictionary_hash, settings.gguf_file
-        )
-        lacking = vocabulary.symbols(maker.tokens(""), tokenizer).count(UNK)
+    for name, vocabulary in vocabularies.items():
+        lacking = vocabulary.symbols(text.prompts[name].tokens(""), tokenizer).count(UNK)
         if lacking:
             kept.notes.append(
                 f"{lacking} unknown tokens in the template and the examples of every prompt in "
                 f"{name}: the tokenizer lacks what they are written in"
             )
+        folder = building / name
         folder.mkdir()
         sides = {
             subset: (sources[name], targets) for subset, (sources, targets) in text.tokens.items()
         }
         write_directory(folder, vocabulary, tokenizer, dictionary, text.subsets, sides, kept)
-    return dictionary
+
+
+def make_vocabularies(
+    settings: Settings, tokenizer: Tokenizer, text: Encoded
+) -> tuple[Dictionary, dict[str, Vocabulary]]:
+    """The dictionary, and what each data directory says of its symbols."""
+    keep = text.used(tokenizer) if settings.prune_vocab else None
+    dictionary, rows = make_dictionary(tokenizer, text.ends["bin"], keep)
+    dictionary_hash = hash_symbols(dictionary.symbols)
+    found = {}
+    for name, maker in text.prompts.items():
+        end = text.ends[name]
+        used = rows if end in (None, rows[EOS]) else with_end(rows, end)
+        found[name] = Vocabulary(
+            used, settings.tokenizer, maker.settings, dictionary_hash, settings.gguf_file
+        )
+    return dictionary, found
 
 
 def write_text(
@@ -287,12 +352,57 @@ def prepare(settings: Settings, building: Path) -> tuple[dict[str, Any], list[st
     for subset, limit in settings.limits.items():
         subsets[subset] = subsets[subset][: limit or None]
     text = encode_text(templates, settings, tokenizer, subsets, shots)
-    kept = Kept(settings)
-    dictionary = write_directories(building, settings, tokenizer, text, kept)
+    kept = Kept(settings.place)
+    dictionary, vocabularies = make_vocabularies(settings, tokenizer, text)
+    write_directories(building, vocabularies, tokenizer, dictionary, text, kept)
     write_text(building, settings.languages, tokenizer, text, kept)
-    summary = {
-        "sentences": {subset: len(pairs) for subset, pairs in subsets.items()},
-        "in_held_out_text": leaked,
+    counts = {"in_held_out_text": leaked}
+    summary = summarise(building, tokenizer, dictionary, text, kept, counts)
+    return {**summary, "shots": shots}, kept.lines()
+
+
+def prepare_monolingual(
+    settings: MonolingualSettings, building: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Write everything below ``building``, a split ``train`` alone; returns as :func:`prepare` does."""
+    source, target = settings.languages
+    path = settings.vocabulary / "bin" / f"dict.{source}.txt"
+    if not path.is_file():
+        raise UserError(
+            f"--vocabulary {settings.vocabulary}: expected a folder that prepare_llm_data made for "
+            f"{source}-{target}, found no {path.relative_to(settings.vocabulary)} in it"
+        )
+    dictionary = Dictionary.load(str(path))
+    vocabularies = settings.vocabularies(dictionary)
+    pairs, counts = settings.read()
+    tokenizer = load_tokenizer(str(settings.vocabulary / "bin" / TOKENIZER))
+    prompts = {
+        name: Prompts(one.prompt, tokenizer) for name, one in vocabularies.items() if one.prompt
+    }
+    ends = {
+        name: None if one.rows[EOS] == NEW_ROW else one.rows[EOS]
+        for name, one in vocabularies.items()
+    }
+    tokens = {"train": encode(prompts, pairs, "train")}
+    text = Encoded({"train": pairs}, prompts, tokens, ends)
+    kept = Kept(settings.place)
+    write_directories(building, vocabularies, tokenizer, dictionary, text, kept)
+    write_text(building, settings.languages, tokenizer, text, kept)
+    return summarise(building, tokenizer, dictionary, text, kept, counts), kept.lines()
+
+
+def summarise(
+    building: Path,
+    tokenizer: Tokenizer,
+    dictionary: Dictionary,
+    text: Encoded,
+    kept: Kept,
+    left_out: dict[str, int],
+) -> dict[str, Any]:
+    """The content of data.json."""
+    return {
+        "sentences": {subset: len(pairs) for subset, pairs in text.subsets.items()},
+        **left_out,
         "target_tokens": {
             subset: sum(len(tokens) + 1 for tokens in targets)
             for subset, (_, targets) in text.tokens.items()
@@ -303,10 +413,8 @@ def prepare(settings: Settings, building: Path) -> tuple[dict[str, Any], list[st
         "ends_of_translation": {
             name: None if end is None else tokenizer.pieces[end] for name, end in text.ends.items()
         },
-        "shots": shots,
         "fingerprint": fingerprint(building),
     }
-    return summary, kept.lines()
 
 
 def fingerprint(building: Path) -> str:

@@ -186,6 +186,12 @@ def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
     run_block(folder, "docs/language-models.md", "sekd_fairseq.import_hf", as_it_is)
     cache = TeacherCache.open(folder / "data/llm/cache/train")
     assert len(cache) == cache.manifest.sentences > 300
+    (folder / "mono.de").write_text(
+        "".join((folder / "text/train.de").read_text().splitlines(True)[:9])
+    )
+    few = {"--beam 4": "--beam 2 --max-len-b 9"}
+    printed = run_block(folder, "docs/more-text.md", "--mono mono.de", few)
+    assert "0 gold pairs" in printed and (folder / "data/llm/mixed/train.de-en.en.bin").exists()
     # The README's block is its beginning.
     own = commands(block_with("docs/language-models.md", "--save-dir runs/llm/student"))
     assert commands(first) == own[:2]

@@ -389,3 +389,61 @@ def test_interactive_translates_as_generate(
         command("fairseq_cli.generate", data, "--gen-subset", "test", *common, *wrong, check=False)
     )
     assert "expected the tokenizer" in line
+
+
+def test_monolingual_text_gets_the_prompts_that_are_there(
+    tokenizer: Path, llm_text: Path, tmp_path: Path
+) -> None:
+    from fairseq.data import Dictionary, data_utils
+
+    from sekd_fairseq import distilled_data, prepare_llm_data
+    from sekd_fairseq.llm.bpe import LanguageModelText
+
+    data, mono = tmp_path / "data", tmp_path / "mono"
+    prepare(tokenizer, llm_text, data, "--teacher-shots", 2, "--prune-vocab")
+    held_out = (llm_text / "valid.en").read_text().splitlines()[0]
+    sentences = ["eine  Zeile", "<s>two", held_out]
+    text = tmp_path / "mono.en"
+    text.write_text("\n".join([*sentences, "", "<s>two", ""]))
+    languages = ["--source-lang", "en", "--target-lang", "de"]
+    words = ["--mono", text, "--vocabulary", data, "--output", mono, *languages]
+    prepare_llm_data.main([str(word) for word in words])
+    assert (mono / "train.en").read_text().splitlines() == sentences
+    summary = json.loads((mono / "data.json").read_text())
+    assert (summary["sentences"], summary["empty"], summary["repeated"]) == ({"train": 3}, 1, 1)
+    made = json.loads((data / "data.json").read_text())
+    assert summary["ends_of_translation"] == made["ends_of_translation"]
+    for name in ("bin", "teacher"):
+        for file in ("dict.en.txt", "dict.de.txt", "llm.json"):
+            assert (mono / name / file).read_bytes() == (data / name / file).read_bytes()
+        dictionary = Dictionary.load(str(data / name / "dict.en.txt"))
+        given = LanguageModelText(data / name, dictionary)
+        path = str(mono / name / "train.en-de.en")
+        found = data_utils.load_indexed_dataset(path, dictionary)
+        assert [found[i].tolist() for i in range(3)] == [
+            given.source(sentence).tolist() for sentence in sentences
+        ]
+    # The teacher's translations of its prompts are the targets of the student's.
+    symbols = given.encode("eins")
+    (tmp_path / "out").write_text("".join(f"H-{i}\t-0.1\t{symbols}\n" for i in range(3)))
+    more = ["--sources", mono / "bin", "--output", tmp_path / "more"]
+    words = [data / "bin", "--generated", tmp_path / "out", *more]
+    distilled_data.main([str(word) for word in words])
+    made_of = data_utils.load_indexed_dataset(str(tmp_path / "more/train.en-de.en"), dictionary)
+    text_of_bin = LanguageModelText(data / "bin", dictionary)
+    assert [made_of[i].tolist() for i in range(len(made_of))] == [
+        text_of_bin.source(sentence).tolist()
+        for sentence in sentences[:2]  # the third is held out
+    ]
+    # What does not go together.
+    for wrong in (["--mono", text], ["--mono", text, "--vocabulary", data, "--chat"], []):
+        with pytest.raises(SystemExit) as refused:
+            prepare_llm_data.main([str(w) for w in [*wrong, *languages, "--output", mono]])
+        assert refused.value.code == 2
+    for options, expected in (
+        (["--vocabulary", tmp_path], "prepare_llm_data made"),
+        (["--vocabulary", data, "--source-lang", "de", "--target-lang", "en"], "from de to en"),
+    ):
+        words = ["--mono", text, *languages, *options, "--output", tmp_path / "no"]
+        with pytest.raises(SystemExit, match=expected):
+            prepare_llm_data.main([str(word) for word in words])
