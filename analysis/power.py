@@ -30,7 +30,7 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 
-from analysis.stats import ALPHA, Floats
+from analysis.stats import ALPHA, Floats, resampled_variance
 
 #: Probability with which an effect of the size called detectable is found, where nothing else is asked for.
 POWER = 0.8
@@ -66,15 +66,17 @@ class Spread:
         directions = len(observed)
         seed, interaction = np.zeros(directions), np.zeros(directions)
         shared = 0.0
-        for i, (values, drawn) in enumerate(zip(observed, resampled, strict=True)):
+        for i, (values, drawn, units) in enumerate(
+            zip(observed, resampled, sentences, strict=True)
+        ):
             seeds = len(values)
-            own = float(np.nanvar(drawn.mean(axis=0), ddof=1))
-            each = float(np.nanmean(np.nanvar(drawn, axis=1, ddof=1)))
+            own = float(resampled_variance(drawn.mean(axis=0), units))
+            each = float(np.nanmean(resampled_variance(drawn, units)))
             interaction[i] = max(0.0, (each - own) * seeds / (seeds - 1))
             seed[i] = max(0.0, float(values.var(ddof=1)) - interaction[i])
             shared += interaction[i] / seeds / directions**2
         mean = np.stack([drawn.mean(axis=0) for drawn in resampled]).mean(axis=0)
-        sentence = max(0.0, float(np.nanvar(mean, ddof=1)) - shared)
+        sentence = max(0.0, float(resampled_variance(mean, min(sentences))) - shared)
         freedom = sum(len(values) - 1 for values in observed)
         return cls(seed, interaction, sentence, min(sentences), freedom)
 

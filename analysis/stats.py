@@ -152,16 +152,16 @@ def hierarchical(
     if min(sentences) < 2:
         return Estimate(effect, *[float("nan")] * 5)
     draws = np.stack([values.mean(axis=0) for values in resampled])  # (directions, B)
-    a = float(np.nanvar(draws.mean(axis=0), ddof=1))
+    a = float(resampled_variance(draws.mean(axis=0), min(sentences)))
     between, between_terms, interaction = 0.0, 0.0, 0.0
-    for values, drawn in zip(observed, resampled, strict=True):
+    for values, drawn, units in zip(observed, resampled, sentences, strict=True):
         seeds = len(values)
         if seeds > 1:
             part = float(values.var(ddof=1)) / seeds / count**2
             between += part
             between_terms += part**2 / (seeds - 1)
-            own = float(np.nanvar(drawn.mean(axis=0), ddof=1))
-            each = float(np.nanmean(np.nanvar(drawn, axis=1, ddof=1)))
+            own = float(resampled_variance(drawn.mean(axis=0), units))
+            each = float(np.nanmean(resampled_variance(drawn, units)))
             interaction += max(0.0, (each - own) / (seeds - 1)) / count**2
     rest = max(0.0, a - interaction, a - between)
     variance = between + rest
@@ -179,6 +179,12 @@ def hierarchical(
         half = max(half, float(scipy.special.stdtrit(degrees, 0.5 + LEVEL / 2)) * own)
         p = max(p, float(2 * scipy.special.stdtr(degrees, -abs(effect) / own)))
     return Estimate(effect, error, freedom, effect - half, effect + half, p)
+
+
+def resampled_variance(drawn: Floats, units: int) -> Floats:
+    """Variance (...) of a statistic (..., B) over resamples of so many sentences, or documents; without
+    n / (n - 1) a bootstrap of few units makes it too small."""
+    return np.asarray(np.nanvar(drawn, axis=-1, ddof=1) * units / (units - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -30,7 +30,7 @@ def draws(
 
 def test_interval_is_fiellers() -> None:
     gain, lead = draws(np.random.default_rng(0), 1.0, 4.0, 0.7)
-    covariance = np.cov(gain.drawn[0], lead.drawn[0])
+    covariance = np.cov(gain.drawn[0], lead.drawn[0]) * 300 / 299
     limit = scipy.stats.t.ppf(0.975, 299) ** 2
     roots = np.roots(
         [

@@ -91,6 +91,16 @@ def test_one_seed_has_the_bootstrap_error_of_a_mean() -> None:
     np.testing.assert_allclose([found.low, found.high], [low, high], atol=0.01)
 
 
+def test_few_documents_have_the_standard_error_of_their_mean() -> None:
+    # A plain bootstrap of four spreads 3/4 as far as their variance says.
+    values = np.array([0.1, 0.5, 0.6, 1.2])
+    draws = Resamples(4, 20000, np.random.default_rng(10)).sums(values[:, None])[:, 0] / 4
+    found = hierarchical([np.array([values.mean()])], [draws[None]], [4])
+    assert found.error == pytest.approx(scipy.stats.sem(values), rel=0.02)
+    expected = scipy.stats.ttest_1samp(values, 0.0)
+    assert (found.freedom, found.p) == (3, pytest.approx(expected.pvalue, rel=0.05))
+
+
 def test_seeds_alone_give_the_t_test_over_seeds() -> None:
     # No spread between sentences: only the seeds' effects vary.
     effects = np.array([0.4, 0.6, 0.9])
