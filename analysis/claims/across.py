@@ -21,7 +21,7 @@ def across_runs(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
     for every direction but the first. No row with fewer than :data:`MIN_RUNS` runs."""
     kl_ranks: list[float] = []
     bleu_ranks: list[float] = []
-    directions = 0
+    directions: list[str] = []
     for item in evidence:
         runs = {run.label: run for couple in item.couples for run in couple}
         kl, bleu = [], []
@@ -33,10 +33,10 @@ def across_runs(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
             kl.append(run.under(partition).total("kl")[column] / partition.tokens[column])
             bleu.append(item.direction.corpus.corpus_score(run.translations, "BLEU"))
         if len(kl) > 2:
-            directions += 1
+            directions.append(item.direction.name)
             for ranks, values in ((kl_ranks, -np.array(kl)), (bleu_ranks, np.array(bleu))):
                 ranks.extend((pd.Series(values).rank() - (len(values) + 1) / 2) / len(values))
-    freedom = len(kl_ranks) - 3 - (directions - 1)
+    freedom = len(kl_ranks) - 3 - (len(directions) - 1)
     if len(kl_ranks) < MIN_RUNS or freedom < 1 or np.ptp(bleu_ranks) == 0:
         return []
     value = float(np.corrcoef(kl_ranks, bleu_ranks)[0, 1])
@@ -44,6 +44,7 @@ def across_runs(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
     half = scipy.special.ndtri(0.5 + LEVEL / 2) * error
     return [
         {
+            "directions": " ".join(directions),
             "measure": MEASURE,
             "decides": False,
             "effect": value,

@@ -35,6 +35,7 @@ COLUMNS = [
     "claim",
     "statement",
     "scope",
+    "directions",
     "family",
     "measure",
     "decides",
@@ -59,7 +60,8 @@ def claims_table(
     """Test every claim for every SE-KD method, and for the placebo, against the baseline.
 
     Scope ``all`` pools the directions and carries the verdict; with several directions each is
-    tested too. ``family`` says which p-values Holm's correction took together: those of all methods and
+    tested too; ``directions`` names those that a row is made of, where some have no runs or no data for
+    it. ``family`` says which p-values Holm's correction took together: those of all methods and
     claims of the scope ``all``, those of all single directions, those of the placebo in each. The
     second table is that of :func:`analysis.claims.relation.relation_table`. Nothing is tested on a
     training subset.
@@ -112,12 +114,13 @@ def _rows(
     treatment: str, measure: Measure, samples: dict[str, Sample | None], options: Options
 ) -> list[dict[str, Any]]:
     found = {name: sample for name, sample in samples.items() if sample is not None}
-    scopes: dict[str, list[Sample]] = {"all": list(found.values())}
+    scopes = {"all": found}
     if len(samples) > 1:
-        scopes |= {name: [sample] for name, sample in found.items()}
+        scopes |= {name: {name: sample} for name, sample in found.items()}
     rows = []
     for scope, group in scopes.items():
         row = _row(treatment, measure.claim, scope, options) | {
+            "directions": " ".join(group),
             "measure": measure.name,
             "decides": measure.decides,
         }
@@ -127,7 +130,7 @@ def _rows(
         elif not group:
             row["reason"] = measure.missing
         else:
-            row.update(_estimate(measure, group, options))
+            row.update(_estimate(measure, list(group.values()), options))
         rows.append(row)
     return rows
 

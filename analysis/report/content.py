@@ -124,12 +124,28 @@ def claims_blocks(tables: Tables, options: Options) -> list[Block]:
                 source="tables/relation.csv",
             )
         )
+    blocks.extend(_partly_pooled(pooled))
     blocks.append(
         "Effects above 0 are in the claim's favour. *Detectable* is the smallest effect that these runs would "
         "tell from 0 four times in five. Each direction alone: `tables/claims.csv`; the rule of the verdicts: "
         "*How this was computed*."
     )
     return blocks
+
+
+def _partly_pooled(pooled: pd.DataFrame) -> list[str]:
+    """Which measures are not of all the directions that others are of."""
+    whole = max(pooled["directions"], key=lambda names: len(names.split()))
+    part = pooled[(pooled["directions"] != whole) & (pooled["directions"] != "")]
+    named = [
+        f"claim {row['claim']}, {row['measure']} ({label_of(row['treatment'])}): {row['directions']}"
+        for row in part.to_dict("records")
+    ]
+    return (
+        [f"Not of all directions, for want of data in the others: {'; '.join(named)}."]
+        if named
+        else []
+    )
 
 
 def claim_rows(table: pd.DataFrame, method: bool = False, verdict: bool = True) -> Rows:

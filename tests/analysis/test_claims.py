@@ -15,6 +15,7 @@ from analysis.chapters.training import training_table
 from analysis.chapters.transitions import aligned, transition_table, transitions
 from analysis.claims.evidence import Evidence, easy_times, sentence_gains
 from analysis.claims.verdicts import PLACEBO, UNEQUAL, _overruled, _verdict, claims_table
+from analysis.report.content import claims_blocks
 from analysis.runs.files import read_json, sealed_json
 from analysis.runs.simulated import write_study
 from analysis.runs.token_records import read_columns
@@ -153,6 +154,25 @@ def test_directions_are_pooled_and_tested_alone(tmp_path: Path) -> None:
     kl = table[table["measure"] == "KL on hard tokens (nats)"].set_index("scope")["effect"]
     assert kl["all"] == pytest.approx((kl["cs-en"] + kl["en-cs"]) / 2)
     assert verdicts(table, "cs-en")[1] == "supported"
+    assert set(table[table["scope"] == "all"]["directions"]) == {"cs-en en-cs"}
+
+
+def test_a_claim_that_is_not_of_all_directions_says_so(tmp_path: Path) -> None:
+    root = write_study(tmp_path, better=0.6, directions=("cs-en", "en-cs"))
+    for path in root.glob("en-cs/*/tokens/test/*.parquet"):
+        if path.stem != "100":  # the last step; nothing is known of earlier ones
+            path.unlink()
+    _, table = judged(root, Options(resamples=200))
+    pooled = table[(table["scope"] == "all") & table["decides"].astype(bool)].set_index("claim")
+    both = "cs-en en-cs"
+    assert pooled["directions"].to_dict() == {1: both, 2: both, 3: both, 4: both, 5: "cs-en"}
+    blocks = claims_blocks({"claims": table, "relation": pd.DataFrame()}, Options())
+    texts = [block for block in blocks if isinstance(block, str) and not block.startswith("**")]
+    said, rule = texts
+    assert said.startswith(
+        "Not of all directions, for want of data in the others: claim 5, time until"
+    )
+    assert said.endswith(": cs-en.") and rule.startswith("Effects above 0")
 
 
 def test_nothing_is_claimed_from_the_training_set(tmp_path: Path, write_run: WriteRun) -> None:
