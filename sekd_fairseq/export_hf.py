@@ -41,11 +41,12 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     (model,), _, task = load_models([checkpoint], data, torch.device("cpu"), base)
     if not isinstance(model, HFCausalLM):
         raise UserError(f"{checkpoint}: expected a student of --arch hf_causal_lm, found another")
-    vocabulary = Vocabulary.load(Path(data), task.target_dictionary.symbols)
+    Vocabulary.load(Path(data), task.target_dictionary.symbols)  # that they are a language model's
+    rows = model.vocabulary_rows.tolist()
     lm = model.decoder.model
     if hasattr(lm, "merge_and_unload"):
         lm = lm.merge_and_unload()
-    restore_rows(lm, vocabulary.rows, pretrained(base, gguf) if base else None)
+    restore_rows(lm, rows, pretrained(base, gguf) if base else None)
     tokenizer = load_tokenizer(str(Path(data) / TOKENIZER))
     lm.config.pad_token_id = tokenizer.specials[1]
     lm.config.torch_dtype = torch.float32

@@ -1,6 +1,8 @@
 """Language models from a folder, a hub id, a GGUF file or a configuration, by transformers."""
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,18 @@ import torch
 from omegaconf import open_dict
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.llm.vocabulary import NEW_ROW, Vocabulary, check_rows
+from sekd_fairseq.llm.families import TOLERANCE, alone, apart
+from sekd_fairseq.llm.prompts import Prompts
+from sekd_fairseq.llm.tokenizer import load_tokenizer
+from sekd_fairseq.llm.vocabulary import (
+    EOS,
+    NEW_ROW,
+    TOKENIZER,
+    Vocabulary,
+    vocabulary_parameters,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def pretrained(folder: str, gguf_file: str | None) -> Any:
@@ -53,23 +66,55 @@ def from_config(content: dict[str, Any], size: int) -> Any:
 
 def keep_layers(lm: Any, count: int) -> None:
     """Drop layers of a decoder, so that ``count`` evenly spaced ones stay, the first and the last
-    among them."""
+    among them.
+
+    Raises
+    ------
+    UserError
+        The model has no layers where Llama's are, or not so many; or its configuration cannot say which
+        stay, so that a checkpoint would be loaded as others.
+    """
     layers = getattr(getattr(lm, "model", None), "layers", None)
     if layers is None:
         raise UserError(
             f"--hf-layers: expected a model whose layers are model.layers, as Llama's, found "
             f"{type(lm).__name__}; train a small one from scratch with --hf-config instead"
         )
-    if not 1 <= count <= len(layers):
-        raise UserError(f"--hf-layers: expected 1 to {len(layers)}, found {count}")
-    chosen = [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
+    total = len(layers)
+    if not 1 <= count <= total:
+        raise UserError(f"--hf-layers: expected 1 to {total}, found {count}")
+    chosen = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
     lm.model.layers = torch.nn.ModuleList([layers[i] for i in chosen])
     for place, layer in enumerate(lm.model.layers):
-        if hasattr(layer.self_attn, "layer_idx"):
-            layer.self_attn.layer_idx = place
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place
+    for name, value in lm.config.to_dict().items():
+        if isinstance(value, list) and len(value) == total:  # of each layer, as layer_types
+            setattr(lm.config, name, [value[i] for i in chosen])
     lm.config.num_hidden_layers = count
-    if getattr(lm.config, "layer_types", None):
-        lm.config.layer_types = [lm.config.layer_types[i] for i in chosen]
+    if not loads_again(lm):
+        raise UserError(
+            f"--hf-layers {count}: expected a model whose configuration says what each layer is, found "
+            f"{type(lm).__name__}, which would be loaded from a checkpoint with layers of other kinds; "
+            "train a small one from scratch with --hf-config instead"
+        )
+
+
+def loads_again(lm: Any) -> bool:
+    """Whether a model made from the configuration, with the same weights, gives the same logits."""
+    from transformers.modeling_utils import no_init_weights
+
+    vocabulary = lm.get_input_embeddings().num_embeddings
+    tokens = [vocabulary * i // 8 for i in range(8)]
+    try:
+        with no_init_weights():
+            made = from_config(json.loads(lm.config.to_json_string(use_diff=False)), vocabulary)
+        made.load_state_dict(lm.state_dict(), assign=True)  # shares them
+        found, expected = (alone(model.eval(), tokens) for model in (made, lm))
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        return False
+    return apart(found, expected) <= TOLERANCE
 
 
 def weights_in_checkpoint(cfg: Any) -> bool:
@@ -97,11 +142,8 @@ def load_language_model(cfg: Any, task: Any) -> tuple[Any, list[int]]:
             "--arch hf_causal_lm expects --hf-model FOLDER (pretrained) or --hf-config FILE (from "
             "scratch), found neither"
         )
-    vocabulary = Vocabulary.load(
-        # The task's data: a checkpoint remembers where they were when it was trained.
-        Path(str(task.cfg.data).split(":")[0]),
-        task.target_dictionary.symbols,
-    )
+    data = data_directory(task)
+    vocabulary = Vocabulary.load(data, task.target_dictionary.symbols)
     if cfg.hf_model:
         try:
             lm = pretrained(cfg.hf_model, cfg.hf_gguf_file)
@@ -115,11 +157,58 @@ def load_language_model(cfg: Any, task: Any) -> tuple[Any, list[int]]:
             ) from error
         if cfg.hf_layers:
             keep_layers(lm, cfg.hf_layers)
-        check_rows(lm, vocabulary.rows)
-    else:
-        assert cfg.hf_config is not None
-        lm = from_config(read_config(Path(cfg.hf_config)), size)
-    return lm, vocabulary.rows
+        return lm, rows_of(lm, vocabulary, data)
+    assert cfg.hf_config is not None
+    return from_config(read_config(Path(cfg.hf_config)), size), vocabulary.rows
+
+
+def data_directory(task: Any) -> Path:
+    """The task's data: a checkpoint remembers where they were when it was trained."""
+    return Path(str(task.cfg.data).split(":")[0])
+
+
+def rows_of(lm: Any, vocabulary: Vocabulary, data: Path) -> list[int]:
+    """A model's row of each symbol, -1 where it has none: of control tokens that its tokenizer has
+    beside its vocabulary (of images, in Gemma 3's), which no prompt holds.
+
+    Raises
+    ------
+    UserError
+        The model lacks other tokens, or those that prompts hold or translations end with.
+    """
+    size = min(len(matrix) for matrix in vocabulary_parameters(lm).values())
+    beyond = {row for row in vocabulary.rows if row >= size}
+    if not beyond:
+        return vocabulary.rows
+    needed = beyond
+    if (data / TOKENIZER).is_dir() and vocabulary.prompt is not None:
+        tokenizer = load_tokenizer(str(data / TOKENIZER))
+        used = {vocabulary.rows[EOS], *Prompts(vocabulary.prompt, tokenizer).tokens("a")}
+        needed = beyond - (set(tokenizer.controls.values()) - used)
+    if needed:
+        raise UserError(
+            f"--hf-model has {size} vocabulary rows, the data's tokenizer at least {max(beyond) + 1} "
+            "tokens: expected the tokenizer of this model; make the data again with it"
+        )
+    logger.info("%d control tokens of the tokenizer have no row in the model", len(beyond))
+    return [row if row < size else NEW_ROW for row in vocabulary.rows]
+
+
+def check_same_rows(found: Sequence[int], expected: Sequence[int], data: Path) -> None:
+    """Refuse a checkpoint whose symbols stand for other tokens than those of the data.
+
+    The end of translations is a symbol of its own, so prompts that end them otherwise have another order.
+    """
+    most = max(found, default=NEW_ROW)
+    if len(found) != len(expected) or all(
+        one == two or two > most for one, two in zip(found, expected, strict=True)
+    ):
+        return
+    raise UserError(
+        f"{data}: its translations end with token {expected[EOS]} of the model, those that the checkpoint "
+        f"was made with end with {found[EOS]}; expected the data that it was made with (of prompts of a "
+        "teacher's own, OUTPUT/teacher), or a checkpoint made with these"
+    )
 
 
 def remember_configuration(cfg: Any, model: Any) -> None:

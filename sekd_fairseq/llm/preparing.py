@@ -18,6 +18,7 @@ from analysis.terminal import progress
 from sekd_fairseq.llm.prompts import Prompts, PromptSettings, read_template
 from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
 from sekd_fairseq.llm.vocabulary import (
+    EOS,
     NEW_ROW,
     TOKENIZER,
     UNK,
@@ -32,7 +33,6 @@ Tokens = list[list[int]]
 SUBSETS = ("train", "valid", "test")
 #: The data directories: of the student's prompts, and of the teacher's.
 PROMPTS = ("bin", "teacher")
-EOS = 2
 
 
 @dataclass(frozen=True)

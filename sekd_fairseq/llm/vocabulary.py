@@ -26,7 +26,7 @@ from sekd_fairseq.teacher_cache.format import hash_symbols
 FILE = "llm.json"
 TOKENIZER = "tokenizer"
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-UNK = SPECIALS.index("<unk>")
+EOS, UNK = (SPECIALS.index(name) for name in ("</s>", "<unk>"))
 NEW_ROW = -1
 
 
@@ -145,17 +145,6 @@ def with_end(rows: Sequence[int], token: int) -> list[int]:
     other, swapped = list(rows).index(token), list(rows)
     swapped[2], swapped[other] = swapped[other], swapped[2]
     return swapped
-
-
-def check_rows(lm: Any, rows: Sequence[int]) -> None:
-    """Refuse a model that has fewer rows than the tokenizer has tokens, or not two matrices of them."""
-    found = min(len(matrix) for matrix in vocabulary_parameters(lm).values())
-    if max(rows) >= found:
-        raise UserError(
-            f"--hf-model has {found} vocabulary rows, the data's tokenizer at "
-            f"least {max(rows) + 1} tokens: expected the tokenizer of this model; make the data "
-            "again with it"
-        )
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -40,10 +41,16 @@ from sekd_fairseq.llm.families import (
     positions_of,
     refused,
     telling_weights,
+    text_config,
 )
-from sekd_fairseq.llm.loading import load_language_model, weights_in_checkpoint
+from sekd_fairseq.llm.loading import (
+    check_same_rows,
+    data_directory,
+    load_language_model,
+    weights_in_checkpoint,
+)
 from sekd_fairseq.llm.prompt_encoder import PromptEncoder
-from sekd_fairseq.llm.vocabulary import select_rows
+from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, select_rows
 from sekd_fairseq.patches import take_rows_as_one_sequence
 
 logger = logging.getLogger(__name__)
@@ -389,9 +396,12 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
 class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
     """See the module. The buffer ``vocabulary_rows`` (V,) has the model's row of each symbol."""
 
-    def __init__(self, encoder: PromptEncoder, decoder: CausalLMDecoder, rows: Tensor) -> None:
+    def __init__(
+        self, encoder: PromptEncoder, decoder: CausalLMDecoder, rows: Tensor, data: Path
+    ) -> None:
         super().__init__(encoder, decoder)
         self.register_buffer("vocabulary_rows", rows)
+        self.data = data
 
     @classmethod
     def build_model(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
@@ -421,15 +431,19 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
             )
         if cfg.hf_gradient_checkpointing:
             lm.gradient_checkpointing_enable()
+        others = freeze_beside_text(lm)
         if cfg.lora_r > 0:
             from peft import LoraConfig, get_peft_model
 
             adapters = LoraConfig(
-                r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules="all-linear"
+                r=cfg.lora_r,
+                lora_alpha=cfg.lora_alpha,
+                target_modules="all-linear",
+                exclude_modules=others or None,
             )
             decoder.model = get_peft_model(lm, adapters)
         encoder = PromptEncoder(task.source_dictionary, decoder.positions)
-        return cls(encoder, decoder, torch.tensor(rows))
+        return cls(encoder, decoder, torch.tensor(rows), data_directory(task))
 
     @property
     def joint_positions(self) -> int:
@@ -446,7 +460,8 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
         return {k: v for k, v in state.items() if "lora_" in k or k.endswith("vocabulary_rows")}
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
-        """Fill in the frozen weights, which a checkpoint of adapters does not hold.
+        """Refuse a checkpoint made with data of another order; fill in the frozen weights, which a
+        checkpoint of adapters does not hold.
 
         A checkpoint of all weights is none that adapters can begin with, nor the other way round: those
         of adapters keep what ``--hf-model`` names.
@@ -460,9 +475,31 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
                     "of it with python -m sekd_fairseq.export_hf CHECKPOINT --data DATA --output FOLDER, and "
                     "give --hf-model FOLDER in its place"
                 )
+        if (self.data / FILE).is_file() and "vocabulary_rows" in state_dict:
+            with one_line_errors():
+                expected = Vocabulary.load(self.data, self.decoder.dictionary.symbols).rows
+                check_same_rows(state_dict["vocabulary_rows"].tolist(), expected, self.data)
         if adapters:
             for key, value in super().state_dict().items():
                 state_dict.setdefault(key, value)
+
+
+def freeze_beside_text(lm: Any) -> list[str]:
+    """Freeze what text does not go through, of images or sound; returns its linear layers, by name.
+
+    No gradient would come to it, but memory for the optimiser, and weight decay.
+    """
+    if text_config(lm) is lm.config:
+        return []
+    parts = (lm.get_decoder(), lm.get_input_embeddings(), lm.get_output_embeddings())
+    text = {id(weight) for part in parts for weight in part.parameters()}
+    for weight in lm.parameters():
+        weight.requires_grad_(id(weight) in text)
+    return [
+        name
+        for name, module in lm.named_modules()
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+    ]
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:

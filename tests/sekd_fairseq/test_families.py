@@ -16,6 +16,7 @@ from fairseq.data import Dictionary
 from sekd_fairseq.errors import UserError
 
 from .conftest import ROOT
+from .language_models import COMMON
 
 transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
@@ -199,3 +200,124 @@ def test_a_prompt_has_no_logits(tmp_path: Path, model_type: str) -> None:
     assert model.train()(source, None, previous)[0].size(1) == 3
     model.eval().decoder(previous[:, :1], model.encoder(source), incremental_state={})
     assert projected == [3, 1]
+
+
+def saved(folder: Path, model_type: str, **options: Any) -> Any:
+    """A random model of a family in a folder, weights large enough for mistakes to show."""
+    config = transformers.AutoConfig.for_model(
+        **{**COMMON, "vocab_size": llm_families.VOCABULARY, "model_type": model_type, **options}
+    )
+    torch.manual_seed(1)
+    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for weight in lm.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    lm.save_pretrained(folder)
+    return lm
+
+
+def test_fewer_layers_are_the_same_when_they_are_loaded_again(tmp_path: Path) -> None:
+    from sekd_fairseq.llm.loading import loads_again
+
+    # The last of SmolLM3's layers has no rotary positions.
+    saved(
+        tmp_path, "smollm3", num_hidden_layers=4, no_rope_layers=[1, 1, 1, 0], pad_token_id=None,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    lm = build(tmp_path, hf_model=str(tmp_path), hf_layers=2).decoder.lm
+    assert lm.config.no_rope_layers == [1, 0] and loads_again(lm)
+    lm.config.no_rope_layers = [1, 1]
+    assert not loads_again(lm)
+    # Every second layer has experts, and three of four do not alternate: no configuration says so.
+    other = tmp_path / "moe"
+    saved(
+        other, "qwen2_moe", num_hidden_layers=4, decoder_sparse_step=2, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"--hf-layers 3: .*Qwen2MoeForCausalLM"):
+        build(other, hf_model=str(other), hf_layers=3)
+    assert len(build(other, hf_model=str(other), hf_layers=2).decoder.lm.model.layers) == 2
+
+
+def test_what_text_does_not_go_through_is_not_trained(tmp_path: Path) -> None:
+    text = {
+        **COMMON, "vocab_size": llm_families.VOCABULARY, "head_dim": 8, "model_type": "gemma3_text",
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        "model_type": "siglip_vision_model",
+    }  # fmt: skip
+    saved(tmp_path, "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    source, previous = torch.tensor([[9, 8, 2], [7, 6, 2]]), torch.tensor([[2, 11], [2, 12]])
+    for options in ({}, {"lora_r": 2}):
+        model = build(tmp_path, hf_model=str(tmp_path), **options).train()
+        model(source, None, previous)[0].sum().backward()
+        learnt = {name for name, one in model.named_parameters() if one.requires_grad}
+        assert learnt == {name for name, one in model.named_parameters() if one.grad is not None}
+        assert not any("vision" in name or "multi_modal" in name for name in learnt)
+        assert any("q_proj" in name for name in learnt)
+
+
+def test_control_tokens_beside_the_vocabulary_need_no_row(tmp_path: Path, tokenizer: Path) -> None:
+    """Gemma 3's tokenizer has one for images, which its small models, of text alone, lack."""
+    from sekd_fairseq.export_hf import restore_rows
+    from sekd_fairseq.llm.prompts import PromptSettings
+    from sekd_fairseq.llm.tokenizer import load_tokenizer
+
+    own = load_tokenizer(str(tokenizer))
+    assert build_with(tmp_path / "own", own, lacks=0).vocabulary_rows.min() == -1
+    folder = tmp_path / "hf"
+    words = transformers.LlamaTokenizerFast(vocab_file=str(tokenizer))
+    words.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    words.save_pretrained(folder)
+    more = load_tokenizer(str(folder))
+    size = len(more.pieces)
+    model = build_with(tmp_path / "more", more, lacks=1)
+    assert sorted(model.vocabulary_rows.tolist())[-1] == size - 2
+    lm = model.decoder.lm
+    restore_rows(lm, model.vocabulary_rows.tolist(), None)
+    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "more/model")
+    torch.testing.assert_close(
+        lm.get_input_embeddings().weight, original.get_input_embeddings().weight
+    )
+    # Not of words, nor of what the prompts hold.
+    with pytest.raises(UserError, match=f"{size - 3} vocabulary rows, .* {size} tokens"):
+        build_with(tmp_path / "more", more, lacks=3)
+    prompt = PromptSettings("en", "de", "<image_soft_token>{src}")
+    with pytest.raises(UserError, match="expected the tokenizer of this model"):
+        build_with(tmp_path / "more", more, lacks=1, prompt=prompt)
+
+
+def build_with(folder: Path, tokenizer: Any, lacks: int, prompt: Any = None) -> Any:
+    """A pretrained model that lacks the last rows of a tokenizer, for data of that."""
+    from sekd_fairseq.llm.preparing import make_dictionary
+    from sekd_fairseq.llm.prompts import PromptSettings
+
+    folder.mkdir(exist_ok=True)
+    dictionary, rows = make_dictionary(tokenizer, tokenizer.specials[2], None)
+    symbols = llm_families.hash_symbols(dictionary.symbols)
+    prompt = prompt or PromptSettings("en", "de")
+    llm_families.Vocabulary(rows, "", prompt, symbols).save(folder, tokenizer)
+    saved(folder / "model", "llama", vocab_size=len(tokenizer.pieces) - lacks)
+    task = SimpleNamespace(
+        source_dictionary=dictionary,
+        target_dictionary=dictionary,
+        cfg=SimpleNamespace(data=str(folder)),
+    )
+    cfg = llm_families.HFCausalLMConfig(hf_model=str(folder / "model"))
+    return llm_families.HFCausalLM.build_model(cfg, task)
+
+
+def test_a_checkpoint_of_data_that_end_otherwise_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(
+        llm_families.small_config("llama").to_json_string(use_diff=False)
+    )
+    model = build(tmp_path, hf_config=str(tmp_path / "config.json"))
+    state = model.state_dict()
+    model.load_state_dict(state)
+    rows = state["vocabulary_rows"]
+    rows[[2, 9]] = rows[[9, 2]]
+    with pytest.raises(SystemExit, match=r"end with token 2 .* end with 9"):
+        model.load_state_dict(state)
