@@ -49,7 +49,7 @@ class StableOrderDataset(BaseWrapperDataset):
 
     - ``net_input["longest"]`` (int): positions of the longest row, for the model
     - ``net_input["beginning"]`` (int64 array, (n,)): the tokens that all prompts begin with, but for the
-      last of a prompt, whose output predicts the translation's first
+      last of the shortest, whose output predicts the translation's first
     - ``positions`` ((int, int)): positions that the model computes, and those of them that are padding
     """
 

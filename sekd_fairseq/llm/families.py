@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.prompt_encoder import PromptEncoder
 from sekd_fairseq.llm.vocabulary import NEW_ROW
 
 #: Logits that differ by less, in the root mean square over that of the logits, are the same: float32
@@ -228,14 +229,14 @@ def telling_weights(lm: Any, restore: bool) -> Iterator[None]:
             parameter.copy_(before)
 
 
-def _batch(decoder: Any, probe: Probe) -> tuple[Tensor, dict[str, list[Tensor]]]:
+def _batch(decoder: Any, probe: Probe) -> tuple[Tensor, dict[str, list[Any]]]:
     """The probe as fairseq gives a batch: previous outputs (B, T), and the prompts."""
     pad, eos = decoder.dictionary.pad(), decoder.dictionary.eos()
     width = max(map(len, probe.prompts))
-    prompt = torch.tensor([[pad] * (width - len(row)) + row for row in probe.prompts])
+    sources = torch.tensor([[pad] * (width - len(row)) + [*row, eos] for row in probe.prompts])
     width = max(map(len, probe.outputs))
     previous = torch.tensor([[eos, *row] + [pad] * (width - len(row)) for row in probe.outputs])
-    return previous, {"encoder_out": [prompt], "encoder_padding_mask": [prompt.eq(pad)]}
+    return previous, PromptEncoder(decoder.dictionary, decoder.positions)(sources)
 
 
 def _wrong(probe: Probe, logits: Tensor) -> bool:
@@ -247,18 +248,19 @@ def _wrong(probe: Probe, logits: Tensor) -> bool:
 
 
 def _generates(
-    decoder: Any, probe: Probe, previous: Tensor, encoder_out: dict[str, list[Tensor]]
+    decoder: Any, probe: Probe, previous: Tensor, encoder_out: dict[str, list[Any]]
 ) -> bool:
-    """Whether step by step, with the beam reordered on the way, gives the same."""
+    """Whether step by step, with a beam that is reordered on the way, gives the same."""
+    encoder = PromptEncoder(decoder.dictionary, decoder.positions)
     state: dict[str, Any] = {}
-    order = list(range(len(probe.prompts)))
+    order = [0, 0, *range(1, len(probe.prompts))]
+    encoder_out = encoder.reorder_encoder_out(encoder_out, torch.tensor(order))
     for step in range(1, previous.size(1) + 1):
         if step == 3:
-            order = order[1:] + order[:1]
-            decoder.reorder_incremental_state_scripting(state, torch.tensor(order))
-            encoder_out = {
-                key: [value[order] for value in values] for key, values in encoder_out.items()
-            }
+            turn = torch.arange(len(order)).roll(-1)
+            decoder.reorder_incremental_state_scripting(state, turn)
+            encoder_out = encoder.reorder_encoder_out(encoder_out, turn)
+            order = [order[i] for i in turn.tolist()]
         logits = decoder(previous[order][:, :step], encoder_out, incremental_state=state)[0]
         for place, i in enumerate(order):
             start = len(probe.prompts[i]) + step - 2

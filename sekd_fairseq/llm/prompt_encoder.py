@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+import torch
 from fairseq.models import FairseqEncoder
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -22,26 +25,49 @@ class PromptEncoder(FairseqEncoder):  # type: ignore[misc]
         self.positions = positions
 
     def forward(
-        self, src_tokens: Tensor, src_lengths: Tensor | None = None, **_: Any
-    ) -> dict[str, list[Tensor]]:
-        """``{"encoder_out": [prompt (B, S)], "encoder_padding_mask": [pad (B, S)]}``."""
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None = None,
+        beginning: NDArray[np.int64] | None = None,
+        **_: Any,
+    ) -> dict[str, list[Any]]:
+        """Make the prompts of a batch.
+
+        Returns
+        -------
+        encoder_out : (B, S) int64
+            The prompt of each row.
+        encoder_padding_mask : (B, S) bool
+            Its padding.
+        prompts
+            The same two as they were made: of each source once, where rows are repeated for a beam.
+        source : (B,) int64
+            Which of these each row has.
+        beginning : (n,) int64 array
+            What all prompts begin with, where the batch knows it
+            (:class:`~sekd_fairseq.datasets.StableOrderDataset`); finding it on a GPU would wait for it.
+        """
         keep = prompt_mask(src_tokens, self.dictionary.pad(), self.dictionary.eos())
         # Stable: what is not kept goes to the left, the rest stays in order.
         order = keep.long().argsort(dim=1, stable=True)
         # As wide as the source: how long the longest prompt is, a GPU would have to be waited for.
         prompt = src_tokens.masked_fill(~keep, self.dictionary.pad()).gather(1, order)
+        padding = prompt.eq(self.dictionary.pad())
         return {
             "encoder_out": [prompt],
-            "encoder_padding_mask": [prompt.eq(self.dictionary.pad())],
+            "encoder_padding_mask": [padding],
+            "prompts": [prompt, padding],
+            "source": [torch.arange(len(prompt), device=prompt.device)],
+            "beginning": [] if beginning is None else [beginning],
         }
 
     def reorder_encoder_out(
-        self, encoder_out: dict[str, list[Tensor]], new_order: Tensor
-    ) -> dict[str, list[Tensor]]:
+        self, encoder_out: dict[str, list[Any]], new_order: Tensor
+    ) -> dict[str, list[Any]]:
         """Rows in another order, as beam search asks."""
-        return {
-            key: [value.index_select(0, new_order) for value in values]
-            for key, values in encoder_out.items()
+        moved = ("encoder_out", "encoder_padding_mask", "source")
+        return encoder_out | {
+            key: [value.index_select(0, new_order) for value in encoder_out[key]] for key in moved
         }
 
     def max_positions(self) -> int:

@@ -14,6 +14,7 @@ order once, when the model is loaded (:mod:`sekd_fairseq.llm.vocabulary`), and p
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ from sekd_fairseq.patches import take_rows_as_one_sequence
 
 logger = logging.getLogger(__name__)
 
+#: What :class:`~sekd_fairseq.llm.prompt_encoder.PromptEncoder` makes of a batch's sources.
+EncoderOut = dict[str, list[Any]]
 CACHE = "hf_key_value_cache"
 #: Prompts that begin alike share the computation of a beginning at least this long, in tokens.
 SHARED_PREFIX = 16
@@ -154,66 +157,54 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
     def forward(
         self,
         prev_output_tokens: Tensor,
-        encoder_out: dict[str, list[Tensor]],
+        encoder_out: EncoderOut,
         incremental_state: dict[str, Any] | None = None,
         features_only: bool = False,
         longest: int | None = None,
-        beginning: NDArray[np.int64] | None = None,
         **_: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logits (or features) at every target position, or at the last with a state; (B, T, V).
 
         ``prev_output_tokens`` (B, T) begin with fairseq's end-of-sentence token, for which the
         prompt's last token stands in. ``longest`` is the number of tokens of the longest prompt and
-        translation together, and ``beginning`` what all prompts begin with, where the batch knows them
-        (:class:`~sekd_fairseq.datasets.StableOrderDataset`); finding them on a GPU would wait for it.
+        translation together, where the batch knows it; counting it on a GPU would wait for the GPU.
         Features are there where :attr:`output_projection` is.
         """
-        prompt = encoder_out["encoder_out"][0]
-        padding = encoder_out["encoder_padding_mask"][0]
         if incremental_state is None:
-            features = self._all_places(prompt, padding, prev_output_tokens, longest, beginning)
+            features = self._all_places(encoder_out, prev_output_tokens, longest)
         elif self.traits.cache:
-            features = self._step(prompt, padding, prev_output_tokens[:, 1:], incremental_state)
+            features = self._step(encoder_out, prev_output_tokens[:, 1:], incremental_state)
         else:
-            features = self._last_place(prompt, padding, prev_output_tokens, longest)
+            features = self._last_place(encoder_out, prev_output_tokens, longest)
         if features_only:
             return features, {"attn": [None]}
         logits: Tensor = (
             features if self.output_projection is None else self.output_projection(features)
         )
         if incremental_state is not None:
+            padding = encoder_out["encoder_padding_mask"][0]
             logits = self._end_at_last_position(logits, padding, prev_output_tokens)
         return logits, {"attn": [None]}
 
-    def _all_places(
-        self,
-        prompt: Tensor,
-        padding: Tensor,
-        previous: Tensor,
-        longest: int | None,
-        beginning: NDArray[np.int64] | None,
-    ) -> Tensor:
+    def _all_places(self, encoder_out: EncoderOut, previous: Tensor, longest: int | None) -> Tensor:
         """Features or logits at every place of the translations, (B, T, X)."""
         real = previous.ne(self.dictionary.pad())
-        rows, places = self._join(prompt, padding, previous, real, longest)
+        rows, places = self._join(encoder_out, previous, real, longest)
         if rows.size(1) > self.positions:
             raise UserError(
                 f"a prompt and a translation of {rows.size(1)} tokens together: the model "
                 f"has {self.positions} positions; shorten the prompt (fewer --shots) or "
                 "leave out long sentences"
             )
-        return self._read(rows, places, prompt.size(1) - padding.sum(dim=1), beginning)
+        return self._read(rows, places, encoder_out)
 
-    def _last_place(
-        self, prompt: Tensor, padding: Tensor, previous: Tensor, longest: int | None
-    ) -> Tensor:
+    def _last_place(self, encoder_out: EncoderOut, previous: Tensor, longest: int | None) -> Tensor:
         """Features or logits at the last place in generation, without a cache, (B, 1, X)."""
         real = torch.ones_like(previous, dtype=torch.bool)  # padding too, where it was generated
-        rows, places = self._join(prompt, padding, previous, real, longest)
+        rows, places = self._join(encoder_out, previous, real, longest)
         rows = rows[:, : self.positions]
         places = places[:, -1:].clamp_max(rows.size(1) - 1)
-        return self._read(rows, places, prompt.size(1) - padding.sum(dim=1), None)
+        return self._read(rows, places, encoder_out)
 
     def _end_at_last_position(self, logits: Tensor, padding: Tensor, previous: Tensor) -> Tensor:
         """Logits that allow the end alone where the next token would have no position."""
@@ -224,12 +215,7 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         return logits.masked_fill(full.view(-1, 1, 1) & others, -torch.inf)
 
     def _join(
-        self,
-        prompt: Tensor,
-        padding: Tensor,
-        previous: Tensor,
-        real: Tensor,
-        longest: int | None,
+        self, encoder_out: EncoderOut, previous: Tensor, real: Tensor, longest: int | None
     ) -> tuple[Tensor, Tensor]:
         """Each prompt with what follows it, padded on the right, (B, L); and the places in them
         that give the logits, (B, T), anything for padding.
@@ -238,6 +224,7 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         family makes of masks, positions, windows and states; and without a mask the fastest
         attention can run.
         """
+        prompt, padding = (encoder_out[key][0] for key in ("encoder_out", "encoder_padding_mask"))
         number = real.long().cumsum(dim=1)  # 1 for the token that the prompt's last stands in for
         keep = torch.cat([~padding, real & number.gt(1)], dim=1)
         lengths = keep.sum(dim=1, keepdim=True)
@@ -249,45 +236,63 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         places = number + (~padding).sum(dim=1, keepdim=True) - 2
         return rows, places.clamp(0, rows.size(1) - 1)
 
-    def _read(
-        self,
-        rows: Tensor,
-        places: Tensor,
-        lengths: Tensor,
-        beginning: NDArray[np.int64] | None,
-    ) -> Tensor:
-        """Features at some places of rows (B, L), or the logits where there are no features;
-        ``lengths`` (B,) are those of the prompts."""
+    def _read(self, rows: Tensor, places: Tensor, encoder_out: EncoderOut) -> Tensor:
+        """Features at some places of rows (B, L), or the logits where there are no features."""
         if self.traits.body is None:
             return self._logits(partial(take, places=places), input_ids=rows, use_cache=False)
         if self.traits.cache and not torch.is_grad_enabled():
-            if beginning is None:
-                beginning = common_beginning(rows.cpu().numpy(), int(lengths.min()) - 1)
-            prefix = self._shared_prefix(rows, beginning)
+            prefix = self._shared_prefix(encoder_out)
             if prefix is not None:
                 return self._after_prefix(rows, places, *prefix)
         return take(self._body(input_ids=rows, use_cache=False).last_hidden_state, places)
 
     def _step(
-        self, prompt: Tensor, padding: Tensor, outputs: Tensor, incremental_state: dict[str, Any]
+        self, encoder_out: EncoderOut, outputs: Tensor, incremental_state: dict[str, Any]
     ) -> Tensor:
         """Features or logits at the last place, from the keys and values of those before it."""
+        state = self.get_incremental_state(incremental_state, CACHE)
+        if state is None:
+            features, cache = self._read_prompts(encoder_out)
+            self.set_incremental_state(incremental_state, CACHE, {"cache": cache})
+            if outputs.size(1) == 0:
+                return features
+        else:
+            cache = state["cache"]
+        prompt, padding = (encoder_out[key][0] for key in ("encoder_out", "encoder_padding_mask"))
         mask = torch.cat([~padding, torch.ones_like(outputs, dtype=torch.bool)], dim=1)
-        tokens = torch.cat([prompt, outputs], dim=1)
-        positions = (mask.long().cumsum(dim=1) - 1).clamp(0, self.positions - 1)
-        cache = self.get_incremental_state(incremental_state, CACHE)
-        if cache is None:
-            from transformers import DynamicCache
+        return self._go_on(torch.cat([prompt, outputs], dim=1), mask, cache)
 
-            cache = {"cache": DynamicCache()}
-            self.set_incremental_state(incremental_state, CACHE, cache)
-        else:  # the prompt and all but the last token are in the cache
-            tokens, positions = tokens[:, -1:], positions[:, -1:]
+    def _read_prompts(self, encoder_out: EncoderOut) -> tuple[Tensor, Any]:
+        """Features or logits at the last place of each row's prompt, and the keys and values.
+
+        The rows of a beam have one prompt, which is read once, and what all prompts begin with is known.
+        """
+        from transformers import DynamicCache
+
+        prompt, padding = encoder_out["prompts"]
+        cache = DynamicCache()
+        prefix = None if self.traits.body is None else self._shared_prefix(encoder_out)
+        if prefix is not None:
+            tokens, layers = prefix
+            columns = torch.arange(len(tokens), device=prompt.device)
+            # Which of the prefix's tokens stands in a column; before it is padding.
+            places = (columns - padding.sum(dim=1, keepdim=True)).clamp_min(0)
+            for layer, (key, value) in enumerate(layers):
+                cache.update(*(x[0][:, places].transpose(0, 1) for x in (key, value)), layer)
+        features = self._go_on(prompt, ~padding, cache)
+        (source,) = encoder_out["source"]
+        cache.reorder_cache(source)
+        return features.index_select(0, source), cache
+
+    def _go_on(self, tokens: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Features or logits at the last of tokens (B, L), of which the first are in the cache."""
+        known = cache.get_seq_length()
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(0, self.positions - 1)
         options = {
-            "input_ids": tokens,
+            "input_ids": tokens[:, known:],
             "attention_mask": mask.long(),
-            "position_ids": positions,
-            "past_key_values": cache["cache"],
+            "position_ids": positions[:, known:],
+            "past_key_values": cache,
             "use_cache": True,
         }
         if self.traits.body is None:
@@ -332,23 +337,28 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
             raise refused(self.lm, f"one that reads token ids alone in {mode}", error) from error
 
     def _shared_prefix(
-        self, rows: Tensor, beginning: NDArray[np.int64]
+        self, encoder_out: EncoderOut
     ) -> tuple[NDArray[np.int64], list[tuple[Tensor, Tensor]]] | None:
-        """What all prompts, at the beginning of the rows (B, L), begin with, and its keys and values;
-        None if that is little."""
+        """What all prompts begin with, and its keys and values; None if that is little."""
+        if self.shared_prefix == math.inf:
+            return None
+        prompt, padding = encoder_out["prompts"]
+        (beginning,) = encoder_out.get("beginning") or [beginning_of(prompt, padding)]
         same = len(beginning)
         if same < self.shared_prefix:
             return None
         if self._prefix is not None:
             # A batch may have more in common by chance; the prefix of the others serves it too.
             known, layers = self._prefix
-            fits = same // 2 <= len(known) <= same and layers[0][0].device == rows.device
+            fits = same // 2 <= len(known) <= same and layers[0][0].device == prompt.device
             if fits and np.array_equal(known, beginning[: len(known)]):
                 return self._prefix
         from transformers import DynamicCache
 
         cache = self._body(
-            input_ids=rows[:1, :same], past_key_values=DynamicCache(), use_cache=True
+            input_ids=torch.from_numpy(beginning).to(prompt.device).unsqueeze(0),
+            past_key_values=DynamicCache(),
+            use_cache=True,
         ).past_key_values
         layers = [(cache[i][0], cache[i][1]) for i in range(len(cache))]
         self._prefix = beginning, layers
@@ -500,6 +510,14 @@ def freeze_beside_text(lm: Any) -> list[str]:
         for name, module in lm.named_modules()
         if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
     ]
+
+
+def beginning_of(prompt: Tensor, padding: Tensor) -> NDArray[np.int64]:
+    """What left-padded prompts (B, S) begin with, but for the last token of the shortest."""
+    tokens, before = prompt.cpu().numpy(), padding.sum(dim=1, keepdim=True).cpu().numpy()
+    shortest = tokens.shape[1] - int(before.max())
+    rows = np.take_along_axis(tokens, before + np.arange(shortest), axis=1)
+    return common_beginning(rows, shortest - 1)
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:

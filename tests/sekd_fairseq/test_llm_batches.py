@@ -193,3 +193,60 @@ def test_training_logs_the_share_of_padding(llm_data: Path, tmp_path: Path) -> N
     records = [json.loads(line[line.index("{") :]) for line in out.splitlines() if '"ups"' in line]
     shares = [float(record["padding"]) for record in records]
     assert len(shares) == 3 and all(0 <= share < 0.1 for share in shares)
+
+
+def test_a_beam_reads_its_prompt_once_and_what_all_begin_with_once_at_all(
+    llm_data: Path, tmp_path: Path
+) -> None:
+    import fairseq.tasks
+    from fairseq.sequence_generator import SequenceGenerator
+
+    from sekd_fairseq.checkpoints import language_model_config
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**FAMILIES["mistral"], "sliding_window": 9}))
+    cfg = language_model_config(str(llm_data), "--hf-config", str(config))
+    task = fairseq.tasks.setup_task(cfg.task)
+    torch.manual_seed(1)
+    model = task.build_model(cfg.model).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    batch = dataset.collater([dataset[i] for i in (0, 9, 17, 20)])
+    widths = batch["net_input"]["src_lengths"] - 1
+    assert len(set(widths.tolist())) > 1
+    read: list[tuple[int, ...]] = []
+    embedding = model.decoder.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, inputs, __: read.append(tuple(inputs[0].shape)))
+    found = []
+    for shared in (model.decoder.shared_prefix, 10**6):
+        model.decoder.shared_prefix, model.decoder._prefix = shared, None
+        generator = SequenceGenerator([model], task.target_dictionary, beam_size=3, max_len_b=9)
+        for known in (True, False):  # of another dataset, as that of fairseq-interactive
+            net_input = {k: v for k, v in batch["net_input"].items() if known or k != "beginning"}
+            read.clear()
+            found.append(generator.generate([model], {**batch, "net_input": net_input}))
+            prefix = len(batch["net_input"]["beginning"]) if shared < 10**6 else 0
+            first = [(1, prefix)] if prefix and known else []
+            width = batch["net_input"]["src_tokens"].size(1) - prefix
+            assert read[: len(first) + 2] == [*first, (4, width), (4 * 3, 1)]
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            for a, b in zip(one, two, strict=True):
+                assert a["tokens"].tolist() == b["tokens"].tolist()
+                torch.testing.assert_close(
+                    a["positional_scores"], b["positional_scores"], atol=1e-4, rtol=1e-4
+                )
+    # And that is what the model says of each translation in one pass.
+    for row, sentence in enumerate(batch["id"].tolist()):
+        item = dataset[sentence]
+        for hypothesis in found[0][row]:
+            target = hypothesis["tokens"]
+            tokens = torch.cat([item["source"][:-1], target[:-1]]).unsqueeze(0)
+            with torch.no_grad():
+                logits = model.decoder.lm(input_ids=tokens).logits[0, len(item["source"]) - 2 :]
+            expected = logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(
+                hypothesis["positional_scores"], expected, atol=1e-3, rtol=1e-3
+            )
