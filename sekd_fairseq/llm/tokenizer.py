@@ -10,6 +10,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ SENTENCEPIECE = "sentencepiece.model"
 TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 #: As SentencePiece models name theirs; "<h1>" and "<table>" are text.
 UNDERSCORED_TAG = re.compile(r"<[^<>\s]*[|_｜][^<>\s]*>")
+
+#: The day for chat templates that name one (Llama 3's), that of Llama's where it knows none: prompts would
+#: be others every day.
+DATE = date(2024, 7, 26)
 
 Mark = Callable[[str], str]
 
@@ -257,7 +262,11 @@ class HFTokenizer(Tokenizer):
         """A conversation by the tokenizer's own chat template, up to where the answer begins."""
         try:
             text: str = self.model.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer
+                messages,
+                tokenize=False,
+                add_generation_prompt=answer,
+                strftime_now=DATE.strftime,
+                enable_thinking=False,  # a translation is wanted, and no reasoning before it
             )
         except Exception as error:  # no template, or what the template itself raises
             raise UserError(

@@ -447,3 +447,17 @@ def test_monolingual_text_gets_the_prompts_that_are_there(
         words = ["--mono", text, *languages, *options, "--output", tmp_path / "no"]
         with pytest.raises(SystemExit, match=expected):
             prepare_llm_data.main([str(word) for word in words])
+
+
+def test_a_chat_is_the_same_every_day_and_without_reasoning(tmp_path: Path) -> None:
+    chatml(tmp_path / "chat")
+    tokenizer = load_tokenizer(str(tmp_path / "chat"))
+    tokenizer.model.chat_template = (  # as Llama 3's and Qwen 3's
+        "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "eins"}]
+    expected = "Today: 26 Jul 2024\n<|im_start|>eins<|im_end|>\n<|im_start|><think></think>"
+    assert tokenizer.chat(turns) == expected
