@@ -1,5 +1,6 @@
 """A small translation task that trains in seconds, and ways to run fairseq on it."""
 
+import copy
 import functools
 import gc
 import logging
@@ -25,6 +26,8 @@ import torch._dynamo  # an optimiser imports it, which takes a second (imported 
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from filelock import FileLock
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import sekd_fairseq.tasks  # noqa: F401 (imported before forking)
 
@@ -91,7 +94,15 @@ def fork_module(
 @functools.cache
 def read_settings_once() -> None:
     """Read a training's settings, before forking: the parsers of hydra build their tables at the first
-    use, a third of the time of a tiny training."""
+    use, a third of the time of a tiny training.
+
+    fairseq gives hydra each of its three hundred settings as text, most of them the same in every
+    command, and hydra copies the store of all configurations at each reading. The forks know the texts
+    that were parsed here, and read the store as it is: what is loaded from it is a copy anyway.
+    """
+    parse = functools.cache(OverridesParser.create().parse_rule)
+    OverridesParser.parse_rule = lambda _, text, rule: copy.copy(parse(text, rule))
+    ConfigStore.__deepcopy__ = lambda store, memo: store
     words = list(map(str, train_arguments("data", Path("save"))))[1:]
     logging.disable()
     with warnings.catch_warnings(action="ignore"):

@@ -19,7 +19,7 @@ def test_the_length_penalty_is_chosen_as_fairseq_would_translate(
 ) -> None:
     words = (
         "fairseq_cli.generate", data, *PLUGIN, "--path", student[0] / "checkpoint_best.pt",
-        "--gen-subset", "valid", "--cpu", "--beam", "4",
+        "--gen-subset", "valid", "--cpu", "--beam", "4", "--max-len-b", "12",
     )  # fmt: skip
     values, references = (0.0, 1.1, 3.0), (text / "valid.de").read_text().splitlines()
     expected = {}
@@ -56,7 +56,7 @@ def test_generate_interactive_and_validate(
     best = student[0] / "checkpoint_best.pt"
     out = command(
         "fairseq_cli.generate", data, *PLUGIN, "--path", best, "--gen-subset", "test", "--cpu",
-        "--beam", "2",
+        "--beam", "2", "--max-len-b", "12",
     )  # fmt: skip
     # 13 sentences are no multiple of 8: fairseq's default would drop 5 of them in silence.
     assert sum(line.startswith("D-") for line in out.splitlines()) == 13
@@ -72,8 +72,8 @@ def test_generate_interactive_and_validate(
     lines = (tmp_path / "run" / "hyps" / "test.ref.txt").read_text()
     assert lines == (text / "test.de").read_text()
     out = command(
-        "fairseq_cli.interactive", data, *PLUGIN, "--path", best, "--cpu", "--input",
-        text / "valid.en",
+        "fairseq_cli.interactive", data, *PLUGIN, "--path", best, "--cpu", "--max-len-b", "12",
+        "--input", text / "valid.en",
     )  # fmt: skip
     assert sum(line.startswith("D-") for line in out.splitlines()) == 21
     out = command(

@@ -61,8 +61,8 @@ def test_bf16_from_the_command_line(data: Path, cache: Path, tmp_path: Path) -> 
     """On the CPU, in an interpreter of its own: fairseq imports the plugin before it parses."""
     log = command(
         *train_arguments(
-            data, tmp_path, *SE_KD, "--teacher-cache", cache, "--bf16", "--max-update", "40",
-            "--validate-after-updates", "40",
+            data, tmp_path, *SE_KD, "--teacher-cache", cache, "--bf16", "--max-update", "20",
+            "--validate-after-updates", "20",
         ),
         fresh=True,
     )  # fmt: skip
@@ -81,15 +81,9 @@ def test_bf16_from_the_command_line(data: Path, cache: Path, tmp_path: Path) -> 
         key: told[key] for key in ("valid_loss", "valid_kl_hard")
     }
     generate = (
-        "fairseq_cli.generate",
-        data,
-        *plugin,
-        "--path",
-        best,
-        "--cpu",
-        "--gen-subset",
-        "test",
-    )
+        "fairseq_cli.generate", data, *plugin, "--path", best, "--cpu", "--gen-subset", "test",
+        "--max-len-b", "12",
+    )  # fmt: skip
     single, half = (
         [line.split("\t")[1] for line in command(*generate, *more).splitlines() if line[:2] == "H-"]
         for more in ((), ("--bf16",))

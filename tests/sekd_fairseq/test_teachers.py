@@ -146,7 +146,7 @@ def test_sequence_level_distillation(data: Path, teacher: Path, tmp_path: Path) 
     generated = tmp_path / "train.out"
     generate = (
         "fairseq_cli.generate", data, *PLUGIN, "--path", teacher, "--gen-subset", "train", "--cpu",
-        "--beam", "2",
+        "--beam", "2", "--max-len-b", "12",
     )  # fmt: skip
     generated.write_text(command(*generate))
     distilled = tmp_path / "distilled"
