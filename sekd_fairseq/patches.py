@@ -24,7 +24,7 @@ from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as fairseq_distributed
 from fairseq.models.ema import EMA
 from fairseq.ngram_repeat_block import NGramRepeatBlock
-from fairseq.optim import AMPOptimizer
+from fairseq.optim import AMPOptimizer, FP16Optimizer
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
@@ -59,6 +59,10 @@ CHECKPOINT_TYPES: tuple[Any, ...] = (
     int,
     collections.defaultdict,
 )
+
+
+#: Where an optimiser's state, as it is saved, has the float32 weight that it updates.
+WEIGHT = "float32_weight"
 
 
 def allow_checkpoint_types() -> None:
@@ -237,6 +241,55 @@ def _step_unscaled(optimizer: AMPOptimizer) -> None:
     optimizer.scaler.update()
 
 
+def resume_in_full_precision() -> None:
+    """Save the float32 weights that ``--bf16`` and ``--fp16`` update, and resume with them.
+
+    fairseq saves the model's, in half precision, and begins again from these: what updates have added up
+    below their last digit is lost.
+    """
+    save, load = FP16Optimizer.state_dict, FP16Optimizer.load_state_dict
+    if getattr(save, "keeps_weights", False):
+        return
+
+    def weights(optimizer: Any) -> list[Any]:
+        groups = optimizer.fp32_optimizer.optimizer.param_groups
+        return [weight for group in groups for weight in group["params"]]  # as torch numbers them
+
+    @functools.wraps(save)
+    def state_dict(self: Any) -> dict[str, Any]:
+        found: dict[str, Any] = save(self)
+        if "state" not in found:  # --optimizer composite
+            return found
+        known = found["state"]
+        with_weights = {
+            number: {**known.get(number, {}), WEIGHT: weight.detach()}
+            for number, weight in enumerate(weights(self))
+        }
+        return {**found, "state": with_weights}
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, found: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        kept = {n: of.get(WEIGHT) for n, of in found.get("state", {}).items()}
+        if any(weight is not None for weight in kept.values()):
+            rest = {
+                n: {k: v for k, v in of.items() if k != WEIGHT} for n, of in found["state"].items()
+            }
+            found = {**found, "state": {n: of for n, of in rest.items() if of}}
+            half, now = self.fp16_params[0].dtype, weights(self)
+            saved = [kept.get(number) for number in range(len(now))]
+            # Not those of another model, such as an average of checkpoints: rounded, they are the model's.
+            if all(
+                own is not None and torch.equal(own.to(weight).to(half).float(), weight)
+                for own, weight in zip(saved, now, strict=True)
+            ):
+                for own, weight in zip(saved, now, strict=True):
+                    weight.data.copy_(own)
+        load(self, found, *args, **kwargs)
+
+    state_dict.keeps_weights = True  # type: ignore[attr-defined]
+    FP16Optimizer.state_dict, FP16Optimizer.load_state_dict = state_dict, load_state_dict
+
+
 def count_whole_updates() -> None:
     """Let a process count all its tokens in the last update of an epoch.
 
@@ -398,6 +451,11 @@ PATCHES = (
         train_in_half_precision,
         "AMPOptimizer.step, options.parse_args_and_arch",
         "--amp scales gradients back twice, and --bf16 asks for a TPU",
+    ),
+    Patch(
+        resume_in_full_precision,
+        "FP16Optimizer.state_dict and load_state_dict",
+        "with --bf16 and --fp16 a resumed training begins from rounded weights",
     ),
     Patch(
         count_whole_updates,

@@ -1,6 +1,8 @@
 """Half precision: fairseq's options where there is no GPU (test_cuda.py has those where there is)."""
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from fairseq import options
-from fairseq.optim import AMPOptimizer
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.optim import AMPOptimizer, FP16Optimizer
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from sekd_fairseq.checkpoints import load_models
 from sekd_fairseq.datasets import TeacherDataset
-from sekd_fairseq.patches import attend_without_plans
+from sekd_fairseq.patches import WEIGHT, apply_all, attend_without_plans
 from sekd_fairseq.splits import load_split
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teachers.torch import TorchEngine
@@ -55,6 +58,56 @@ def test_bf16_is_no_tpu(
         parser(), [str(data), *words, option], suppress_defaults=True
     )
     assert not getattr(explicit, "tpu", False)
+
+
+def test_bf16_resumes_with_the_weights_that_were_not_rounded(data: Path, tmp_path: Path) -> None:
+    base = ("--criterion", "cross_entropy", "--bf16", "--lr", "1e-4", "--disable-validation")
+    train(data, tmp_path / "whole", *base, "--max-update", "6", "--save-interval-updates", "3")
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(next(tmp_path.glob("whole/*_3.pt")), tmp_path / "resumed/checkpoint_last.pt")
+    train(data, tmp_path / "resumed", *base, "--max-update", "6")
+    ends = [
+        torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True)
+        for name in ("whole", "resumed")
+    ]
+    whole, resumed = (end["last_optimizer_state"]["state"] for end in ends)
+    assert whole[0][WEIGHT].dtype == torch.float32
+    for number, of_weight in whole.items():
+        for name in (WEIGHT, "exp_avg"):
+            torch.testing.assert_close(of_weight[name], resumed[number][name], rtol=0, atol=0)
+    for name, weight in ends[0]["model"].items():
+        torch.testing.assert_close(weight, ends[1]["model"][name], rtol=0, atol=0)
+
+
+def test_weights_of_another_model_do_not_come_with_the_optimizer() -> None:
+    """As where a training goes on from an average of checkpoints, whose optimiser is the last one's."""
+    apply_all()
+    parser = options.get_training_parser()
+    words = [
+        "data",
+        "--task",
+        "translation",
+        "--arch",
+        "transformer",
+        "--optimizer",
+        "adam",
+        "--bf16",
+    ]
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
+
+    def optimizer(values: list[float]) -> FP16Optimizer:
+        weight = torch.nn.Parameter(torch.tensor(values, dtype=torch.bfloat16))
+        return FP16Optimizer.build_optimizer(cfg, [weight])
+
+    trained = optimizer([1.0, 2.0])
+    trained.fp32_params[0].data += 0.001  # less than half of the last digit
+    state = copy.deepcopy(trained.state_dict())
+    again, other = optimizer([1.0, 2.0]), optimizer([1.0, 2.5])
+    for one in (again, other):
+        one.load_state_dict(state)
+    torch.testing.assert_close(again.fp32_params[0].tolist(), [1.001, 2.001])
+    assert other.fp32_params[0].tolist() == [1.0, 2.5]
+    assert WEIGHT in state["state"][0] and not again.fp32_optimizer.state_dict()["state"]
 
 
 def test_bf16_from_the_command_line(data: Path, cache: Path, tmp_path: Path) -> None:
