@@ -277,8 +277,9 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
             columns = torch.arange(len(tokens), device=prompt.device)
             # Which of the prefix's tokens stands in a column; before it is padding.
             places = (columns - padding.sum(dim=1, keepdim=True)).clamp_min(0)
-            for layer, (key, value) in enumerate(layers):
-                cache.update(*(x[0][:, places].transpose(0, 1) for x in (key, value)), layer)
+            for layer, both in enumerate(layers):
+                key, value = (states[0][:, places].transpose(0, 1) for states in both)
+                cache.update(key, value, layer)
         features = self._go_on(prompt, ~padding, cache)
         (source,) = encoder_out["source"]
         cache.reorder_cache(source)
