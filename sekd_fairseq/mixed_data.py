@@ -21,6 +21,9 @@ from sekd_fairseq.distilled_data import (
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.splits import languages
 
+#: Tokens that a translation may be longer than twice its reference.
+SLACK = 10
+
 
 def training_side(data: Path, language: str) -> Any:
     """One side of the training set, as fairseq's indexed dataset."""
@@ -56,6 +59,18 @@ def write_part(
             rows = list(targets)
         path = folder / f"{split}.{source}-{target}.{language}"
         write_indexed(path, "mmap", rows, len(dictionary_of(data, language)))
+
+
+def with_an_end(targets: Sequence[Tensor], data: Path) -> NDArray[np.bool_]:
+    """Which translations of the training set of ``data`` are of a length that translations have: at most
+    twice that of the reference and :data:`SLACK` tokens. Longer ones repeat themselves without end."""
+    references = training_side(data, languages(data, "train")[1])
+    return np.array(
+        [
+            len(target) <= 2 * len(reference) + SLACK
+            for target, reference in zip(targets, references, strict=True)
+        ]
+    )
 
 
 def nearest_to_references(generated: Path, data: Path) -> tuple[list[Tensor], int]:

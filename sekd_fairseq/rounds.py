@@ -8,7 +8,8 @@ its own mistakes in them. A round translates a share of the training sources, by
 then (``--by student``) or by the teacher, caches the teacher's distributions at these translations, and
 goes on training with the references and the translations together, under any criterion of the plugin.
 With ``--alpha 1`` (the default here) the translations teach by the teacher's distributions alone; their
-own tokens are no reference.
+own tokens are no reference. Translations that repeat themselves without end, as small students' do, are
+left out: there the teacher goes on too.
 
 Sources: student prefixes, Lin et al. 2020 (ImitKD) and Agarwal et al. 2024 (GKD), there drawn anew for
 each batch, here once per round; teacher prefixes, Kim and Rush 2016; n-best translations chosen by their
@@ -32,7 +33,14 @@ import numpy as np
 
 from analysis.runs.files import atomic_directory, atomic_write, sealed_json
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.mixed_data import link_data, nearest_to_references, training_side, write_part
+from sekd_fairseq.mixed_data import (
+    SLACK,
+    link_data,
+    nearest_to_references,
+    training_side,
+    with_an_end,
+    write_part,
+)
 from sekd_fairseq.splits import check_splits, languages, stored_as
 from sekd_fairseq.teacher_cache.format import Manifest
 from sekd_fairseq.teacher_cache.storage import is_address, split_folder
@@ -285,6 +293,19 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
         print(f"{title}: {len(chosen)} translations by the {settings.by}", flush=True)
         translate(settings, sources, student, number, output)
     targets, changed = nearest_to_references(output, sources)
+    whole = with_an_end(targets, sources)
+    if left_out := len(whole) - int(whole.sum()):
+        print(
+            f"{title}: without {left_out} translations that repeat themselves (longer than twice the "
+            f"reference and {SLACK} tokens)",
+            flush=True,
+        )
+    if left_out == len(whole):
+        raise UserError(
+            f"{output}: expected translations, found repetitions without end alone; train the student "
+            "further before its text is of use"
+        )
+    chosen, targets = chosen[whole], [targets[place] for place in np.flatnonzero(whole)]
     data = prompts = folder / "data"
     if settings.teacher_data != settings.data:
         prompts = folder / "teacher-data"
@@ -310,6 +331,7 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
         done.touch()
     return save / "checkpoint_last.pt", {
         "translations": len(chosen),
+        "without_end": left_out,
         "tokens": int(sum(map(len, targets))),
         "not_the_first": changed,
     }
@@ -321,6 +343,7 @@ def translate(settings: Settings, sources: Path, student: Path, number: int, out
     words = [str(sources), *plugin(), "--path", model, "--gen-subset", "train"]
     words += ["--beam", str(settings.beam), "--nbest", str(settings.nbest)]
     words += ["--max-tokens", str(settings.max_tokens), "--seed", str(settings.seed + number)]
+    words += ["--max-len-a", "2", "--max-len-b", "50"]  # what is longer is left out
     if settings.sample:
         words += ["--sampling", "--temperature", str(settings.temperature)]
     part = output.with_suffix(".part")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fairseq.data import Dictionary, data_utils
 from sacrebleu.metrics import CHRF
 
@@ -12,7 +13,7 @@ from sekd_fairseq.distilled_data import joined_chrf, mean_chrf, read_scores, tra
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import symbol_of
-from sekd_fairseq.mixed_data import link_data, nearest_to_references
+from sekd_fairseq.mixed_data import link_data, nearest_to_references, with_an_end
 
 from .conftest import WORDS, binarise, command, error_line, sentence_pairs, write_text
 
@@ -227,6 +228,11 @@ def test_a_language_models_translations_are_chosen_by_their_text(
     path = generated(tmp_path / "out", lists)
     targets, changed = nearest_to_references(path, tmp_path / "part")
     assert [dictionary.string(one) for one in targets] == written and changed == len(lists)
+    # Up to twice the reference and ten tokens.
+    longest = [torch.cat([one.new_ones(len(one) + 10), one]) for one in targets]
+    assert with_an_end(longest, tmp_path / "part").all()
+    longest[1] = torch.cat([longest[1], longest[1][:1]])
+    assert with_an_end(longest, tmp_path / "part").tolist()[:3] == [True, False, True]
     # A line end within a token, and the tokenizer's own end.
     assert text.translation(text.encode("eins")) == text.encode("eins")
     own = text._tokenizer
