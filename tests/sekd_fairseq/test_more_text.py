@@ -13,7 +13,7 @@ from sekd_fairseq.distilled_data import joined_chrf, mean_chrf, read_scores, tra
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import symbol_of
-from sekd_fairseq.mixed_data import link_data, nearest_to_references, with_an_end
+from sekd_fairseq.mixed_data import link_data, nearest_to_references, training_side, with_an_end
 
 from .conftest import WORDS, binarise, command, error_line, sentence_pairs, write_text
 
@@ -229,7 +229,8 @@ def test_a_language_models_translations_are_chosen_by_their_text(
     targets, changed = nearest_to_references(path, tmp_path / "part")
     assert [dictionary.string(one) for one in targets] == written and changed == len(lists)
     # Up to twice the reference and ten tokens.
-    longest = [torch.cat([one.new_ones(len(one) + 10), one]) for one in targets]
+    gold = training_side(tmp_path / "part", "de")
+    longest = [torch.cat([gold[i], gold[i], gold[i].new_ones(10)]) for i in range(len(gold))]
     assert with_an_end(longest, tmp_path / "part").all()
     longest[1] = torch.cat([longest[1], longest[1][:1]])
     assert with_an_end(longest, tmp_path / "part").tolist()[:3] == [True, False, True]
