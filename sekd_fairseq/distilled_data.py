@@ -12,8 +12,8 @@ into the students' pieces with ``--sentencepiece-model``.
 
 Of N-best lists (``fairseq-generate --beam N --nbest N``) one translation per sentence is chosen with
 ``--choose``.  More text: with ``--sources MONO``, data whose split is monolingual text, what was generated
-from it becomes the split; sentences of the validation and test sets are left out, and the pairs of DATA
-are mixed in with ``--gold-share``.
+from it becomes the split; sentences of the validation and test sets are left out, and translations that
+repeat themselves without end, and the pairs of DATA are mixed in with ``--gold-share``.
 """
 
 import argparse
@@ -38,6 +38,9 @@ from sekd_fairseq.evaluate import read_generated
 from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.splits import check_splits, languages, sentences_of, stored_as
+
+#: Tokens that a translation may be longer than twice its reference, or its source.
+SLACK = 10
 
 
 def parser() -> argparse.ArgumentParser:
@@ -144,8 +147,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.output}: holds {args.subset}1 as it is, which fairseq-train adds to "
             f"{args.subset}; distil it with --subset {args.subset}1, or delete its files"
         )
+    if endless := sum(map(repeats, targets, original)):
+        warn(
+            f"{endless} of {len(targets)} translations are longer than twice the reference and {SLACK} "
+            "tokens: most such repeat themselves without end; fairseq-generate --max-len-a and "
+            "--no-repeat-ngram-size keep them short, --nbest and --choose take others"
+        )
     tokens = sum(map(len, targets))
     print(f"{args.output}: {len(targets)} targets of {args.subset}, {tokens} tokens")
+
+
+def repeats(target: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a translation has a length that none has beside its reference, or its source: more than
+    twice its tokens and :data:`SLACK`, as of a model that repeats itself without end."""
+    return len(target) > 2 * len(other) + SLACK
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -350,9 +365,14 @@ def write_more_text(
     lines = chosen_translations(args, dictionary, None, len(mono))
     held_out = held_out_sentences(args, language_pair, dictionaries)
     pairs = []
+    known = endless = 0
     for i, line in enumerate(lines):
         pair = (mono[i].int(), encode(line, dictionary, args.generated, i))
-        if not any(key(side) in seen for side, seen in zip(pair, held_out, strict=True)):
+        if any(key(side) in seen for side, seen in zip(pair, held_out, strict=True)):
+            known += 1
+        elif repeats(pair[1], pair[0]):
+            endless += 1
+        else:
             pairs.append(pair)
     kept = len(pairs)
     sides = [
@@ -368,7 +388,8 @@ def write_more_text(
         pairs += [(sides[0][i].int(), sides[1][i].int()) for i in order[:gold]]
     if not pairs:
         raise UserError(
-            f"--sources {args.sources}: expected sentences that are in no held-out set, found none"
+            f"--sources {args.sources}: expected translations of sentences that are in no held-out set, found "
+            f"none ({known} are in one, {endless} repeat themselves without end)"
         )
     stored = [stored_as(args.data, args.subset, *language_pair, side) for side in language_pair]
     written = [Path(one[0]).name for one in stored if one is not None]
@@ -378,8 +399,8 @@ def write_more_text(
             sentences = [pair[side] for pair in pairs]
             write_indexed(folder / name, kind, sentences, len(dictionaries[side]))
     print(
-        f"{args.output}: {kept} pairs of {args.sources} ({len(lines) - kept} are in a held-out set and left "
-        f"out), {gold} gold pairs of {args.data}"
+        f"{args.output}: {kept} pairs of {args.sources} (without {known} that are in a held-out set and "
+        f"{endless} that repeat themselves without end), {gold} gold pairs of {args.data}"
     )
 
 

@@ -14,15 +14,13 @@ from sekd_fairseq.distilled_data import (
     against_reference,
     encode,
     readers,
+    repeats,
     side_of,
     translations,
     write_indexed,
 )
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.splits import languages
-
-#: Tokens that a translation may be longer than twice its reference.
-SLACK = 10
 
 
 def training_side(data: Path, language: str) -> Any:
@@ -62,15 +60,9 @@ def write_part(
 
 
 def with_an_end(targets: Sequence[Tensor], data: Path) -> NDArray[np.bool_]:
-    """Which translations of the training set of ``data`` are of a length that translations have: at most
-    twice that of the reference and :data:`SLACK` tokens. Longer ones repeat themselves without end."""
+    """Which translations of the training set of ``data`` do not repeat themselves without end."""
     references = training_side(data, languages(data, "train")[1])
-    return np.array(
-        [
-            len(target) <= 2 * len(reference) + SLACK
-            for target, reference in zip(targets, references, strict=True)
-        ]
-    )
+    return ~np.array([repeats(*pair) for pair in zip(targets, references, strict=True)])
 
 
 def nearest_to_references(generated: Path, data: Path) -> tuple[list[Tensor], int]:

@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 
 from analysis.runs.files import atomic_directory, atomic_write, sealed_json
+from sekd_fairseq.distilled_data import SLACK
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.mixed_data import (
-    SLACK,
     link_data,
     nearest_to_references,
     training_side,

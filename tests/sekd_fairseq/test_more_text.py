@@ -135,6 +135,11 @@ def test_one_of_n_is_chosen(data: Path, tmp_path: Path) -> None:
     assert f"expected {len(back)} translations" in line and "sentence 7 has none" in line
     distil(data, "--generated", path, "--output", tmp_path / "first")
     assert side(tmp_path / "first", "train", "de") == [texts[0] for texts in lists]
+    endless = generated(
+        tmp_path / "endless", [["eins " * 80], *([text] for text in references[1:])]
+    )
+    printed = distil(data, "--generated", endless, "--output", tmp_path / "endless-data")
+    assert f"1 of {len(references)} translations are longer than twice the reference" in printed
     for options, expected in (
         (["--nbest", 4, "--choose", "mbr"], "has 3 translations"),
         (["--nbest", 2], "--choose"),
@@ -162,7 +167,7 @@ def test_more_text_is_mixed_with_gold(data: Path, tmp_path: Path) -> None:
     path = generated(tmp_path / "out", lists)
     words = (data, "--generated", path, "--sources", mono)
     printed = distil(*words, "--output", tmp_path / "all")
-    assert f"{len(found) - len(clean)} are in a held-out set" in printed
+    assert f"without {len(found) - len(clean)} that are in a held-out set and 0 that" in printed
     assert side(tmp_path / "all", "train", "en") == [source for source, _ in clean]
     assert side(tmp_path / "all", "train", "de") == [target for _, target in clean]
     assert side(tmp_path / "all", "valid", "de") == side(data, "valid", "de")
@@ -170,6 +175,17 @@ def test_more_text_is_mixed_with_gold(data: Path, tmp_path: Path) -> None:
     mixed = list(zip(*(side(tmp_path / "mixed", "train", x) for x in ("en", "de")), strict=True))
     gold = set(zip(side(data, "train", "en"), side(data, "train", "de"), strict=True))
     assert len(mixed) == round(10 * len(clean)) and set(mixed[len(clean) :]) == gold
+    # A translation that does not end is left out.
+    place = next(i for i, text in enumerate(found) if text == clean[3][0])
+    endless = [
+        [" ".join(texts[0].split()[:1] * 60)] if i == place else texts
+        for i, texts in enumerate(lists)
+    ]
+    path = generated(tmp_path / "out", endless)
+    printed = distil(*words, "--output", tmp_path / "whole")
+    assert "set and 1 that repeat themselves without end" in printed
+    rest = [target for _, target in clean[:3] + clean[4:]]
+    assert side(tmp_path / "whole", "train", "de") == rest
     line = error_line(
         distil(
             *words, "--nbest", 2, "--choose", "reference", "--output", tmp_path / "no", check=False

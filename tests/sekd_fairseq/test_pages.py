@@ -106,7 +106,7 @@ def test_pages_about_a_teacher_and_its_cache(folder: Path) -> None:
     held_out = (folder / "data/valid.en").read_text().splitlines(keepends=True)[:3]
     (folder / "mono.en").write_text("".join([*text[:40][::-1], "\n", *held_out]))
     printed = run_block(folder, "docs/more-text.md", "--mono mono.en")
-    assert "are in a held-out set and left out" in printed
+    assert "that are in a held-out set and " in printed
     mixed = TeacherCache.open(folder / "mixed-cache/train").manifest.sentences
     assert 40 < mixed <= 86 and mixed % 2 == 0
     fewer = {"--vocab-size 2000": "--vocab-size 30"}  # 2000 is more than this text has
