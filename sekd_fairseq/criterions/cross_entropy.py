@@ -15,7 +15,8 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from torch import Tensor
 
-from sekd_fairseq.criterions.projection import batch_loss, output_projection, target_positions
+from sekd_fairseq.criterions.projection import batch_loss, target_positions
+from sekd_fairseq.logits import output_projection
 from sekd_fairseq.losses import support_log_probs
 from sekd_fairseq.losses.chunked import tokens_per_chunk
 from sekd_fairseq.losses.cross_entropy import cross_entropy_weights

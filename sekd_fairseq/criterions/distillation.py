@@ -14,11 +14,11 @@ from torch import Tensor
 from sekd_fairseq.criterions.configuration import DistillationConfig
 from sekd_fairseq.criterions.projection import (
     batch_loss,
-    output_projection,
     parse_chunk_tokens,
     target_positions,
 )
 from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.logits import output_projection
 from sekd_fairseq.losses import (
     Events,
     SelfEvolution,

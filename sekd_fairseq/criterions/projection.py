@@ -1,11 +1,9 @@
 """From a model to the summed loss of a batch: the plain way, or in chunks of the output projection."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
@@ -28,26 +26,6 @@ def parse_chunk_tokens(value: str) -> int | None:
     if tokens < 0:
         raise UserError(f"--sekd-chunk-tokens: expected 0 or more, or auto, found {value!r}")
     return tokens
-
-
-def output_projection(model: Any) -> torch.nn.Linear | None:
-    """The linear layer that turns ``model(..., features_only=True)`` into its logits, if any.
-
-    None for a decoder that changes the logits afterwards, and a weight that is sharded over
-    processes.
-    """
-    decoder = model.decoder
-    projection = getattr(decoder, "output_projection", None)
-    plain = (
-        isinstance(projection, torch.nn.Linear)
-        and projection.weight.dim() == 2
-        and "features_only" in inspect.signature(decoder.forward).parameters
-        and (
-            getattr(decoder, "plain_projection", False)
-            or type(decoder).output_layer is TransformerDecoderBase.output_layer
-        )
-    )
-    return projection if plain else None
 
 
 def target_positions(sample: dict[str, Any], pad: int) -> Tensor:

@@ -42,7 +42,7 @@ from sekd_fairseq.tasks.configuration import (
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teacher_cache.format import MANIFEST
 from sekd_fairseq.teacher_cache.storage import is_address, split_folder
-from sekd_fairseq.teachers.online import DenseTeacher, OnlineTeacher
+from sekd_fairseq.teachers.online import OnlineTeacher, TeacherLogits
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +287,9 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             self.online_teacher = OnlineTeacher(self.cfg.teacher_path, data, dtype)
         return self.criterion
 
-    def teacher_at(self, sample: dict[str, Any], positions: Tensor) -> TeacherTokens | DenseTeacher:
+    def teacher_at(
+        self, sample: dict[str, Any], positions: Tensor
+    ) -> TeacherTokens | TeacherLogits:
         """The teacher at a batch's target tokens that are not padding, whose places in the flattened
         target are ``positions``, (N,): from the batch, or the teacher beside the student."""
         if self.online_teacher is not None:

@@ -23,7 +23,7 @@ from sekd_fairseq.losses import (
 )
 from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.losses.support_torch import SCRATCH_ELEMENTS
-from sekd_fairseq.teachers.online import DenseTeacher
+from sekd_fairseq.teachers.online import TeacherLogits
 
 TOKENS, VOCABULARY = 9, 31
 
@@ -204,7 +204,7 @@ def test_a_teacher_beside_the_student_is_a_cache_of_every_token(
     sample = batch()
     target = sample["target"].view(-1)
     whole = TeacherTokens.from_dense(teacher[0].log_softmax(-1), target)
-    beside = DenseTeacher([teacher[0]], torch.arange(TOKENS), target)
+    beside = TeacherLogits([teacher[0]], target)
     se_kd = "gamma_type" in options or "label_smoothing" in options
     kind, config = (
         (SelfEvolutionKDCriterion, SelfEvolutionKDConfig(sentence_avg=False, **options))

@@ -1,4 +1,4 @@
-"""fairseq's cross entropies of language models: the same numbers in less memory."""
+"""Models of a wide vocabulary: the same numbers without the logits of a whole batch."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,14 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from sekd_fairseq.criterions.cached_kd import CachedKDConfig, CachedKDCriterion
 from sekd_fairseq.criterions.cross_entropy import (
     LanguageModelLabelSmoothedCrossEntropy,
     saves_memory,
 )
 from sekd_fairseq.losses import chunked
+from sekd_fairseq.losses.support import reference_first
+from sekd_fairseq.teachers.online import OnlineTeacher
 
 from .language_models import COMMON, FAMILIES
 
@@ -158,3 +161,45 @@ def test_chunks_are_taken_where_they_save_memory() -> None:
         assert saves_memory(projection, 4096) and not saves_memory(projection, 1000)
     projection.weight.requires_grad_(False)  # of adapters
     assert saves_memory(projection, 4096) and not saves_memory(projection, 1000)
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_a_teacher_beside_the_student_gives_its_logits_as_they_are_needed(
+    monkeypatch: pytest.MonkeyPatch, chunks: bool
+) -> None:
+    symbols, tokens, width = 65_536, 128, 8
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 2 * symbols * tokens // 16)
+    student, teacher = (Features(symbols, width) for _ in range(2))
+    online = object.__new__(OnlineTeacher)
+    online.models = [teacher.requires_grad_(False)]
+    task = SimpleNamespace(
+        target_dictionary=type("D", (), {"pad": lambda _: PAD, "__len__": lambda _: symbols})(),
+        cfg=SimpleNamespace(teacher_cache=None, teacher_path="here", stored_difficulty=None),
+        teacher_at=online.at,
+    )
+    target = torch.randint(2, symbols, (4, tokens // 2))
+    target[:, tokens // 4 :] = PAD  # half of all positions
+    sample = {"net_input": {"tokens": target}, "target": target, "ntokens": tokens}
+    config = CachedKDConfig(sentence_avg=False, sekd_chunk_tokens="auto" if chunks else "0")
+    config._name = "cached_kd"
+    criterion = CachedKDCriterion(config, task)
+
+    def step() -> None:
+        student.zero_grad()
+        criterion(student, sample)[0].backward()
+
+    step()
+    peak = peak_bytes(step) / (2 * tokens * symbols)
+    # In units of the logits at target tokens: the student's at all positions (2) and their gradient (2),
+    # the teacher's (1); the rest are blocks of eight rows in single precision.
+    assert peak < (2.5 if chunks else 6.8), peak
+    # As all at once: the mean over an ensemble too.
+    monkeypatch.setattr(online, "models", [teacher, student])
+    positions = target.view(-1).ne(PAD).nonzero().squeeze(1)
+    found = online.at(sample, positions)[5:9].tokens(slice(None))
+    both = torch.stack(
+        [model(target)[0].view(-1, symbols)[positions[5:9]] for model in (teacher, student)]
+    )
+    expected = both.float().softmax(-1).mean(0).log()
+    at = target.view(-1)[positions[5:9]]
+    torch.testing.assert_close(found.log_p, reference_first(expected, at), rtol=1e-3, atol=1e-3)
