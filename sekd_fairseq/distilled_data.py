@@ -36,7 +36,7 @@ from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.evaluate import read_generated
 from sekd_fairseq.llm.bpe import LanguageModelText
-from sekd_fairseq.llm.vocabulary import FILE
+from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, check_same_rows
 from sekd_fairseq.splits import check_splits, languages, sentences_of, stored_as
 
 #: Tokens that a translation may be longer than twice its reference, or its source.
@@ -361,6 +361,10 @@ def write_more_text(
             f"--sources {args.sources}: expected the dictionary of {args.data} for {source}, found "
             "another; binarise the text with fairseq-preprocess --srcdict"
         )
+    if (args.data / FILE).is_file() and (args.sources / FILE).is_file():
+        folders = (args.sources, args.data)
+        rows, found = (Vocabulary.load(one, theirs.symbols).rows for one in folders)
+        check_same_rows(args.sources, rows, found, str(args.data))
     mono = side_of(args.sources, args.subset, language_pair, source, theirs)
     lines = chosen_translations(args, dictionary, None, len(mono))
     held_out = held_out_sentences(args, language_pair, dictionaries)

@@ -22,7 +22,7 @@ from analysis.runs.files import atomic_directory, atomic_write
 from analysis.terminal import warn
 from sekd_fairseq.datasets import target_hashes
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
-from sekd_fairseq.llm.vocabulary import FILE, TOKENIZER
+from sekd_fairseq.llm.vocabulary import FILE, TOKENIZER, Vocabulary, check_same_rows
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import languages, sentences_of, stored_as
 from sekd_fairseq.teacher_cache import TeacherCache
@@ -131,6 +131,10 @@ def check_dictionaries(parts: Sequence[Part]) -> None:
                     "(python -m sekd_fairseq.prepare_data --vocabulary), a cache of another teacher is "
                     "carried over with: python -m sekd_fairseq.align_cache"
                 )
+        if (part.data / FILE).is_file() and (first.data / FILE).is_file():
+            symbols = first.dictionary(first.target).symbols
+            rows, found = (Vocabulary.load(one.data, symbols).rows for one in (part, first))
+            check_same_rows(part.data, rows, found, str(first.data))
 
 
 def cached(part: Part, split: str) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,23 +191,6 @@ def rows_of(lm: Any, vocabulary: Vocabulary, data: Path) -> list[int]:
         )
     logger.info("%d control tokens of the tokenizer have no row in the model", len(beyond))
     return [row if row < size else NEW_ROW for row in vocabulary.rows]
-
-
-def check_same_rows(found: Sequence[int], expected: Sequence[int], data: Path) -> None:
-    """Refuse a checkpoint whose symbols stand for other tokens than those of the data.
-
-    The end of translations is a symbol of its own, so prompts that end them otherwise have another order.
-    """
-    most = max(found, default=NEW_ROW)
-    if len(found) != len(expected) or all(
-        one == two or two > most for one, two in zip(found, expected, strict=True)
-    ):
-        return
-    raise UserError(
-        f"{data}: its translations end with token {expected[EOS]} of the model, those that the checkpoint "
-        f"was made with end with {found[EOS]}; expected the data that it was made with (of prompts of a "
-        "teacher's own, OUTPUT/teacher), or a checkpoint made with these"
-    )
 
 
 def remember_configuration(cfg: Any, model: Any) -> None:

@@ -147,6 +147,22 @@ def with_end(rows: Sequence[int], token: int) -> list[int]:
     return swapped
 
 
+def check_same_rows(data: Path, rows: Sequence[int], found: Sequence[int], whose: str) -> None:
+    """Refuse what was made for data whose symbols stand for other tokens than those of ``data``.
+
+    The end of translations is a symbol of its own, so prompts that end them otherwise have another order
+    of the same symbols. Tokens beyond the last of ``found``, which a model may lack, are not compared.
+    """
+    most = max(found, default=NEW_ROW)
+    if all(one == two or one > most for one, two in zip(rows, found, strict=False)):
+        return
+    raise UserError(
+        f"{data}: its translations end with token {rows[EOS]} of the model, those of {whose} with token "
+        f"{found[EOS]}; expected both to be made for the same prompts (bin, or teacher, of one "
+        "prepare_llm_data)"
+    )
+
+
 @torch.no_grad()
 def select_rows(lm: Any, rows: Sequence[int]) -> None:
     """Put a model's embedding and output rows in the order of ``rows``; -1 makes a new row, the

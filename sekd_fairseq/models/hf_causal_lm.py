@@ -45,13 +45,12 @@ from sekd_fairseq.llm.families import (
     text_config,
 )
 from sekd_fairseq.llm.loading import (
-    check_same_rows,
     data_directory,
     load_language_model,
     weights_in_checkpoint,
 )
 from sekd_fairseq.llm.prompt_encoder import PromptEncoder
-from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, select_rows
+from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, check_same_rows, select_rows
 from sekd_fairseq.patches import take_rows_as_one_sequence
 
 logger = logging.getLogger(__name__)
@@ -488,8 +487,9 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
                 )
         if (self.data / FILE).is_file() and "vocabulary_rows" in state_dict:
             with one_line_errors():
-                expected = Vocabulary.load(self.data, self.decoder.dictionary.symbols).rows
-                check_same_rows(state_dict["vocabulary_rows"].tolist(), expected, self.data)
+                rows = Vocabulary.load(self.data, self.decoder.dictionary.symbols).rows
+                found = state_dict["vocabulary_rows"].tolist()
+                check_same_rows(self.data, rows, found, "the checkpoint's data")
         if adapters:
             for key, value in super().state_dict().items():
                 state_dict.setdefault(key, value)

@@ -319,5 +319,5 @@ def test_a_checkpoint_of_data_that_end_otherwise_is_refused(
     model.load_state_dict(state)
     rows = state["vocabulary_rows"]
     rows[[2, 9]] = rows[[9, 2]]
-    with pytest.raises(SystemExit, match=r"end with token 2 .* end with 9"):
+    with pytest.raises(SystemExit, match=r"end with token 2 .* checkpoint's data with token 9"):
         model.load_state_dict(state)

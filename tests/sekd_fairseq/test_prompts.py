@@ -396,7 +396,8 @@ def test_monolingual_text_gets_the_prompts_that_are_there(
 ) -> None:
     from fairseq.data import Dictionary, data_utils
 
-    from sekd_fairseq import distilled_data, prepare_llm_data
+    from sekd_fairseq import distilled_data, join_data, prepare_llm_data
+    from sekd_fairseq.errors import UserError
     from sekd_fairseq.llm.bpe import LanguageModelText
 
     data, mono = tmp_path / "data", tmp_path / "mono"
@@ -435,6 +436,14 @@ def test_monolingual_text_gets_the_prompts_that_are_there(
         text_of_bin.source(sentence).tolist()
         for sentence in sentences[:2]  # the third is held out
     ]
+    # The teacher's prompts end translations otherwise: their symbols are not the student's.
+    words[-3:] = [mono / "teacher", "--output", tmp_path / "no"]
+    with pytest.raises(SystemExit, match="same prompts"):
+        distilled_data.main([str(word) for word in words])
+    parts = [join_data.Part(data / name, "", "en", "de") for name in ("bin", "teacher")]
+    join_data.check_dictionaries([parts[0], parts[0]])
+    with pytest.raises(UserError, match="same prompts"):
+        join_data.check_dictionaries(parts)
     # What does not go together.
     for wrong in (["--mono", text], ["--mono", text, "--vocabulary", data, "--chat"], []):
         with pytest.raises(SystemExit) as refused:
