@@ -41,6 +41,7 @@ from sekd_fairseq.mixed_data import (
     with_an_end,
     write_part,
 )
+from sekd_fairseq.run_lock import held
 from sekd_fairseq.splits import check_splits, languages, stored_as
 from sekd_fairseq.teacher_cache.format import Manifest
 from sekd_fairseq.teacher_cache.storage import is_address, split_folder
@@ -217,6 +218,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run all rounds."""
     settings = Settings.of(sys.argv[1:] if argv is None else argv)
     check_inputs(settings)
+    with held(settings.run):
+        run_rounds(settings)
+
+
+def run_rounds(settings: Settings) -> None:
+    """Run the rounds that are not done yet, in a run directory that no other process works in."""
     remember(settings)
     last = settings.student
     history = []
@@ -409,7 +416,8 @@ def run(module: str, words: Sequence[str], **streams: Any) -> None:
     UserError
         It failed; its own message is above.
     """
-    found = subprocess.run([sys.executable, "-m", module, *words], **streams)
+    # With the lock of the run: what goes on after this process was killed holds it until it ends.
+    found = subprocess.run([sys.executable, "-m", module, *words], close_fds=False, **streams)
     if found.returncode:
         raise UserError(
             f"python -m {module} ended with {found.returncode} (its message is above); mend that and run "

@@ -1,4 +1,5 @@
-"""fairseq-train, which does not go on with a run under other settings than it was begun with.
+"""fairseq-train, which does not go on with a run under other settings than it was begun with, nor with
+one that another process trains.
 
     python scripts/pipeline/train.py RUN INPUT... -- ARGUMENTS OF FAIRSEQ-TRAIN
 
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.runs.files import DamagedFile, read_json, sealed_json
+from sekd_fairseq.errors import one_line_errors
+from sekd_fairseq.run_lock import held
 
 
 def main() -> None:
@@ -33,8 +36,9 @@ def main() -> None:
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:end])
     arguments = sys.argv[end + 1 :]
-    check_settings(args.run, args.inputs, arguments)
-    os.execv(sys.executable, [sys.executable, "-m", "fairseq_cli.train", *arguments])
+    with one_line_errors(), held(args.run):
+        check_settings(args.run, args.inputs, arguments)
+        os.execv(sys.executable, [sys.executable, "-m", "fairseq_cli.train", *arguments])
 
 
 def check_settings(run: Path, inputs: Sequence[Path], arguments: Sequence[str]) -> None:
@@ -54,7 +58,6 @@ def check_settings(run: Path, inputs: Sequence[Path], arguments: Sequence[str]) 
                 "delete the folder to train it anew, or give the configuration another name"
             )
         return
-    run.mkdir(parents=True, exist_ok=True)
     path.write_bytes(sealed_json(settings))
 
 

@@ -3,7 +3,9 @@
 import importlib.util
 import io
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ import pytest
 import smart_open  # noqa: F401
 import snakemake.cli
 import snakemake.report.html_reporter  # noqa: F401
+import train
 import yaml
 from progress import describe, follow, parse_line
 from train import check_settings
 
+from sekd_fairseq import run_lock
 from tests.sekd_fairseq.conftest import command, sentence_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -344,6 +348,7 @@ def rank(path: Path) -> int:
 def test_a_run_is_not_continued_under_other_settings(tmp_path: Path) -> None:
     data, run = tmp_path / "data.json", tmp_path / "run"
     data.write_text("{}")
+    run.mkdir()
 
     def begin(*words: str) -> str:
         try:
@@ -365,6 +370,42 @@ def test_a_run_is_not_continued_under_other_settings(tmp_path: Path) -> None:
     assert "without is now --new 3" in begin(*first, "--new", "3")
     data.write_text('{"sentences": 1}')
     assert f"({data} has changed)" in begin(*first)
+
+
+def test_a_run_is_trained_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, run = tmp_path / "data.json", tmp_path / "a run"
+    data.write_text("{}")
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
+    monkeypatch.setattr("sys.argv", ["train.py", str(run), str(data), "--", "--lr", "0.1"])
+    called = []
+
+    def become(program: str, words: list[str]) -> None:
+        """Where another program would take this one's place: a second one comes meanwhile."""
+        called.append(words[1:])
+        with pytest.raises(SystemExit, match=f"error: {run}: .*found process {os.getpid()} on "):
+            train.main()
+
+    monkeypatch.setattr(os, "execv", become)
+    train.main()
+    assert called == [["-m", "fairseq_cli.train", "--lr", "0.1"]]
+    # The lock goes on to that program.
+    seen = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    check = [sys.executable, "-c", seen, str(run / run_lock.NAME)]
+
+    def really_become(program: str, words: list[str]) -> None:
+        child = os.fork()
+        if child == 0:
+            os.execve(program, [program, "-c", "import time; time.sleep(60)"], dict(os.environ))
+        children.append(child)
+
+    children: list[int] = []
+    monkeypatch.setattr(os, "execv", really_become)
+    train.main()
+    locked = subprocess.run(check, capture_output=True, text=True)
+    assert "BlockingIOError" in locked.stderr
+    os.kill(children[0], signal.SIGKILL)
+    os.waitpid(children[0], 0)
+    assert subprocess.run(check).returncode == 0
 
 
 def jobs_of(plan: str) -> dict[str, str]:

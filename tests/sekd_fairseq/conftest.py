@@ -126,15 +126,17 @@ def read_settings_once() -> None:
     logging.disable(logging.NOTSET)
 
 
-def run_forked(words: Sequence[Any], **streams: Any) -> subprocess.CompletedProcess[str]:
-    """``subprocess.run``, with ``python -m ...`` in a fork of this process."""
+def run_forked(
+    words: Sequence[Any], close_fds: bool = True, **streams: Any
+) -> subprocess.CompletedProcess[str]:
+    """``subprocess.run``, with ``python -m ...`` in a fork of this process, which has all its files."""
     merged = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     if words[:2] == [sys.executable, "-m"] and streams in ({}, merged):
         done = completed(*words[2:], cwd=Path.cwd(), one_stream=True)
         if not streams:
             print(done.stdout, end="")
         return done
-    return run_program(words, **streams)
+    return run_program(words, close_fds=close_fds, **streams)
 
 
 run_program: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
