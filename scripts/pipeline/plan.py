@@ -116,9 +116,10 @@ class Plan:
 
     def _check_methods(self) -> None:
         """Refuse methods for which the teacher would have to read the students' data."""
+        if not self.teacher_prompts:
+            return
         for method, own in self.methods.items():
-            word_level = own.get("criterion") in DISTILLING
-            if self.teacher_prompts and word_level and self.distilled(method):
+            if own["criterion"] in DISTILLING and self.distilled(method):
                 raise ValueError(
                     f"{method}: a cache of the teacher's translations is made for students' prompts, and "
                     "the teacher has prompts of its own; expected a criterion without a teacher"
