@@ -8,7 +8,9 @@ A study with other pieces has data of its own and the teacher of another study (
 import filecmp
 import json
 import os
-from collections.abc import Mapping
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +67,27 @@ class Job:
 def text_file(path: str) -> str:
     """A file of text, or the compressed one where only that is there."""
     return f"{path}.gz" if os.path.exists(f"{path}.gz") and not os.path.exists(path) else path
+
+
+def visible_gpus(count: int) -> list[str]:
+    """The names of this machine's GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[:count] if given else [str(number) for number in range(count)]
+
+
+def one_of(gpus: Sequence[str]) -> str:
+    """Commands of bash that give a job one of several GPUs: one that no other job has, where one is free.
+
+    Its lock ends with the job. Jobs of other studies of this user on this machine keep to it too.
+    """
+    locks = shlex.quote(os.path.join(tempfile.gettempdir(), f"sekd-gpus-{os.getuid()}"))
+    return (
+        f"mkdir -p {locks}; gpus=({shlex.join(gpus)}); "
+        f"CUDA_VISIBLE_DEVICES=${{gpus[BASHPID % {len(gpus)}]}}; "
+        f'for gpu in "${{gpus[@]}}"; do exec {{lock}}> {locks}/"$gpu"; '
+        "if flock --nonblock $lock; then CUDA_VISIBLE_DEVICES=$gpu; break; fi; "
+        "done; export CUDA_VISIBLE_DEVICES; "
+    )
 
 
 class Plan:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import smart_open  # noqa: F401
 import snakemake.cli
 import snakemake.report.html_reporter  # noqa: F401
+import torch
 import train
 import yaml
 from progress import describe, follow, parse_line
@@ -316,13 +318,7 @@ def test_plan_for_gpus_and_a_cluster(tmp_path: Path) -> None:
 def test_a_failed_step_is_asked_for_again(tmp_path: Path) -> None:
     """Its output is gone, and what was made of an earlier one stays: that must not pass for done."""
     out = plan("demo.yaml", tmp_path)
-    made = [
-        word.rstrip(",")
-        for line in out.splitlines()
-        if "output: " in line
-        for word in line.split()[1:]
-    ]
-    marks = [tmp_path / name for name in made]
+    marks = outputs(out, tmp_path)
     assert len(marks) == 20
     for order, path in enumerate(sorted(marks, key=rank)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,9 +331,61 @@ def test_a_failed_step_is_asked_for_again(tmp_path: Path) -> None:
         path.with_name("aside").rename(path)
 
 
+def test_copied_runs_are_taken_for_done_after_touch(tmp_path: Path) -> None:
+    """``cp -r`` gives files the times of the copy: everything would be made again."""
+    made = outputs(plan("demo.yaml", tmp_path), tmp_path)
+    for order, path in enumerate(sorted(made, key=rank)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+        os.utime(path, (1e9 - order, 1e9 - order))
+    (tmp_path / "runs/demo/report/report.md").unlink()  # this one is still to be made
+    assert jobs_of(plan("demo.yaml", tmp_path))["student"] == "3"
+    words = ("-s", ROOT / "scripts" / "Snakefile", "--configfile", CONFIGS / "demo.yaml", "-c1")
+    command("snakemake", *words, "--touch", cwd=tmp_path)
+    jobs = jobs_of(plan("demo.yaml", tmp_path))
+    assert jobs["report"] == "1" and jobs["total"] == "2"  # and the rule of all
+
+
+def test_jobs_side_by_side_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "pipeline").symlink_to(ROOT / "scripts" / "pipeline")
+    rules = (ROOT / "scripts" / "Snakefile").read_text()
+    each = "\n".join(
+        f'rule seen_{job}:\n    output: "{job}.txt"\n    shell:\n'
+        f'        "echo ${{{{CUDA_VISIBLE_DEVICES:-all}}}} > {{output}}; touch {job}.begun;"'
+        f' "for i in $(seq 600); do [ -e {other}.begun ] && exit; sleep 0.1; done"\n'
+        for job, other in (("a", "b"), ("b", "a"))
+    )
+    (scripts / "Snakefile").write_text(f"{rules}\n\n{each}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a folder"))
+    (tmp_path / "a folder").mkdir()
+
+    def given(cores: int) -> list[str]:
+        for job in "ab" if cores > 1 else "":  # each waits for the other
+            (tmp_path / f"{job}.begun").unlink(missing_ok=True)
+        words = ("-s", scripts / "Snakefile", "--configfile", CONFIGS / "demo.yaml", f"-c{cores}")
+        command("snakemake", *words, "--force", "a.txt", "b.txt", cwd=tmp_path)
+        return sorted((tmp_path / f"{job}.txt").read_text().strip() for job in "ab")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert given(2) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    assert given(2) == ["3", "7"]
+    assert given(1) == ["3,7", "3,7"]  # a job alone has all
+
+
 #: Steps in the order in which they are made, by the end of an output's name.
 ORDER = ("raw/en-de.json", "data.json", "teacher/train.done", "cache.done", "train.done", "test.out",
          "test.txt", "score.test.done", "report.md")  # fmt: skip
+
+
+def outputs(plan: str, folder: Path) -> list[Path]:
+    """The files that the jobs of a plan make."""
+    lines = [line for line in plan.splitlines() if "output: " in line]
+    return [folder / word.rstrip(",") for line in lines for word in line.split()[1:]]
 
 
 def rank(path: Path) -> int:
