@@ -39,7 +39,8 @@ def other_shape(found: tuple[int | None, ...], expected: tuple[int | None, ...])
 
 
 def output_projection(model: Any) -> torch.nn.Linear | None:
-    """The linear layer that turns ``model(..., features_only=True)`` into its logits, if any.
+    """The linear layer that turns ``model(..., features_only=True)`` into its logits, but for a cap on
+    these (:func:`softcap`), if any.
 
     None for a decoder that changes the logits afterwards, and a weight that is sharded over
     processes.
@@ -56,6 +57,17 @@ def output_projection(model: Any) -> torch.nn.Linear | None:
         )
     )
     return projection if plain else None
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """``c tanh(z / c)``, as Gemma 2 has it; without a cap the logits as they are."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def softcap(model: Any) -> float | None:
+    """The cap on what :func:`output_projection` gives, if any."""
+    found: float | None = getattr(model.decoder, "softcap", None)
+    return found
 
 
 class TokenLogits:
@@ -82,7 +94,7 @@ class TokenLogits:
     def __init__(
         self, model: Any, sample: dict[str, Any], positions: Tensor, symbols: int | None = None
     ) -> None:
-        self.projection = output_projection(model)
+        self.projection, self._softcap = output_projection(model), softcap(model)
         target = sample["target"]
         if self.projection is None:
             self._found = flat_logits(model(**sample["net_input"])[0], target, symbols)
@@ -99,8 +111,7 @@ class TokenLogits:
         """Those of some of the tokens, (n, V) in the model's type; nothing else shares their memory."""
         if self.projection is None:
             return self._found.index_select(0, self._positions[part])
-        logits: Tensor = self.projection(self._found[part])
-        return logits
+        return capped(self.projection(self._found[part]), self._softcap)
 
 
 @torch.no_grad()

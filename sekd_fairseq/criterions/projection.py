@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.logits import flat_logits
+from sekd_fairseq.logits import capped, flat_logits, softcap
 from sekd_fairseq.losses import chunked_loss
 
 #: From logits, the rows of them that count, which of the batch's tokens these are, and whether the
@@ -64,8 +64,10 @@ def batch_loss(
         return loss_of(logits, positions, slice(None), False)
     features = model(**sample["net_input"], features_only=True)[0]
     features = flat_logits(features, sample["target"]).index_select(0, positions)  # (N, D)
+    cap = softcap(model)
 
     def part_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = capped(logits, cap)
         return loss_of(logits, torch.arange(len(logits), device=logits.device), part, True)
 
     return chunked_loss(features, projection.weight, projection.bias, part_loss, chunk_tokens)

@@ -10,7 +10,7 @@ round, and a family for which neither holds is refused. That costs reading about
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompt_encoder import PromptEncoder
 from sekd_fairseq.llm.vocabulary import NEW_ROW
+from sekd_fairseq.logits import capped
 
 #: Logits that differ by less, in the root mean square over that of the logits, are the same: float32
 #: gives about 1e-6, a wrong position a tenth or more.
 TOLERANCE = 1e-3
 #: Lengths of the prompts and of what follows them in the three rows.
 PROMPTS, OUTPUTS = (5, 2, 3), (2, 4, 1)
+#: A factor that shows what is done to large logits.
+LOUD = 1000
 #: What the rows have in common at the beginning.
 SHARED = 1
 
@@ -37,7 +40,11 @@ class Traits:
     ----------
     body
         Where the module is whose features the output embedding turns into the logits, by name; None
-        if something else lies between.
+        if something else lies between than these two:
+    scale
+        Factor of the features (Cohere's, Granite's of the logits).
+    softcap
+        ``c`` of logits that are ``c tanh(z / c)`` of what the output embedding gives (Gemma 2's).
     cache
         Whether the key-value cache is right for padded batches and a reordered beam. Where it is not,
         generation reads every prefix anew.
@@ -45,6 +52,8 @@ class Traits:
 
     body: str | None = None
     cache: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,7 @@ def find_traits(decoder: Any, probe: Probe) -> None:
                     "a vocabulary that only the embedding and the output projection know",
                     "logits that change when their rows are put in the dictionary's order",
                 )
-        decoder.traits = Traits(body=find_body(lm, tokens[0]))
+        decoder.traits = find_body(lm, tokens[0])
         try:
             logits = decoder(previous, encoder_out)[0]
         except Exception as error:  # whatever a family raises
@@ -170,42 +179,62 @@ def find_traits(decoder: Any, probe: Probe) -> None:
                 "logits that depend on the tokens before alone",
                 "others in a padded batch; if its config.json has is_decoder, it should be true",
             )
-        decoder.traits = Traits(decoder.traits.body, cache=True)
+        decoder.traits = replace(decoder.traits, cache=True)
         usual, decoder.shared_prefix = decoder.shared_prefix, SHARED
         try:
             right = not _wrong(probe, decoder(previous, encoder_out)[0])
             right = right and _generates(decoder, probe, previous, encoder_out)
         except Exception:  # whatever a family raises that has another cache or none
             right = False
-        decoder.traits, decoder.shared_prefix = Traits(decoder.traits.body, right), usual
+        decoder.traits, decoder.shared_prefix = replace(decoder.traits, cache=right), usual
         decoder.train(decoder.training)  # forgets the prefix that it shared
 
 
-def find_body(lm: Any, tokens: Tensor) -> str | None:
-    """The name of the module whose features the output embedding turns into the logits."""
+def find_body(lm: Any, tokens: Tensor) -> Traits:
+    """The module whose features the output embedding turns into the logits, and what else is done to
+    these."""
     projection = lm.get_output_embeddings()
     if not isinstance(projection, nn.Linear):
-        return None
+        return Traits()
     expected = lm(input_ids=tokens).logits
     # A cap on the logits does not show while they are small, as those of a new model are.
     with _louder(projection):
         loud = lm(input_ids=tokens).logits
-    if apart(loud / 1000, expected) > TOLERANCE:
-        return None
     for name in ("model", lm.base_model_prefix):
         body = getattr(lm, name, None)
-        try:
-            features = body(input_ids=tokens).last_hidden_state  # type: ignore[misc]
-            if apart(projection(features), expected) <= TOLERANCE / 10:
-                return name
-        except Exception:  # whatever a module raises that is no such body
-            continue
-    return None
+        for scale, softcap in _endings(text_config(lm)):
+            try:
+                features = body(input_ids=tokens).last_hidden_state  # type: ignore[misc]
+                z = projection(features * scale)
+                same = apart(capped(z, softcap), expected) <= TOLERANCE / 10
+                if same and apart(capped(LOUD * z, softcap), loud) <= TOLERANCE:
+                    return Traits(name, scale=scale, softcap=softcap)
+            except Exception:  # whatever a module raises that is no such body
+                break
+    return Traits()
+
+
+def _endings(config: Any) -> list[tuple[float, float | None]]:
+    """Factor and cap that a configuration may have for its logits, the usual first."""
+    known = {
+        name: float(getattr(config, name, None) or 0.0)
+        for name in (
+            "logit_scale",
+            "logits_scaling",
+            "lm_head_multiplier",
+            "final_logit_softcapping",
+        )
+    }
+    factors = [known["logit_scale"], known["lm_head_multiplier"]]
+    factors += [1 / known["logits_scaling"]] if known["logits_scaling"] else []
+    endings: list[tuple[float, float | None]] = [(1.0, None)]
+    endings += [(factor, None) for factor in factors if factor]
+    return endings + [(1.0, cap) for cap in [known["final_logit_softcapping"]] if cap]
 
 
 @contextmanager
 def _louder(projection: nn.Module) -> Iterator[None]:
-    hook = projection.register_forward_hook(lambda module, inputs, output: output * 1000)
+    hook = projection.register_forward_hook(lambda module, inputs, output: output * LOUD)
     try:
         yield
     finally:

@@ -51,6 +51,7 @@ from sekd_fairseq.llm.loading import (
 )
 from sekd_fairseq.llm.prompt_encoder import PromptEncoder
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, check_same_rows, select_rows
+from sekd_fairseq.logits import capped
 from sekd_fairseq.patches import take_rows_as_one_sequence
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,12 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         """The layer from features to logits; None where something lies between."""
         return None if self.traits.body is None else self.lm.get_output_embeddings()
 
-    #: The logits are ``output_projection`` of the features, where that is not None.
+    @property
+    def softcap(self) -> float | None:
+        """The cap on what :attr:`output_projection` gives."""
+        return self.traits.softcap
+
+    #: The logits are ``output_projection`` of the features, with :attr:`softcap`, where that is not None.
     plain_projection = True
 
     def forward(
@@ -175,11 +181,13 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
             features = self._step(encoder_out, prev_output_tokens[:, 1:], incremental_state)
         else:
             features = self._last_place(encoder_out, prev_output_tokens, longest)
+        if self.traits.scale != 1.0:
+            features = features * self.traits.scale
         if features_only:
             return features, {"attn": [None]}
-        logits: Tensor = (
-            features if self.output_projection is None else self.output_projection(features)
-        )
+        logits: Tensor = features
+        if self.output_projection is not None:
+            logits = capped(self.output_projection(features), self.softcap)
         if incremental_state is not None:
             padding = encoder_out["encoder_padding_mask"][0]
             logits = self._end_at_last_position(logits, padding, prev_output_tokens)

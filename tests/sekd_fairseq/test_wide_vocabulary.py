@@ -24,10 +24,18 @@ from sekd_fairseq.teachers.online import OnlineTeacher
 from .language_models import COMMON, FAMILIES
 
 PAD = 1
+SMALL_BERT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 FAMILY = {
     "llama-tied": FAMILIES["llama-tied"],
-    # A cap on the logits: nothing can be applied in chunks.
-    "gemma2": {**COMMON, "model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 30.0},
+    # A cap on the logits, and factors of them.
+    "gemma2": {**COMMON, "model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 0.5},
+    "cohere": {**COMMON, "model_type": "cohere", "logit_scale": 0.25},
+    "granite": {**COMMON, "model_type": "granite", "logits_scaling": 4.0},
+    # A layer before the projection: nothing can be applied in chunks.
+    "bert": {"model_type": "bert", "is_decoder": True, "num_attention_heads": 4, **SMALL_BERT},
 }
 
 
@@ -48,7 +56,15 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(
-    ("family", "chunks"), [("llama-tied", False), ("llama-tied", True), ("gemma2", True)]
+    ("family", "chunks"),
+    [
+        ("llama-tied", False),
+        ("llama-tied", True),
+        ("gemma2", True),
+        ("cohere", True),
+        ("granite", True),
+        ("bert", True),
+    ],
 )
 def test_language_models_have_the_same_loss_gradient_and_log(
     llm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, chunks: bool
@@ -64,6 +80,7 @@ def test_language_models_have_the_same_loss_gradient_and_log(
     stock = {name: task.build_criterion(one) for name, one in CONFIGS.items()}
     torch.manual_seed(1)
     model = task.build_model(cfg.model)
+    assert (model.decoder.output_projection is None) == (family == "bert")
     if chunks:  # seven tokens each
         monkeypatch.setattr(chunked, "CHUNK_BYTES", 7 * 4 * len(task.target_dictionary))
     task.load_dataset("valid")
