@@ -22,6 +22,9 @@ from sekd_fairseq.llm.vocabulary import (
 
 logger = logging.getLogger(__name__)
 
+#: The scale of adapters where none is given.
+LORA_ALPHA = 16
+
 
 def pretrained(folder: str, gguf_file: str | None) -> Any:
     """A pretrained causal language model in float32."""
@@ -128,6 +131,8 @@ def load_language_model(cfg: Any, task: Any) -> tuple[Any, list[int]]:
     dictionary's.
     """
     size = len(task.target_dictionary)
+    if cfg.hf_state is None:
+        check_options(cfg)
     if cfg.lora_r > 0 and not cfg.hf_model:
         raise UserError(
             "--lora-r: expected --hf-model, whose weights the adapters are added to, found none: a "
@@ -159,6 +164,25 @@ def load_language_model(cfg: Any, task: Any) -> tuple[Any, list[int]]:
         return lm, rows_of(lm, vocabulary, data)
     assert cfg.hf_config is not None
     return from_config(read_config(Path(cfg.hf_config)), size), vocabulary.rows
+
+
+def check_options(cfg: Any) -> None:
+    """Refuse options of the architecture that have no effect beside the others."""
+    for option, value, beside in (
+        ("hf-layers", cfg.hf_layers, "hf-model"),
+        ("hf-gguf-file", cfg.hf_gguf_file, "hf-model"),
+        ("lora-alpha", cfg.lora_alpha != LORA_ALPHA, "lora-r"),
+    ):
+        if value and not getattr(cfg, beside.replace("-", "_")):
+            raise UserError(
+                f"--{option}: has an effect with --{beside} only; add it or leave it out"
+            )
+    if cfg.hf_model and cfg.hf_config:
+        raise UserError(
+            f"--hf-model and --hf-config: expected one, found both ({cfg.hf_model} and {cfg.hf_config})"
+        )
+    if cfg.lora_r < 0 or cfg.hf_layers < 0:
+        raise UserError("--lora-r and --hf-layers: expected 0 or more")
 
 
 def data_directory(task: Any) -> Path:

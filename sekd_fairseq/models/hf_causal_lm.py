@@ -45,6 +45,7 @@ from sekd_fairseq.llm.families import (
     text_config,
 )
 from sekd_fairseq.llm.loading import (
+    LORA_ALPHA,
     data_directory,
     load_language_model,
     weights_in_checkpoint,
@@ -94,7 +95,7 @@ class HFCausalLMConfig(FairseqDataclass):
             "hold the adapters, and --hf-model must stay where it is. 0 is off"
         },
     )
-    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapters"})
+    lora_alpha: int = field(default=LORA_ALPHA, metadata={"help": "scale of the adapters"})
     hf_state: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={"help": "set by training: the model's configuration, kept in the checkpoint"},

@@ -321,3 +321,20 @@ def test_a_checkpoint_of_data_that_end_otherwise_is_refused(
     rows[[2, 9]] = rows[[9, 2]]
     with pytest.raises(SystemExit, match=r"end with token 2 .* checkpoint's data with token 9"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"hf_config": "c.json", "hf_layers": 2}, "--hf-layers: has an effect with --hf-model"),
+        ({"hf_config": "c.json", "hf_gguf_file": "x"}, "--hf-gguf-file: has an effect"),
+        ({"hf_model": "m", "lora_alpha": 32}, "--lora-alpha: has an effect with --lora-r"),
+        ({"hf_model": "m", "hf_config": "c.json"}, "expected one, found both"),
+        ({"hf_model": "m", "lora_r": -1}, "0 or more"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    tmp_path: Path, options: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected):
+        build(tmp_path, **options)
