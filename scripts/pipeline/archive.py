@@ -54,7 +54,13 @@ def merged(configs: Sequence[Path]) -> dict[str, Any]:
     """The configuration of files given together."""
     config: dict[str, Any] = {}
     for path in configs:
-        update_config(config, yaml.safe_load(path.read_text(encoding="utf-8")))
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: expected YAML, found {error}") from None
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: expected keys and values, found {given!r:.50}")
+        update_config(config, given)
     return config
 
 

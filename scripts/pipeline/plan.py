@@ -16,6 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
+
+from analysis.runs.errors import UserError
+
+SCHEMA = Path(__file__).with_name("config.schema.yaml")
+
 
 def options(mapping: Mapping[str, Any]) -> list[str]:
     """A part of the configuration as command-line options; true is an option without a value, false and
@@ -64,6 +71,21 @@ class Job:
     seed: int
 
 
+def check_schema(config: dict[str, Any]) -> None:
+    """Refuse a configuration with a key or value that :data:`SCHEMA` does not have.
+
+    Raises
+    ------
+    UserError
+        Says where, and what was found there.
+    """
+    try:
+        validate(config, str(SCHEMA))
+    except WorkflowError as error:  # which shows the whole schema
+        wrong: Any = error.__context__
+        raise UserError(f"configuration, at {wrong.json_path}: {wrong.message}") from None
+
+
 def text_file(path: str) -> str:
     """A file of text, or the compressed one where only that is there."""
     return f"{path}.gz" if os.path.exists(f"{path}.gz") and not os.path.exists(path) else path
@@ -99,14 +121,20 @@ class Plan:
     Parameters
     ----------
     config
-        The configuration, as ``config.schema.yaml`` describes it.
+        The configuration, as :data:`SCHEMA` describes it.
     plugin
         The folder of sekd_fairseq.
     gpu
         Whether the jobs have a GPU, unless the configuration says so itself.
+
+    Raises
+    ------
+    UserError
+        The configuration is not as described, or asks for what cannot be done; says where.
     """
 
     def __init__(self, config: dict[str, Any], plugin: str, gpu: bool) -> None:
+        check_schema(config)
         self.config = config
         self.data = f"data/{config['name']}"
         self.main_runs = f"runs/{config['name']}"
@@ -143,7 +171,7 @@ class Plan:
             return
         for method, own in self.methods.items():
             if own["criterion"] in DISTILLING and self.distilled(method):
-                raise ValueError(
+                raise UserError(
                     f"{method}: a cache of the teacher's translations is made for students' prompts, and "
                     "the teacher has prompts of its own; expected a criterion without a teacher"
                 )
@@ -153,7 +181,7 @@ class Plan:
         if not self.teacher_of:
             return
         if self.language_model:
-            raise ValueError(
+            raise UserError(
                 f"teacher: {{of: {self.teacher_of}}}: expected students with SentencePiece's pieces, found a "
                 "language model's (data: {tokenizer})"
             )
@@ -163,7 +191,7 @@ class Plan:
             targets = [f"{teacher}/train.done", f"{data}/cache.done"]
             for path in (*targets, model):
                 if not os.path.exists(path):
-                    raise ValueError(
+                    raise UserError(
                         f"teacher: {{of: {self.teacher_of}}}: expected {path}, found none; make it with the "
                         f"configuration of {self.teacher_of}: snakemake ... {' '.join(targets)}"
                     )
@@ -173,7 +201,7 @@ class Plan:
                 and os.path.exists(own)
                 and not filecmp.cmp(own, model, shallow=False)
             ):
-                raise ValueError(
+                raise UserError(
                     f"{self.in_rounds[0]}: rounds need a teacher that reads the students' pieces, found that "
                     f"of {self.teacher_of}, with {model}; take the method out (null)"
                 )

@@ -196,6 +196,30 @@ def test_training_logs_are_thinned_and_steps_timed(study: Path) -> None:
     assert pd.read_csv("results/study.csv")["train_seconds"].max() == 78
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "own.yaml: No such file or directory"),
+        ("seeds: [1\n", "own.yaml: expected YAML, found "),
+        ("", "own.yaml: expected keys and values, found None"),
+        (
+            "student: {max_update: 5}\n",
+            r"configuration, at \$\.student: 'max_update' does not match",
+        ),
+    ],
+)
+def test_a_wrong_configuration_ends_with_one_line(
+    content: str | None, told: str, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.yaml"
+    if content is not None:
+        own.write_text(content)
+    demo = ROOT / "scripts" / "configs" / "demo.yaml"
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{told}[^\n]*$"):
+        archive.main(["save", str(demo), str(own), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_kept_can_be_committed() -> None:
     """An ignore rule for ``runs/`` anywhere once left the kept runs out of every commit."""
     if not (ROOT / ".git").exists():

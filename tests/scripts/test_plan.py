@@ -9,6 +9,7 @@ import yaml
 from plan import Plan, options
 from snakemake.utils import update_config
 
+from analysis.runs.errors import UserError
 from analysis.runs.methods import Method
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
@@ -18,6 +19,15 @@ def of(name: str, /, **own: Any) -> Plan:
     config = yaml.safe_load((CONFIGS / name).read_text())
     update_config(config, own)
     return Plan(config, plugin="sekd_fairseq", gpu=False)
+
+
+def test_a_wrong_configuration_is_a_users_error() -> None:
+    for own, told in (
+        ({"methdos": {}}, r"configuration, at \$: .*'methdos' was unexpected"),
+        ({"student": {"max_update": 5}}, r"at \$\.student: 'max_update' does not match"),
+    ):
+        with pytest.raises(UserError, match=told):
+            of("demo.yaml", **own)
 
 
 def job(**wildcards: Any) -> Any:
@@ -78,7 +88,7 @@ def test_the_teachers_translations_have_a_cache_of_their_own() -> None:
         "--gold-share", "0.5", "--nbest", "4", "--sources", "data/demo/en-de/bin",
     ]  # fmt: skip
     assert plan.distill_generate_arguments()[-2:] == ["--nbest", "4"]
-    with pytest.raises(ValueError, match=r"both: .*prompts of its own"):
+    with pytest.raises(UserError, match=r"both: .*prompts of its own"):
         of("demo.yaml", methods=new, data={"teacher-template": "t.txt"})
 
 
@@ -185,7 +195,7 @@ def test_a_teacher_with_other_pieces_is_another_studys(
     ]
     for path in made:  # each is asked for
         with pytest.raises(
-            ValueError, match=f"expected {path.relative_to(tmp_path)}, found none; make it"
+            UserError, match=f"expected {path.relative_to(tmp_path)}, found none; make it"
         ):
             of("demo.yaml", **other)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +224,7 @@ def test_a_teacher_with_other_pieces_is_another_studys(
     own = tmp_path / "data/other/en-de/sentencepiece.model"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"other pieces")
-    with pytest.raises(ValueError, match="rounds need"):
+    with pytest.raises(UserError, match="rounds need"):
         of("demo.yaml", **other, methods=rounds)
-    with pytest.raises(ValueError, match="found a language model's"):
+    with pytest.raises(UserError, match="found a language model's"):
         of("demo.yaml", **other, data={"tokenizer": "gemma"})
