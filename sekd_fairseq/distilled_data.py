@@ -366,6 +366,9 @@ def write_more_text(
         rows, found = (Vocabulary.load(one, theirs.symbols).rows for one in folders)
         check_same_rows(args.sources, rows, found, str(args.data))
     mono = side_of(args.sources, args.subset, language_pair, source, theirs)
+    # A language model's source is a prompt; the sentence itself is repeated on the target side.
+    sentence_side = language_pair[1] if (args.sources / FILE).is_file() else source
+    sentences = side_of(args.sources, args.subset, language_pair, sentence_side, theirs)
     lines = chosen_translations(args, dictionary, None, len(mono))
     held_out = held_out_sentences(args, language_pair, dictionaries)
     pairs = []
@@ -374,7 +377,7 @@ def write_more_text(
         pair = (mono[i].int(), encode(line, dictionary, args.generated, i))
         if any(key(side) in seen for side, seen in zip(pair, held_out, strict=True)):
             known += 1
-        elif repeats(pair[1], pair[0]):
+        elif repeats(pair[1], sentences[i]):
             endless += 1
         else:
             pairs.append(pair)
@@ -400,8 +403,8 @@ def write_more_text(
     with atomic_directory(args.output) as folder:
         copy_others(args.data, folder, written)
         for side, name in enumerate(written):
-            sentences = [pair[side] for pair in pairs]
-            write_indexed(folder / name, kind, sentences, len(dictionaries[side]))
+            of_side = [pair[side] for pair in pairs]
+            write_indexed(folder / name, kind, of_side, len(dictionaries[side]))
     print(
         f"{args.output}: {kept} pairs of {args.sources} (without {known} that are in a held-out set and "
         f"{endless} that repeat themselves without end), {gold} gold pairs of {args.data}"

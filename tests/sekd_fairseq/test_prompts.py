@@ -436,6 +436,14 @@ def test_monolingual_text_gets_the_prompts_that_are_there(
         text_of_bin.source(sentence).tolist()
         for sentence in sentences[:2]  # the third is held out
     ]
+    # One that repeats itself is left out: longer than the sentence allows, if not than its prompt.
+    endless = " ".join([symbols] * 30)
+    shown = "".join(f"H-{i}\t-0.1\t{endless if i else symbols}\n" for i in range(3))
+    (tmp_path / "out").write_text(shown)
+    words[-1] = tmp_path / "fewer"
+    distilled_data.main([str(word) for word in words])
+    made_of = data_utils.load_indexed_dataset(str(tmp_path / "fewer/train.en-de.en"), dictionary)
+    assert len(made_of) == 1
     # The teacher's prompts end translations otherwise: their symbols are not the student's.
     words[-3:] = [mono / "teacher", "--output", tmp_path / "no"]
     with pytest.raises(SystemExit, match="same prompts"):

@@ -127,3 +127,29 @@ def test_a_step_of_a_language_model_beside_its_teacher_reads_no_tensor(
     # The teacher had the prompts' common beginning computed once.
     (lm,) = task.online_teacher.models
     assert len(lm.decoder._prefix[0]) >= lm.decoder.shared_prefix
+
+
+def test_a_step_of_fine_tuning_a_language_model_reads_no_tensor(
+    llm_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sekd_fairseq.checkpoints import language_model_config
+    from sekd_fairseq.losses import chunked
+
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama-tied"]))
+    cfg = language_model_config(str(llm_data), "--hf-config", str(config))
+    task = tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    criterion = task.build_criterion(
+        OmegaConf.create({"_name": "cross_entropy", "sentence_avg": False})
+    )
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    batch = dataset.collater([dataset[i] for i in range(5)])
+    optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
+    for size in (chunked.CHUNK_BYTES, 7 * 4 * len(task.target_dictionary)):  # at once, in chunks
+        monkeypatch.setattr(chunked, "CHUNK_BYTES", size)
+        with Reads() as mode:
+            task.train_step(batch, model, criterion, optimizer, 1)
+            task.valid_step(batch, model, criterion)
+        assert mode.reads == {}
