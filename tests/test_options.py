@@ -1,15 +1,13 @@
 """The suite's own options."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.sekd_fairseq.conftest import completed
+
 TESTS = """
 import pytest
 
@@ -31,14 +29,8 @@ def test_without() -> None: ...
 def test_without_cuda(tmp_path: Path, options: tuple[str, ...], counts: dict[str, int]) -> None:
     path = tmp_path / "test_gpu.py"
     path.write_text(TESTS)
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "tests.conftest", *options, str(path)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ("-p", "tests.conftest", "-p", "no:cacheprovider", *options, path)
+    found = completed("pytest", *words, cwd=tmp_path)
     last = found.stdout.splitlines()[-1]
     counted = {
         what: int(n) for n, what in re.findall(r"(\d+) (passed|errors|skipped|desel\w+)", last)

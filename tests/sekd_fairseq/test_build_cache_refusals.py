@@ -1,8 +1,6 @@
 """What a cache is not built from, or not trained on: each ends in one line that says why."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +10,9 @@ import torch
 from sekd_fairseq.teacher_cache import TeacherCache
 
 from .conftest import (
-    ENVIRONMENT,
     binarise,
     command,
+    completed,
     error_line,
     needs_whole_disk,
     train,
@@ -112,22 +110,24 @@ def test_sentences_too_long_for_the_teacher(data: Path, tmp_path: Path) -> None:
     assert "--divergence reverse_kl" in line and "--skip-too-long" in line
 
 
+#: Runs a module where no file can have more than 3,000 bytes.
+FULL_DISK = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
 @needs_whole_disk
 def test_a_full_disk_is_one_clear_error(data: Path, teacher: Path, tmp_path: Path) -> None:
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
-    ignore = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    arguments = [
-        "sekd_fairseq.build_cache", data, "--path", teacher, "--output", tmp_path / "out", "--cpu",
+    script = tmp_path / "on_a_full_disk.py"
+    script.write_text(FULL_DISK)
+    process = completed(
+        script, "sekd_fairseq.build_cache", data, "--path", teacher, "--output", tmp_path / "out", "--cpu",
         "--subset", "valid",
-    ]  # fmt: skip
-    run = f"import runpy, sys; sys.argv = {[str(a) for a in arguments]!r}; "
-    run += "runpy.run_module('sekd_fairseq.build_cache', run_name='__main__', alter_sys=True)"
-    process = subprocess.run(
-        [sys.executable, "-c", limit + ignore + run],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    )  # fmt: skip
     assert process.returncode == 1
     assert "cannot write shard 0" in error_line(process.stderr)
     left = sorted(path.name for path in (tmp_path / "out" / "valid").iterdir())
