@@ -72,13 +72,11 @@ name, src, tgt, direction = sys.argv[1:]
 own = {"corpus": {"src": src, "tgt": tgt}, "directions": [direction]} if src else {}
 print(json.dumps({"name": name} | own))
 PYTHON
-snakemake=(.venv/bin/python -m snakemake --snakefile scripts/Snakefile --cores 2
-    --configfile "${configs[@]}" "$own" --quiet all)
-# Only this script, which holds the lock above, runs this name: a lock of snakemake's own that is
-# still there was left by a kill.
-"${snakemake[@]}" --unlock >/dev/null 2>&1 || true
 start=$SECONDS
-"${snakemake[@]}" --rerun-incomplete --keep-going || {
+# --nolock: the lock above ends with a kill, which snakemake's own does not. To remove that one would
+# also take it from a study that runs beside this.
+.venv/bin/python -m snakemake --snakefile scripts/Snakefile --cores 2 --nolock \
+    --configfile "${configs[@]}" "$own" --quiet all --rerun-incomplete --keep-going || {
     log=$(ls -t .snakemake/log/*.log | head -n 1)
     tail -n 12 "$log" >&2
     fail "a step failed (see above, and $log); fix it and run the same command again, which resumes"
