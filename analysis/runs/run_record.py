@@ -130,17 +130,20 @@ def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:
                 left_out.append(
                     LeftOut(there, f"a link to {os.readlink(path / name)}, which is not there")
                 )
+        trained = "train.jsonl" in files or "checkpoints" in subfolders
         if "run.json" in files:
             try:
                 runs.append(read_run(path, label))
             except UserError as error:
                 left_out.append(LeftOut(label, str(error)))
-        elif "train.jsonl" in files or "checkpoints" in subfolders:
+        elif trained:
             left_out.append(
                 LeftOut(label, "unfinished: no run.json yet (it is written when the run is scored)")
             )
+        # The parts of a training in rounds are no runs; but a run may have that name.
+        inner = INNER_FOLDERS | ({"rounds"} if trained or "run.json" in files else set())
         subfolders[:] = sorted(
-            (name for name in subfolders if name not in INNER_FOLDERS and name[0] != "."),
+            (name for name in subfolders if name not in inner and name[0] != "."),
             key=lambda name: (os.path.islink(path / name), name),
         )
     if not runs and not left_out:

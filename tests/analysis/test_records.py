@@ -159,6 +159,18 @@ def test_links_are_followed_or_named(demo: Path, tmp_path: Path, write_run: Writ
     assert not reasons
 
 
+def test_the_trainings_of_a_run_in_rounds_are_no_runs(demo: Path, write_run: WriteRun) -> None:
+    write_run(demo, "rounds", "rounds_student")  # a name as good as any
+    for number in ("1", "2"):
+        (demo / "rounds/rounds" / number / "checkpoints").mkdir(parents=True)
+        (demo / "rounds/rounds" / number / "cache").symlink_to(demo / "word_kd")
+    (demo / "begun/rounds/1/checkpoints").mkdir(parents=True)
+    (demo / "begun/train.jsonl").write_text("{}\n")
+    runs, left_out = discover(demo)
+    assert [run.label for run in runs] == ["finetune", "rounds", "se_kd", "teacher", "word_kd"]
+    assert [item.label for item in left_out] == ["begun"]
+
+
 def test_unfinished_and_broken_runs_are_left_out_and_the_rest_stays(
     demo: Path, write_run: WriteRun
 ) -> None:
