@@ -32,7 +32,9 @@ from plan import Plan
 from records import keep_direction, restore_direction
 from snakemake.utils import update_config
 
+from analysis.chapters.quality import main_baseline
 from analysis.runs.errors import UserError, one_line_errors
+from analysis.runs.methods import label_of
 from analysis.terminal import warn
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -193,19 +195,26 @@ def summarise(plan: Plan, runs: Sequence[Path], steps: pd.DataFrame, output: Pat
 
 
 def gains(table: pd.DataFrame) -> list[Target]:
-    """What every method that was compared with word-level KD gains in BLEU, over all directions or the only
-    one, and the smallest gain that so many runs would detect."""
+    """What every method that was compared with word-level KD, or with the ``--baseline`` of the report, gains
+    in BLEU, over all directions or the only one, and the smallest gain that so many runs would detect."""
     table = table[table["metric"] == "BLEU"]
+    baseline = main_baseline(table, "gain_over_")
+    if baseline in ("", "finetune"):
+        return []
+    column, name = (
+        f"gain_over_{baseline}",
+        "word KD" if baseline == "word_kd" else label_of(baseline),
+    )
     scope = "all" if "all" in set(table["direction"]) else table["direction"].iloc[0]
     table = table[(table["direction"] == scope) & ~table["method"].isin(BASELINES)]
     targets = []
-    for row in table[table["gain_over_word_kd"].notna()].to_dict("records"):
+    for row in table[table[column].notna()].to_dict("records"):
         who = f"{row['method']}, {scope}, {row['seeds']} seeds"
-        gain, p = row["gain_over_word_kd"], row["gain_over_word_kd_p_holm"]
-        targets.append(Target(f"BLEU gain over word KD: {who}", gain, 1.4, at_least=True))
+        gain, p = row[column], row[f"{column}_p_holm"]
+        targets.append(Target(f"BLEU gain over {name}: {who}", gain, 1.4, at_least=True))
         if gain > 0:  # of a loss there is none to speak of
             targets.append(Target(f"its p-value, corrected: {who}", p, 0.05))
-        smallest = row["gain_over_word_kd_detectable"]
+        smallest = row[f"{column}_detectable"]
         targets.append(Target(f"smallest gain that is detected: {who}", smallest, 0.5))
     return targets
 

@@ -257,6 +257,8 @@ def test_gains_are_of_all_directions_and_of_no_baseline() -> None:
         ("all", "seq_word_kd", "BLEU", 3, -0.5, 0.2, 0.7),
     ]
     table = pd.DataFrame(rows, columns=[*columns, "gain_over_word_kd_detectable"])
+    assert archive.gains(table) == []  # no report has gains without intervals
+    table["gain_over_word_kd_low"] = table["gain_over_word_kd"]
     found = {target.name: (target.value, target.met()) for target in archive.gains(table)}
     assert found == {
         "BLEU gain over word KD: se_kd, all, 3 seeds": (1.5, True),
@@ -265,3 +267,7 @@ def test_gains_are_of_all_directions_and_of_no_baseline() -> None:
         "BLEU gain over word KD: seq_word_kd, all, 3 seeds": (-0.5, False),
         "smallest gain that is detected: seq_word_kd, all, 3 seeds": (0.7, False),
     }
+    # Of a report with another baseline, gains over that.
+    other = table.rename(columns=lambda name: name.replace("word_kd", "seq_word_kd"))
+    names = [target.name for target in archive.gains(other)]
+    assert names[0] == "BLEU gain over sequence- and word-level KD: se_kd, all, 3 seeds"
