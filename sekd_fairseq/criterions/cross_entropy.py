@@ -15,7 +15,7 @@ from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from torch import Tensor
 
-from sekd_fairseq.criterions.projection import batch_loss, target_positions
+from sekd_fairseq.criterions.projection import batch_loss, outputs, target_positions
 from sekd_fairseq.logits import output_projection
 from sekd_fairseq.losses import support_log_probs
 from sekd_fairseq.losses.chunked import tokens_per_chunk
@@ -52,15 +52,7 @@ class _LanguageModelCrossEntropy(FairseqCriterion):  # type: ignore[misc]
             projection = None
         symbols = len(self.task.target_dictionary)
         loss, sums = batch_loss(model, sample, positions, loss_of, projection, None, symbols)
-        sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
-        logging_output = {
-            "loss": loss.detach(),
-            **sums,
-            "ntokens": sample["ntokens"],
-            "nsentences": len(sample["target"]),
-            "sample_size": sample_size,
-        }
-        return loss, sample_size, logging_output
+        return outputs(sample, loss, sums, self.sentence_avg)
 
 
 class LanguageModelCrossEntropy(_LanguageModelCrossEntropy, CrossEntropyCriterion):  # type: ignore[misc]

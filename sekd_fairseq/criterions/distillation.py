@@ -14,6 +14,7 @@ from torch import Tensor
 from sekd_fairseq.criterions.configuration import DistillationConfig
 from sekd_fairseq.criterions.projection import (
     batch_loss,
+    outputs,
     parse_chunk_tokens,
     target_positions,
 )
@@ -221,15 +222,7 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         loss, sums = batch_loss(
             model, sample, positions, loss_of, projection, self.chunk_tokens, symbols
         )
-        sample_size = len(sample["target"]) if self.sentence_avg else sample["ntokens"]
-        logging_output = {
-            "loss": loss.detach(),
-            "ntokens": sample["ntokens"],
-            "nsentences": len(sample["target"]),
-            "sample_size": sample_size,
-            **sums,
-        }
-        return loss, sample_size, logging_output
+        return outputs(sample, loss, sums, self.sentence_avg)
 
     def _loss(
         self,

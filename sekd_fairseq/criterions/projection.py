@@ -38,6 +38,21 @@ def target_positions(sample: dict[str, Any], pad: int) -> Tensor:
     return torch.nonzero_static(mask, size=int(sample["ntokens"])).squeeze(1)
 
 
+def outputs(
+    sample: dict[str, Any], loss: Tensor, sums: dict[str, Tensor], sentence_avg: bool
+) -> tuple[Tensor, Any, dict[str, Any]]:
+    """What fairseq wants of a criterion: ``(summed loss, denominator, sums to log)``."""
+    sentences = len(sample["target"])
+    sample_size = sentences if sentence_avg else sample["ntokens"]
+    logged = {
+        "loss": loss.detach(),
+        "ntokens": sample["ntokens"],
+        "nsentences": sentences,
+        "sample_size": sample_size,
+    }
+    return loss, sample_size, logged | sums
+
+
 def batch_loss(
     model: Any,
     sample: dict[str, Any],
