@@ -1,12 +1,10 @@
 """A small translation task that trains in seconds, and ways to run fairseq on it."""
 
-import _thread
 import copy
 import functools
 import gc
 import logging
 import os
-import queue
 import random
 import runpy
 import shutil
@@ -82,28 +80,15 @@ def start_command(*arguments: object, output: Path = Path(os.devnull)) -> int:
 def fork_module(
     words: list[str], cwd: Path, output: IO[str], errors: IO[str], fresh: bool = False
 ) -> int:
-    """Fork a child that becomes ``python -m words``; returns its process id.
-
-    It is forked from a new thread, whose stack is empty: torch notes the whole stack at each update, and
-    hydra looks up the source of all of it, which below pytest took a tenth of a tiny training.
-    """
+    """Fork a child that becomes ``python -m words``; returns its process id."""
     # A fork of a process that has used CUDA cannot use it.
     fresh = fresh or torch.cuda.is_initialized()
     if not fresh:
         read_settings_once()
-    children: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def fork() -> None:
-        child = -1
-        try:
-            child = os.fork()
-            if child == 0:
-                run_module(words, cwd, output, errors, fresh)
-        finally:
-            children.put(child)
-
-    _thread.start_new_thread(fork, ())  # in the child it is the main thread
-    return children.get()
+    child = os.fork()
+    if child == 0:
+        run_module(words, cwd, output, errors, fresh)
+    return child
 
 
 @functools.cache
