@@ -112,7 +112,7 @@ class Evidence:
         return cls(direction, placebo_couples(direction.scored, baseline))
 
     @functools.cached_property
-    def bucket_sums(self) -> list[list["ResampledSums"]]:
+    def bucket_sums(self) -> list[list[ResampledSums]]:
         """Of each couple the sums on easy and on hard tokens: tokens, :data:`ON_BUCKETS` of the run, the
         same of the baseline."""
         metrics = [METRICS.index(name) for name in ON_BUCKETS]

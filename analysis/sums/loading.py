@@ -277,7 +277,8 @@ def _read_records(
 
     p_gold = read_columns(cutter.shared_by, ["p_gold"])["p_gold"].astype(np.float32)
     judged = {partition.selector: partition for partition in own.values()}
-    ranks = {selector: teacher_ranks(p_gold, partition) for selector, partition in judged.items()}
+    order = np.argsort(p_gold)
+    ranks = {key: teacher_ranks(p_gold, order, partition) for key, partition in judged.items()}
 
     def each() -> Iterator[tuple[ScoredRun, RecordSums]]:
         for run in scored():

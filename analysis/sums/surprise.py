@@ -26,11 +26,13 @@ def buckets(
     yield ("difficulty", "hard"), order[hard == HARD]
 
 
-def teacher_ranks(p_gold: NDArray[np.float32], partition: Partition) -> dict[Bucket, Floats]:
+def teacher_ranks(
+    p_gold: NDArray[np.float32], order: NDArray[np.intp], partition: Partition
+) -> dict[Bucket, Floats]:
     """The centred rank of the teacher's probability of each reference among its bucket's, (N,); NaN
-    outside the bucket."""
+    outside the bucket. ``order`` sorts the probabilities, for every partition."""
     found: dict[Bucket, Floats] = {}
-    for bucket, chosen in buckets(np.argsort(p_gold), partition):
+    for bucket, chosen in buckets(order, partition):
         found[bucket] = np.full(len(p_gold), np.nan)
         found[bucket][chosen] = _centred_ranks(p_gold[chosen])
     return found
