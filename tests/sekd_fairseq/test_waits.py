@@ -92,6 +92,15 @@ def test_logging_an_update_reads_no_tensor_one_by_one() -> None:
     assert values["hard_share"] == 0.5 and values["kl_hard"] == 1.0 and values["padding"] == 0.1
 
 
+def language_model_task(cfg: Any, criterion: str) -> tuple[Any, Any, Any, Any]:
+    """The task of a configuration, its model, a criterion of this name, and the training set."""
+    task = tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    built = task.build_criterion(OmegaConf.create({"_name": criterion, "sentence_avg": False}))
+    task.load_dataset("train")
+    return task, model, built, task.dataset("train")
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_a_step_of_a_language_model_beside_its_teacher_reads_no_tensor(
     llm_data: Path, tmp_path: Path, family: str
@@ -110,13 +119,7 @@ def test_a_step_of_a_language_model_beside_its_teacher_reads_no_tensor(
     cfg = language_model_config(
         str(llm_data), "--hf-config", str(config), "--teacher-path", str(teacher)
     )
-    task = tasks.setup_task(cfg.task)
-    model = task.build_model(cfg.model)
-    criterion = task.build_criterion(
-        OmegaConf.create({"_name": "self_evolution_kd", "sentence_avg": False})
-    )
-    task.load_dataset("train")
-    dataset = task.dataset("train")
+    task, model, criterion, dataset = language_model_task(cfg, "self_evolution_kd")
     optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
     batches = [dataset.collater([dataset[i] for i in one]) for one in (range(4), range(7, 12))]
     with Reads() as mode:
@@ -138,13 +141,7 @@ def test_a_step_of_fine_tuning_a_language_model_reads_no_tensor(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FAMILIES["llama-tied"]))
     cfg = language_model_config(str(llm_data), "--hf-config", str(config))
-    task = tasks.setup_task(cfg.task)
-    model = task.build_model(cfg.model)
-    criterion = task.build_criterion(
-        OmegaConf.create({"_name": "cross_entropy", "sentence_avg": False})
-    )
-    task.load_dataset("train")
-    dataset = task.dataset("train")
+    task, model, criterion, dataset = language_model_task(cfg, "cross_entropy")
     batch = dataset.collater([dataset[i] for i in range(5)])
     optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
     for size in (chunked.CHUNK_BYTES, 7 * 4 * len(task.target_dictionary)):  # at once, in chunks
