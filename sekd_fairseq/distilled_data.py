@@ -19,7 +19,6 @@ repeat themselves without end, and the pairs of DATA are mixed in with ``--gold-
 import argparse
 import itertools
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,25 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import torch
-from fairseq.data import Dictionary, indexed_dataset
-from sacrebleu.metrics import CHRF
+from fairseq.data import Dictionary
 
 from analysis.runs.files import atomic_directory
 from analysis.runs.texts import read_lines
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.evaluate import read_generated
-from sekd_fairseq.llm.bpe import LanguageModelText
+from sekd_fairseq.generated import printed, read_generated
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, check_same_rows
-from sekd_fairseq.splits import check_splits, languages, sentences_of, stored_as
-
-#: Tokens that a translation may be longer than twice its reference, or its source.
-SLACK = 10
+from sekd_fairseq.mixed_data import write_indexed
+from sekd_fairseq.splits import check_splits, languages, sentences_of, side_of, stored_as
+from sekd_fairseq.translations import (
+    SLACK,
+    against_reference,
+    encode,
+    joined_chrf,
+    mean_chrf,
+    readers,
+    repeats,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -157,12 +161,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.output}: {len(targets)} targets of {args.subset}, {tokens} tokens")
 
 
-def repeats(target: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a translation has a length that none has beside its reference, or its source: more than
-    twice its tokens and :data:`SLACK`, as of a model that repeats itself without end."""
-    return len(target) > 2 * len(other) + SLACK
-
-
 def check_options(args: argparse.Namespace) -> None:
     """Refuse options that do not belong together."""
     if args.nbest < 1:
@@ -202,7 +200,7 @@ def chosen_translations(
         prefix, cut = "D-", cutter(args.sentencepiece_model, dictionary)
     if args.choose is None:
         return [cut(line) for line in read_generated(args.generated, prefix, count)]
-    found = translations(read_lines(args.generated), prefix)
+    found = printed(read_lines(args.generated), prefix)
     missing = sorted(set(range(count)) - set(found))
     if missing or len(found) != count:
         which = f"none of sentence {missing[0]}" if missing else f"sentence {max(found)} too"
@@ -232,20 +230,6 @@ def chosen_translations(
     return chosen
 
 
-def readers(
-    data: Path, dictionary: Dictionary
-) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """What makes of pieces the text that chrF compares, and of a model's the translation alone.
-
-    chrF leaves out spaces, so pieces are their text whatever cut them; but not a language model's symbols,
-    and it may go on after the translation.
-    """
-    if not (data / FILE).is_file():
-        return str, str
-    text = LanguageModelText(data, dictionary)
-    return text.decode, text.translation
-
-
 def cutter(model: Path, dictionary: Dictionary) -> Callable[[str], str]:
     """What cuts text as ``prepare_data`` does: a piece that is no symbol of the dictionary is unknown."""
     try:
@@ -262,17 +246,6 @@ def cutter(model: Path, dictionary: Dictionary) -> Callable[[str], str]:
         return " ".join(piece if piece in known else dictionary.unk_word for piece in pieces)
 
     return cut
-
-
-def translations(lines: Sequence[str], prefix: str = "H-") -> dict[int, list[str]]:
-    """All translations that fairseq-generate printed, by sentence, the best first; ``prefix`` as in
-    :func:`~sekd_fairseq.evaluate.read_generated`."""
-    found: dict[int, list[str]] = defaultdict(list)
-    for line in lines:
-        label, *rest = line.split("\t", 2)
-        if label.startswith(prefix) and label[2:].isdecimal() and len(rest) == 2:
-            found[int(label[2:])].append(rest[1])
-    return dict(found)
 
 
 def read_scores(path: Path, found: dict[int, list[str]]) -> dict[int, list[float]]:
@@ -322,31 +295,6 @@ def round_trip(
         sentence: [joined_chrf(next(following), sources[sentence]) for _ in texts]
         for sentence, texts in found.items()
     }
-
-
-def joined_chrf(pieces: str, other: str) -> float:
-    """chrF of a translation against another text, both in pieces (:func:`readers`); the marks of
-    SentencePiece and subword-nmt are no characters of theirs."""
-    texts = (
-        f"{text} ".replace("@@ ", "").replace(" ", "").replace("▁", "") for text in (pieces, other)
-    )
-    return float(CHRF().sentence_score(next(texts), [next(texts)]).score)
-
-
-def against_reference(texts: Sequence[str], reference: str) -> list[float]:
-    """chrF of each translation; a single one need not be compared."""
-    return [joined_chrf(text, reference) for text in texts] if len(texts) > 1 else [0.0]
-
-
-def mean_chrf(texts: Sequence[str]) -> list[float]:
-    """Of each translation the mean chrF against the others, as references: its expected utility where
-    each is as likely (Kumar and Byrne, 2004)."""
-    return [
-        float(
-            np.mean([joined_chrf(text, other) for j, other in enumerate(texts) if j != i] or [0.0])
-        )
-        for i, text in enumerate(texts)
-    ]
 
 
 def write_more_text(
@@ -411,19 +359,6 @@ def write_more_text(
     )
 
 
-def side_of(
-    data: Path, split: str, language_pair: tuple[str, str], side: str, dictionary: Dictionary
-) -> Any:
-    """One side of a split; ``UserError`` where it is not there, or raw text."""
-    stored = stored_as(data, split, *language_pair, side)
-    if stored is None or stored[1] in ("raw", "huffman"):
-        raise UserError(
-            f"{data}: expected the {side} side of {split} binarised (--dataset-impl mmap, lazy or cached), "
-            f"found {'none' if stored is None else stored[1]}"
-        )
-    return sentences_of(*stored, dictionary)
-
-
 def held_out_sentences(
     args: argparse.Namespace, language_pair: tuple[str, str], dictionaries: Sequence[Dictionary]
 ) -> list[set[bytes]]:
@@ -454,29 +389,6 @@ def copy_others(data: Path, folder: Path, written: Sequence[str]) -> None:
             shutil.copytree(path, folder / path.name)
         elif path.name not in written and path.stem not in written:
             shutil.copy(path, folder)
-
-
-def write_indexed(path: Path, kind: str, sentences: list[torch.Tensor], vocab_size: int) -> None:
-    """Write PATH.bin and PATH.idx in one of fairseq's formats."""
-    builder: Any = indexed_dataset.make_builder(f"{path}.bin", kind, vocab_size=vocab_size)
-    for sentence in sentences:
-        builder.add_item(sentence)
-    builder.finalize(f"{path}.idx")
-
-
-def encode(line: str, dictionary: Dictionary, path: Path, sentence: int) -> torch.Tensor:
-    """Token ids of a translation's pieces, end of sentence included; int32."""
-    pieces = line.split()
-    unknown = [piece for piece in pieces if piece not in dictionary.indices]
-    if unknown:
-        raise UserError(
-            f"{path}: sentence {sentence} has {unknown[0]!r}, which is no symbol of the "
-            "dictionary; expected pieces as the model makes them: run fairseq-generate without "
-            "--remove-bpe and with this data directory, or give --sentencepiece-model"
-        )
-    return torch.tensor(
-        [*(dictionary.index(piece) for piece in pieces), dictionary.eos()], dtype=torch.int32
-    )
 
 
 if __name__ == "__main__":

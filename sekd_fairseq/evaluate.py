@@ -15,7 +15,6 @@ import argparse
 import html
 import itertools
 import math
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -29,9 +28,7 @@ from analysis.runs.run_record import LINES, RunRecord, read_run, write_run, writ
 from analysis.runs.texts import Texts, read_lines, read_references, write_texts
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
-
-#: How fairseq-generate's lines about a sentence begin.
-_LABEL = re.compile(r"[STHDP]-\d+\t")
+from sekd_fairseq.generated import LABEL, printed, read_generated
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,7 +129,7 @@ def read_translations(path: Path, expected: int) -> list[str]:
         There is not one translation for each reference.
     """
     lines = read_lines(path)
-    if any(_LABEL.match(line) for line in lines):
+    if any(LABEL.match(line) for line in lines):
         return read_generated(path, "D-", expected)
     if len(lines) != expected:
         raise UserError(
@@ -140,39 +137,6 @@ def read_translations(path: Path, expected: int) -> list[str]:
             "without fairseq-generate's labels; give its output, or one translation a line"
         )
     return lines
-
-
-def read_generated(path: Path, prefix: str, expected: int) -> list[str]:
-    """The best translation of each sentence, by its number, from fairseq-generate's output.
-
-    ``prefix`` is ``D-`` for detokenised text or ``H-`` for the model's pieces.
-
-    Raises
-    ------
-    UserError
-        A sentence without a translation, or one too many: named by number.
-    """
-    best = labelled(read_lines(path), prefix)
-    missing = sorted(set(range(expected)) - set(best))
-    if missing or len(best) != expected:
-        which = f"sentence {missing[0]} has none" if missing else f"sentence {max(best)} is beyond"
-        raise UserError(
-            f"{path}: expected {expected} translations, one a reference line, found {len(best)} "
-            f"({which}); fairseq-generate must run to its end with --task self_evolution_kd or "
-            "--required-batch-size-multiple 1, on the data that the references belong to"
-        )
-    return [best[i] for i in range(expected)]
-
-
-def labelled(lines: Sequence[str], prefix: str) -> dict[int, str]:
-    """The text of fairseq-generate's lines with a prefix, by sentence; of several the first."""
-    found: dict[int, str] = {}
-    scores = 1 if prefix in ("D-", "H-") else 0  # between label and text
-    for line in lines:
-        label, *rest = line.split("\t", 1 + scores)
-        if label.startswith(prefix) and label[2:].isdecimal() and len(rest) == 1 + scores:
-            found.setdefault(int(label[2:]), rest[-1])
-    return found
 
 
 def check_texts(generated: Path, source: Path, reference: Path) -> None:
@@ -189,14 +153,17 @@ def check_texts(generated: Path, source: Path, reference: Path) -> None:
         Names the first line that is another sentence's.
     """
     output = read_lines(generated)
-    printed = {prefix: labelled(output, prefix) for prefix in ("S-", "T-")}
+    texts_of = {
+        prefix: {sentence: texts[0] for sentence, texts in printed(output, prefix).items()}
+        for prefix in ("S-", "T-")
+    }
     owners = {
         letters(text): f"{prefix}{sentence}"
-        for prefix, texts in printed.items()
+        for prefix, texts in texts_of.items()
         for sentence, text in texts.items()
     }
     for path, prefix in ((source, "S-"), (reference, "T-")):
-        lines, own = read_lines(path), printed[prefix]
+        lines, own = read_lines(path), texts_of[prefix]
         if prefix == "S-" and len(own) > 1 and len(set(own.values())) == 1:
             continue  # the first line of a language model's prompt, which is all that is printed of it
         other = [i for i in own if i < len(lines) and not alike(lines[i], own[i])]

@@ -5,22 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, indexed_dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.runs.texts import read_lines
-from sekd_fairseq.distilled_data import (
-    against_reference,
-    encode,
-    readers,
-    repeats,
-    side_of,
-    translations,
-    write_indexed,
-)
-from sekd_fairseq.errors import UserError
-from sekd_fairseq.splits import languages
+from sekd_fairseq.splits import languages, side_of
 
 
 def training_side(data: Path, language: str) -> Any:
@@ -59,46 +48,9 @@ def write_part(
         write_indexed(path, "mmap", rows, len(dictionary_of(data, language)))
 
 
-def with_an_end(targets: Sequence[Tensor], data: Path) -> NDArray[np.bool_]:
-    """Which translations of the training set of ``data`` do not repeat themselves without end."""
-    references = training_side(data, languages(data, "train")[1])
-    return ~np.array([repeats(*pair) for pair in zip(targets, references, strict=True)])
-
-
-def nearest_to_references(generated: Path, data: Path) -> tuple[list[Tensor], int]:
-    """Of each training sentence's translations the one nearest to its reference, by chrF.
-
-    Parameters
-    ----------
-    generated
-        What fairseq-generate printed of the training set of ``data``, in pieces.
-
-    Returns
-    -------
-    tuple
-        Token ids of each sentence's translation, and for how many it is not the model's best.
-
-    Raises
-    ------
-    UserError
-        A sentence has no translation.
-    """
-    target = languages(data, "train")[1]
-    dictionary, references = dictionary_of(data, target), training_side(data, target)
-    read, cut = readers(data, dictionary)
-    found = translations(read_lines(generated))
-    if missing := sorted(set(range(len(references))) - set(found)):
-        raise UserError(
-            f"{generated}: expected {len(references)} translations, found none of sentence "
-            f"{missing[0]}; delete the file and translate again"
-        )
-    targets, changed = [], 0
-    for sentence, reference in enumerate(references):
-        texts = [cut(text) for text in found[sentence]]
-        scores = against_reference(
-            [read(text) for text in texts], read(dictionary.string(reference))
-        )
-        best = int(np.argmax(scores))  # of equals the model's best
-        changed += best > 0
-        targets.append(encode(texts[best], dictionary, generated, sentence))
-    return targets, changed
+def write_indexed(path: Path, kind: str, sentences: Sequence[Tensor], vocab_size: int) -> None:
+    """Write PATH.bin and PATH.idx in one of fairseq's formats."""
+    builder: Any = indexed_dataset.make_builder(f"{path}.bin", kind, vocab_size=vocab_size)
+    for sentence in sentences:
+        builder.add_item(sentence)
+    builder.finalize(f"{path}.idx")

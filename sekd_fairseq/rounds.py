@@ -32,20 +32,14 @@ from typing import Any
 import numpy as np
 
 from analysis.runs.files import atomic_directory, atomic_write, sealed_json
-from sekd_fairseq.distilled_data import SLACK
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.mixed_data import (
-    link_data,
-    nearest_to_references,
-    training_side,
-    with_an_end,
-    write_part,
-)
+from sekd_fairseq.mixed_data import link_data, training_side, write_part
 from sekd_fairseq.run_lock import held
 from sekd_fairseq.splits import check_splits, languages, stored_as
 from sekd_fairseq.teacher_cache.format import Manifest
 from sekd_fairseq.teacher_cache.storage import is_address, split_folder
 from sekd_fairseq.teachers.truncation import options_of
+from sekd_fairseq.translations import SLACK, nearest_to_references, with_an_end
 
 #: The plugin's folder, for ``--user-dir``.
 PLUGIN = Path(__file__).parent

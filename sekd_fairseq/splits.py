@@ -61,6 +61,19 @@ def sentences_of(path: str, kind: str, dictionary: Dictionary) -> Any:
     return indexed_dataset.make_dataset(path, kind, fix_lua_indexing=True, dictionary=dictionary)
 
 
+def side_of(
+    data: Path, split: str, language_pair: tuple[str, str], side: str, dictionary: Dictionary
+) -> Any:
+    """One side of a split; ``UserError`` where it is not there, or raw text."""
+    stored = stored_as(data, split, *language_pair, side)
+    if stored is None or stored[1] in ("raw", "huffman"):
+        raise UserError(
+            f"{data}: expected the {side} side of {split} binarised (--dataset-impl mmap, lazy or cached), "
+            f"found {'none' if stored is None else stored[1]}"
+        )
+    return sentences_of(*stored, dictionary)
+
+
 @contextmanager
 def readable(config: Any, data: str, split: str) -> Iterator[None]:
     """Within, a translation task's configuration lets fairseq read the format of a split's files.

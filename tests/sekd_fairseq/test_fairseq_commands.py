@@ -8,7 +8,7 @@ import torch
 from fairseq.ngram_repeat_block import NGramRepeatBlock
 from sacrebleu.metrics import BLEU
 
-from sekd_fairseq.evaluate import read_generated
+from sekd_fairseq.generated import read_generated
 
 from .conftest import ROOT, command, error_line
 from .training import PLUGIN, records

@@ -9,11 +9,13 @@ import torch
 from fairseq.data import Dictionary, data_utils
 from sacrebleu.metrics import CHRF
 
-from sekd_fairseq.distilled_data import joined_chrf, mean_chrf, read_scores, translations
+from sekd_fairseq.distilled_data import read_scores
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.generated import printed
 from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import symbol_of
-from sekd_fairseq.mixed_data import link_data, nearest_to_references, training_side, with_an_end
+from sekd_fairseq.mixed_data import link_data, training_side
+from sekd_fairseq.translations import joined_chrf, mean_chrf, nearest_to_references, with_an_end
 
 from .conftest import WORDS, binarise, command, error_line, sentence_pairs, write_text
 
@@ -44,7 +46,7 @@ def distil(*words: object, check: bool = True) -> str:
 
 def test_lists_are_read_in_their_own_order(tmp_path: Path) -> None:
     path = generated(tmp_path / "out", [["a b", "c"], ["d"]])
-    found = translations(path.read_text().splitlines())
+    found = printed(path.read_text().splitlines(), "H-")
     assert found == {0: ["a b", "c"], 1: ["d"]}
     (tmp_path / "scores").write_text("1\n2\n3\n")  # of d, a b, c
     assert read_scores(tmp_path / "scores", found) == {1: [1.0], 0: [2.0, 3.0]}

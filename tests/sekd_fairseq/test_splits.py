@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
-from sekd_fairseq.distilled_data import side_of
+from sekd_fairseq.splits import side_of
 from sekd_fairseq.teacher_cache import TeacherCache
 
 from .conftest import command, error_line, parameters, sentence_pairs, train, write_text
