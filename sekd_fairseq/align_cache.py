@@ -26,13 +26,14 @@ import sekd_fairseq
 from analysis.terminal import progress
 from sekd_fairseq.datasets import target_hashes
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
-from sekd_fairseq.inspect_cache import describe, split_directories
 from sekd_fairseq.llm.tokenizer import Tokenizer, byte_piece, load_tokenizer
 from sekd_fairseq.llm.vocabulary import FILE, NEW_ROW, TOKENIZER, Vocabulary
 from sekd_fairseq.plugin import quiet_fairseq
+from sekd_fairseq.teacher_cache.description import describe
 from sekd_fairseq.teacher_cache.finish import finish_cache, shard_range
 from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
 from sekd_fairseq.teacher_cache.reader import CachedSentence, TeacherCache
+from sekd_fairseq.teacher_cache.storage import split_directories
 from sekd_fairseq.teacher_cache.writer import SentenceColumns, write_shard
 from sekd_fairseq.teachers.alignment import END, Known, Pieces, Reader, carry_over, spans
 from sekd_fairseq.teachers.caching import hash_of

@@ -21,9 +21,9 @@ from analysis.terminal import split_list
 from sekd_fairseq.checkpoints import add_hf_model
 from sekd_fairseq.devices import default_device, half_precision
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.inspect_cache import describe
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import check_splits
+from sekd_fairseq.teacher_cache.description import describe
 from sekd_fairseq.teachers.caching import Build, build_split
 from sekd_fairseq.teachers.engine import Engine
 from sekd_fairseq.teachers.http import HTTPEngine

@@ -13,8 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.inspect_cache import split_directories
-from sekd_fairseq.teacher_cache.storage import fetch, is_address, publish, remote_splits
+from sekd_fairseq.teacher_cache.storage import (
+    fetch,
+    is_address,
+    publish,
+    remote_splits,
+    split_directories,
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,15 +20,16 @@ from numpy.typing import NDArray
 
 from analysis.runs.files import atomic_write, hash_file
 from analysis.terminal import progress
-from sekd_fairseq.errors import CacheError, UserError, one_line_errors
+from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.teacher_cache import CachedSentence, TeacherCache
+from sekd_fairseq.teacher_cache.description import describe
 from sekd_fairseq.teacher_cache.finish import upgrade_cache
-from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, MANIFEST, Manifest
+from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, Manifest
 from sekd_fairseq.teacher_cache.storage import (
-    fetched,
     is_address,
     remote_manifest,
     remote_splits,
+    split_directories,
 )
 from sekd_fairseq.teacher_cache.tail import TAIL
 
@@ -263,69 +264,6 @@ def write_parquet(cache: TeacherCache, path: Path) -> None:
             writer.write_table(table)
         if writer is not None:
             writer.close()
-
-
-def split_directories(place: str | Path) -> list[Path]:
-    """The split folders of a cache, or the folder itself if it is one; of an address, their copies on
-    this machine."""
-    if is_address(place):
-        return [fetched(split) for split, _ in remote_splits(str(place))]
-    cache = Path(place)
-    if not cache.is_dir():
-        raise CacheError(f"{cache}: expected a teacher cache directory, found none")
-    if (cache / MANIFEST).exists():
-        return [cache]
-    splits = sorted(path for path in cache.iterdir() if path.is_dir())
-    if not splits:
-        raise CacheError(
-            f"{cache}: expected a folder with {MANIFEST} for each split, found none; build it "
-            "with: python -m sekd_fairseq.build_cache DATA --path TEACHER --output CACHE"
-        )
-    return splits
-
-
-def describe(place: str | Path, manifest: Manifest) -> str:
-    """A cache as text, one fact a line."""
-    size = sum(shard.bytes for shard in manifest.shards)
-    quality, teacher = manifest.quality, manifest.teacher
-    tokens = max(manifest.tokens, 1)
-    rule = ", ".join(
-        f"{key} {value}" for key, value in manifest.truncation.items() if key != "rule"
-    )
-    who = teacher["arch"]  # vLLM does not say how many parameters it runs
-    if "parameters" in teacher:
-        who += f", {sum(teacher['parameters']):,} parameters"
-    at = f" at temperature {manifest.temperature:g}" if manifest.temperature != 1 else ""
-    lines = [
-        f"{place}",
-        f"  split         {manifest.split}: {manifest.sentences:,} sentences, "
-        f"{manifest.tokens:,} tokens, vocabulary {manifest.vocab_size:,}",
-        f"  teacher       {', '.join(teacher['files'])} ({who}), "
-        f"temperature {manifest.temperature:g}",
-        f"  predicts      references{at} with perplexity {quality['perplexity']:.2f} (unigrams: "
-        f"{quality['unigram_perplexity']:.2f}), accuracy {quality['accuracy']:.1%}; mean entropy "
-        f"{quality['entropy']:.3f} nats",
-        f"  truncation    {manifest.truncation['rule']} ({rule}): mean support "
-        f"{quality['support']:.1f} tokens with {1 - quality['outside_mass']:.4%} of the mass; the "
-        f"reference is kept on its own merit at {quality['reference_kept']:.1%} of tokens",
-        f"  size          {size:,} bytes in {len(manifest.shards)} shards, {size / tokens:.1f} "
-        f"bytes per token (dense float16: {2 * manifest.vocab_size:,})",
-        f"  fingerprint   {manifest.fingerprint}",
-    ]
-    if quality.get("capped", 0) > 0:
-        asked = manifest.truncation
-        lines.insert(
-            5,
-            f"  capped        {quality['capped']:.1%} of tokens have less than --top-p {asked['p']:g} "
-            f"of the mass, because --top-k {asked['k']} is the most that is kept; raise it for more",
-        )
-    if quality["one_hot"] > 0:
-        lines.insert(
-            4,
-            f"  alone         {quality['one_hot']:.2%} of tokens have the reference alone, with "
-            f"probability 1 ({manifest.why_alone})",
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

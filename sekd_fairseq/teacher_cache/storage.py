@@ -234,3 +234,22 @@ def manifest_of(content: bytes, url: str) -> Manifest:
             return Manifest.load(Path(folder))
         except CacheError as error:
             raise CacheError(str(error).replace(folder, url)) from error
+
+
+def split_directories(place: str | Path) -> list[Path]:
+    """The split folders of a cache, or the folder itself if it is one; of an address, their copies on
+    this machine."""
+    if is_address(place):
+        return [fetched(split) for split, _ in remote_splits(str(place))]
+    cache = Path(place)
+    if not cache.is_dir():
+        raise CacheError(f"{cache}: expected a teacher cache directory, found none")
+    if (cache / MANIFEST).exists():
+        return [cache]
+    splits = sorted(path for path in cache.iterdir() if path.is_dir())
+    if not splits:
+        raise CacheError(
+            f"{cache}: expected a folder with {MANIFEST} for each split, found none; build it "
+            "with: python -m sekd_fairseq.build_cache DATA --path TEACHER --output CACHE"
+        )
+    return splits
