@@ -365,8 +365,15 @@ def build_cache(settings: Settings, data: Path, cache: Path) -> None:
 def train(
     settings: Settings, number: int, data: Path, cache: Path, save: Path, student: Path
 ) -> None:
-    """A round's training: the first starts from the student's parameters, the others where the one
-    before ended, with its optimizer."""
+    """A round's training."""
+    run("fairseq_cli.train", training_words(settings, number, data, cache, save, student))
+
+
+def training_words(
+    settings: Settings, number: int, data: Path, cache: Path, save: Path, student: Path
+) -> list[str]:
+    """Arguments of fairseq-train for a round: the first starts from the student's parameters, the others
+    where the one before ended, with its optimizer."""
     words = [str(data), *plugin(), *settings.train]
     if not any(word.split("=")[0] == "--alpha" for word in settings.train):
         words += ["--alpha", "1"]
@@ -378,8 +385,7 @@ def train(
             ["--finetune-from-model"] if number == 1 else ["--reset-dataloader", "--restore-file"]
         )
         words += [*start, str(student)]
-    words += [word for word in settings.device if word == "--cpu"]
-    run("fairseq_cli.train", words)
+    return words + [word for word in settings.device if word == "--cpu"]
 
 
 def publish(settings: Settings) -> None:

@@ -9,6 +9,8 @@ import filecmp
 import json
 import os
 import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from snakemake.utils import validate
 from analysis.runs.errors import UserError
 
 SCHEMA = Path(__file__).with_name("config.schema.yaml")
+#: Reads the commands' options as the commands do.
+CHECK = Path(__file__).with_name("check.py")
 
 
 def options(mapping: Mapping[str, Any]) -> list[str]:
@@ -49,6 +53,8 @@ TRAINING = options(
     }
 )
 
+#: What a teacher is told beside: cross entropy without smoothing, whose mass would go to all pieces.
+TEACHING = options({"criterion": "label_smoothed_cross_entropy", "label-smoothing": 0})
 #: The grid of length penalties, a key of ``generation`` that is no option of fairseq-generate.
 TUNED = "tune-lenpen"
 #: Small models on a CPU: a second thread adds next to nothing, so jobs run side by side instead.
@@ -237,6 +243,69 @@ class Plan:
                 path for s in students for path in [*self.corpus_inputs(s), *self.method_inputs(s)]
             ),
         ]
+
+    def check_options(self) -> None:
+        """Refuse what the commands of the study would refuse, some of them after hours.
+
+        What has been found right is kept in the folder of runs and not looked at again.
+
+        Raises
+        ------
+        UserError
+            Names the part of the configuration, the option and what mends it.
+        """
+        commands = json.dumps(self.commands(), indent=1)
+        checked = Path(self.runs) / "checked.json"
+        if checked.exists() and checked.read_text(encoding="utf-8") == commands:
+            return
+        done = subprocess.run(
+            [sys.executable, CHECK], input=commands, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            found = "; ".join(done.stdout.splitlines())
+            raise UserError(f"configuration, {found}" if found else done.stderr)
+        checked.parent.mkdir(parents=True, exist_ok=True)
+        checked.write_text(commands, encoding="utf-8")
+
+    def commands(self) -> dict[str, list[str]]:
+        """Module and arguments of each command that is given options of the configuration, of the first
+        direction and seed, by the part that they are in."""
+        direction, seed = self.config["directions"][0], self.config["seeds"][0]
+        data, made, model = f"{self.data}/{direction}/bin", self.data, "model.pt"
+        any_student = Job(direction, "", seed)
+        build = ["--path", model, "--output", made, "--subset", "train", *self.cpu]
+        found = {
+            "cache": ["sekd_fairseq.build_cache", data, *build, *options(self.config["cache"])],
+            "distill": [
+                *("sekd_fairseq.distilled_data", data, "--generated", "text", "--output", made),
+                *self.distill_arguments(any_student),
+            ],
+            "generation": [
+                *("fairseq_cli.generate", data, "--path", model),
+                *self.generate_arguments(self.subset),
+            ],
+        }
+        if self.teacher_of:
+            sides = ["--data", data, "--student-data", data, "--output", made]
+            align = options(self.config.get("align", {}))
+            found["align"] = ["sekd_fairseq.align_cache", made, *sides, *align]
+        elif "import" not in self.config["teacher"]:
+            words = self.train_arguments(any_student, "teacher")
+            found["teacher"] = ["fairseq_cli.train", data, *words, *TEACHING]
+        for method in self.methods:
+            student = Job(direction, method, seed)
+            if method in self.in_rounds:
+                words = [
+                    "sekd_fairseq.rounds",
+                    data,
+                    "--run",
+                    made,
+                    *self.rounds_arguments(student),
+                ]
+            else:
+                words = ["fairseq_cli.train", data, *self.train_arguments(student, "student")]
+            found[f"methods: {method}"] = words
+        return found
 
     @cached_property
     def texts(self) -> list[str]:
