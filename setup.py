@@ -57,6 +57,7 @@ setup(
         ],
         "served": ["httpx>=0.27"],  # teachers behind a server: parallel requests, timeouts
         "storage": ["fsspec>=2024.6", "s3fs>=2024.6"],  # caches in object storage
+        "deploy": ["ctranslate2>=4.6"],  # students without torch and fairseq
         "workflow": ["snakemake>=9,<10"],  # scripts/Snakefile: restarts, parallel jobs, clusters
         "dev": [
             "pytest>=8",
@@ -69,6 +70,7 @@ setup(
             "moto[s3]>=5",
             "flask>=3",
             "flask-cors>=4",
+            "ctranslate2>=4.6",  # the tests of deployed students
             "triton>=3.5; platform_system == 'Linux'",  # its interpreter proves the GPU kernels on a CPU
             "coverage>=7.10",  # follows forks and os._exit
             "ruff>=0.9",

@@ -25,7 +25,13 @@ PROGRAMS = {
         for name in ("train", "generate", "interactive", "validate", "preprocess")
     },
     "snakemake": "snakemake",
+    **{
+        f"ct2-{name}-converter": f"ctranslate2.converters.{name}"
+        for name in ("fairseq", "transformers")
+    },
 }
+#: Those that are not fairseq's and take none of its options.
+OTHERS = {name for name in PROGRAMS if not name.startswith("fairseq-")}
 #: Sizes that replace a block's larger ones, so that a training takes seconds. The rest stays as written.
 SMALL = {"--max-update": 60, "--warmup-updates": 10, "--max-tokens": 600, "--beam": 2, "--nbest": 2}
 #: The learning rate with which as few updates teach something.
@@ -79,7 +85,7 @@ def commands(text: str) -> list[list[str]]:
                 while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                     words.pop(0)  # the environment
                 if words[:2] == ["python", "-m"] or (
-                    words[:1] and words[0] in PROGRAMS and words[0] != "snakemake"
+                    words[:1] and words[0] in PROGRAMS and words[0] not in OTHERS
                 ):
                     found.append(words)
     return found
@@ -187,8 +193,10 @@ def small(words: list[str]) -> list[str]:
                 arguments[place + 1] = RATE
         if name == "fairseq-train" and "hf_causal_lm" not in words:
             arguments += TINY
-        if name not in ("fairseq-preprocess", "snakemake"):
+        if name != "fairseq-preprocess" and name not in OTHERS:
             arguments.append("--cpu")
-    if "--user-dir" in arguments:  # a fork has imported it from there
-        arguments[arguments.index("--user-dir") + 1] = str(ROOT / "sekd_fairseq")
+    for option in {"--user-dir", "--user_dir"} & set(
+        arguments
+    ):  # a fork has imported it from there
+        arguments[arguments.index(option) + 1] = str(ROOT / "sekd_fairseq")
     return arguments

@@ -4,6 +4,7 @@ What a reader would replace (``DATA``, ``MODEL``, ``cache``) is a link of that n
 """
 
 import gzip
+import importlib.util
 import json
 import random
 import re
@@ -87,6 +88,11 @@ def test_own_data_from_raw_text_to_the_report(folder: Path) -> None:
     model = {"--arch transformer_tiny": f"--arch transformer_tiny --cpu {' '.join(TINY)}"}
     run_block(folder, "docs/more-text.md", "sekd_fairseq.rounds", sizes | model)
     assert (folder / "runs/mine/rounds" / BEST).exists()
+    pytest.importorskip("ctranslate2")
+    run_block(folder, "docs/deploying.md", "ct2-fairseq-converter")
+    (snippet,) = blocks(ROOT / "docs/deploying.md", ["python"])
+    printed = execute(folder, f"python - <<'END'\n{snippet}END")
+    assert printed.strip()
 
 
 @pytest.mark.slow
@@ -173,6 +179,9 @@ def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
     first = block_with("README.md", "--save-dir runs/llm/teacher")
     run_block(folder, "docs/language-models.md", "--save-dir runs/llm/student")
     assert (folder / "exported" / "model.safetensors").exists()
+    if importlib.util.find_spec("ctranslate2"):
+        run_block(folder, "docs/deploying.md", "ct2-transformers-converter")
+        assert (folder / "deployed" / "model.bin").exists()
     printed = run_block(folder, "docs/before-training.md", "--student MODEL")
     assert printed.count("\n  ok  ") == 2 * CHECKS  # train and valid
     # A teacher as it is: the model that was trained, with examples in its prompts.
