@@ -31,6 +31,7 @@ from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
 from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.run_lock import hold_for_training
 from sekd_fairseq.settings import check_settings, remember_teacher
 from sekd_fairseq.sharding import shard_weights
 
@@ -110,7 +111,8 @@ def keep_checkpoints_whole() -> None:
 def resume_as_left() -> None:
     """Put right how fairseq goes on with a training.
 
-    It does so whatever the settings are now: others are refused (:mod:`sekd_fairseq.settings`).
+    It does so whatever the settings are now: others are refused (:mod:`sekd_fairseq.settings`). It does so
+    beside another process that writes the same checkpoints: that is refused (:mod:`sekd_fairseq.run_lock`).
     It looks at ``--max-update`` only after an update, so that each new start of a finished training
     would make one more: that ends at once. ``--patience`` counts from nothing after each start: the count
     is restored, and a training that ran out of patience has ended. And with ``--reset-dataloader``, for
@@ -123,6 +125,8 @@ def resume_as_left() -> None:
     @functools.wraps(load)
     def load_as_left(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
         with one_line_errors():
+            if fairseq_distributed.is_master(trainer.cfg.distributed_training) and not cfg.no_save:
+                hold_for_training(Path(cfg.save_dir))
             check_precision(trainer)
             check_validation(trainer.cfg.dataset)
             remember_teacher(trainer.cfg)
@@ -445,7 +449,7 @@ PATCHES = (
     Patch(
         resume_as_left,
         "checkpoint_utils.load_checkpoint",
-        "a training resumes under other settings, without its patience, and after its end",
+        "a training resumes under other settings, without its patience, after its end, and twice at a time",
     ),
     Patch(
         train_in_half_precision,

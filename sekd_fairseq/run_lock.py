@@ -1,12 +1,11 @@
 """A run directory is one process's at a time: a lock that ends with the process."""
 
-import errno
 import fcntl
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -16,13 +15,21 @@ from sekd_fairseq.errors import UserError
 NAME = ".lock"
 #: Seconds to wait for another process. The loader workers of a killed training live on for some seconds.
 PATIENCE = 10.0
-#: What file systems without locks answer.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+#: The lock of the training that this process runs. Its loader workers, which outlive a killed training for
+#: some seconds and write nothing, do not hold it.
+_TRAINING = ExitStack()
+os.register_at_fork(after_in_child=_TRAINING.close)
+
+
+def hold_for_training(save_dir: Path) -> None:
+    """As :func:`held`, until this process ends or trains elsewhere."""
+    _TRAINING.close()
+    _TRAINING.enter_context(held(save_dir))
 
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Make a run directory and keep other processes out of it.
+    """Make a run directory, or one of checkpoints, and keep other processes out of it.
 
     The program that this process becomes (``os.execv``) holds the lock too, and so do processes that it
     starts with ``close_fds=False``: it ends with the last of them, however they end, so none is left
@@ -34,7 +41,10 @@ def held(run: Path) -> Iterator[None]:
         Another process holds it; says which, on which machine and since when.
     """
     run.mkdir(parents=True, exist_ok=True)
-    lock = os.open(run / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock = os.open(run / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's, who began the run
+        lock = os.open(run / NAME, os.O_RDONLY)
     try:
         end = time.monotonic() + PATIENCE
         while not _locked(lock):
@@ -42,14 +52,14 @@ def held(run: Path) -> Iterator[None]:
                 holder = os.pread(lock, 1000, 0).decode(errors="replace").strip()
                 raise UserError(
                     f"{run}: expected no other process at work on this run, found {holder or 'one'}; wait "
-                    "for it to end, or stop it"
+                    "for it to end, stop it, or name another folder"
                 )
             time.sleep(0.2)
         since = datetime.now().isoformat(" ", "seconds")
-        os.ftruncate(lock, 0)
-        os.pwrite(
-            lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0
-        )
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
+        with suppress(OSError):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, holder.encode(), 0)
         os.set_inheritable(lock, True)
         yield
     finally:
@@ -62,7 +72,6 @@ def _locked(lock: int) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+    except OSError:  # file systems without locks have many answers
+        return True
     return True

@@ -8,6 +8,7 @@ import torch
 from fairseq.ngram_repeat_block import NGramRepeatBlock
 from sacrebleu.metrics import BLEU
 
+from sekd_fairseq import run_lock
 from sekd_fairseq.generated import read_generated
 
 from .conftest import ROOT, command, error_line
@@ -146,6 +147,7 @@ checkpoint: {{save_dir: {tmp_path / "save"}, no_epoch_checkpoints: true}}
         fresh=True,
     )
     assert (tmp_path / "save" / "checkpoint_last.pt").exists(), out
+    assert (tmp_path / "save" / run_lock.NAME).exists()  # no other training writes there meanwhile
     command(
         "fairseq_cli.generate", data, *PLUGIN, "--path", tmp_path / "save" / "checkpoint_last.pt",
         "--gen-subset", "test", "--cpu",

@@ -1,5 +1,6 @@
 """A run directory is one process's at a time."""
 
+import errno
 import fcntl
 import os
 import re
@@ -17,6 +18,14 @@ import pytest
 from sekd_fairseq import rounds, run_lock
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.run_lock import NAME, held
+
+from .conftest import (
+    error_line,
+    start_command,
+    train,
+    train_arguments,
+    train_in_two_processes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +95,71 @@ def test_what_a_killed_process_started_still_holds_its_run(tmp_path: Path) -> No
         pass
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EBADF])
+def test_a_file_system_without_locks(
+    answer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
-        raise OSError(run_lock.NO_LOCKS[0], "No locks available")
+        raise OSError(answer, os.strerror(answer))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with held(tmp_path):
+        pass
+
+
+def test_a_run_that_another_user_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held(tmp_path):
+        pass
+    before, opened = holder(tmp_path), os.open
+
+    def to_read_alone(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", to_read_alone)
+    with held(tmp_path):
+        assert holder(tmp_path) == before
+        with pytest.raises(UserError, match="found process"), held(tmp_path):
+            pass
+
+
+def test_checkpoints_are_written_by_one_training(data: Path, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    endless = train_arguments(data, save, "--max-update", 10**6, "--num-workers", 2)
+    other = start_command(*endless)
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and f"process {other} " not in holder(save):
+            time.sleep(0.05)
+        line = error_line(train(data, save, "--max-update", 10**6, check=False))
+        assert line.startswith(
+            f"error: {save}: expected no other process at work on this run, found"
+        )
+        assert f"found process {other} on " in line and "name another folder" in line
+        train(data, save, "--no-save")  # writes nothing there
+        train(data, tmp_path / "beside")
+    finally:
+        ended(other)
+    train(
+        data, save, "--restore-file", tmp_path / "beside" / "checkpoint_last.pt", "--max-update", 13
+    )
+
+
+def test_processes_of_one_training_do_not_refuse_each_other(data: Path, tmp_path: Path) -> None:
+    train_in_two_processes(train_arguments(data, tmp_path, "--max-update", 2))
+    train_in_two_processes(train_arguments(data, tmp_path, "--max-update", 4))
+    with held(tmp_path):
+        pass
+
+
+def test_trainings_of_one_process_follow_each_other(tmp_path: Path) -> None:
+    run_lock.hold_for_training(tmp_path / "one")
+    run_lock.hold_for_training(tmp_path / "one")
+    with pytest.raises(UserError), held(tmp_path / "one"):
+        pass
+    run_lock.hold_for_training(tmp_path / "two")
+    with held(tmp_path / "one"):
         pass
 
 
