@@ -164,18 +164,26 @@ def test_plan_of_a_study_with_other_pieces(tmp_path: Path) -> None:
 
 
 def test_plan_of_a_study_with_few_references(tmp_path: Path) -> None:
-    data, runs = tmp_path / "data" / "fair" / "de-en", tmp_path / "runs" / "fair" / "de-en"
-    for path in (runs / "teacher/train.done", data / "cache.done", data / "sentencepiece.model"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    for direction in ("de-en", "en-cs"):
+        data, runs = (tmp_path / part / "fair" / direction for part in ("data", "runs"))
+        for path in (
+            runs / "teacher/train.done",
+            data / "cache.done",
+            data / "sentencepiece.model",
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     few = (CONFIGS / "fair.yaml", CONFIGS / "few.yaml")
     out = plan("multi30k.yaml", tmp_path, options=(*few, "-c2", "-p"))
     jobs = jobs_of(out)
     assert (
-        jobs["student"] == "21"
-        and jobs["teacher_distilled_cache"] == jobs["distilled_cache"] == "1"
+        jobs["student"] == "42"
+        and jobs["teacher_distilled_cache"] == jobs["distilled_cache"] == "2"
     )
-    assert "--train-sentences 3000" in out and out.count("-- data/few/de-en/distilled ") == 9
+    assert "--train-sentences 3000" in out
+    assert (
+        out.count("-- data/few/de-en/distilled ") == out.count("-- data/few/en-cs/distilled ") == 9
+    )
     assert (
         "align_cache data/few/de-en/teacher-distilled-cache --data data/few/de-en/teacher-distilled"
         " --student-data data/few/de-en/distilled --output data/few/de-en/distilled-cache"
