@@ -30,6 +30,9 @@ PROMPTS, OUTPUTS = (5, 2, 3), (2, 4, 1)
 LOUD = 1000
 #: What the rows have in common at the beginning.
 SHARED = 1
+#: So many numbers are drawn for :func:`telling_weights` and repeated, and each matrix begins so far after
+#: the one before it. Primes: no two rows of a matrix are the same.
+DRAWN, STEP = 1_000_003, 15_485_863
 
 
 @dataclass(frozen=True)
@@ -242,20 +245,35 @@ def _louder(projection: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def telling_weights(lm: Any, restore: bool) -> Iterator[None]:
-    """Weights by which a mistake shows: those of a new model are so small that attention, for one,
-    is even. Of matrices by their width, others a little moved; afterwards as before."""
-    kept = [parameter.detach().clone() for parameter in lm.parameters()] if restore else []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        for parameter in lm.parameters():
+def telling_weights(lm: Any) -> Iterator[None]:
+    """Weights by which a mistake shows, in place of a model's own until the end: those of a new model are
+    so small that attention, for one, is even. Of matrices by their width, others a little moved.
+
+    The matrices are parts of a few large tensors, so that a model whose own weights are not there yet
+    needs no memory for them.
+    """
+    parameters = list(lm.parameters())
+    own = [parameter.data for parameter in parameters]
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(DRAWN, generator=generator)
+    widths = {parameter.size(-1) for parameter in parameters if parameter.dim() > 1}
+    pools = {}
+    for width in widths:
+        largest = max(p.numel() for p in parameters if p.dim() > 1 and p.size(-1) == width)
+        pools[width] = (drawn * width**-0.5).repeat(1 + -(-largest // DRAWN))
+    try:
+        for number, parameter in enumerate(parameters):
             if parameter.dim() > 1:
-                parameter.normal_(std=parameter.size(-1) ** -0.5)
+                start = number * STEP % DRAWN
+                part = pools[parameter.size(-1)][start : start + parameter.numel()]
+                parameter.data = part.view(parameter.shape).to(parameter.dtype)
             else:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data = parameter.data + 0.1 * noise.to(parameter.dtype)
         yield
-        for parameter, before in zip(lm.parameters(), kept, strict=False):
-            parameter.copy_(before)
+    finally:
+        for parameter, before in zip(parameters, own, strict=True):
+            parameter.data = before
 
 
 def _batch(decoder: Any, probe: Probe) -> tuple[Tensor, dict[str, list[Any]]]:

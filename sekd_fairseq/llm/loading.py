@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from omegaconf import open_dict
+from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.families import TOLERANCE, alone, apart
@@ -52,17 +55,42 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
+class Undrawn(TorchFunctionMode):
+    """Where models are made whose weights come from elsewhere: no matrix is drawn at random.
+
+    To draw 7 billion weights, which torch's constructors and transformers do one after the other, takes
+    minutes on a CPU. Memory that nothing is written to is not taken either.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leave a matrix as it is, and do anything else."""
+        kwargs = kwargs or {}
+        if (
+            func in (Tensor.normal_, Tensor.uniform_)
+            or getattr(func, "__module__", "") == init.__name__
+        ):
+            matrix = args[0] if args else kwargs["tensor"]
+            if matrix.dim() > 1:
+                return matrix
+        return func(*args, **kwargs)
+
+
 def from_config(content: dict[str, Any], size: int) -> Any:
     """A model with fresh weights for a dictionary of ``size`` symbols."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if "model_type" not in content:
         raise UserError("--hf-config: expected a configuration with a model_type, found none")
-    content = {**content, "vocab_size": size, "bos_token_id": 0, "pad_token_id": 1}
-    content["eos_token_id"] = 2
+    content = {**content, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    if "text_config" not in content:
+        content["vocab_size"] = size
     config = AutoConfig.for_model(**content)
+    text = config.get_text_config()  # all of it, or a part beside those of images or sound
+    text.vocab_size = size
     # No padding_idx: fairseq's mask keeps padding out, and a zero row would change the model.
-    config.pad_token_id = None
+    text.pad_token_id = config.pad_token_id = None
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
 
 
@@ -105,12 +133,10 @@ def keep_layers(lm: Any, count: int) -> None:
 
 def loads_again(lm: Any) -> bool:
     """Whether a model made from the configuration, with the same weights, gives the same logits."""
-    from transformers.modeling_utils import no_init_weights
-
     vocabulary = lm.get_input_embeddings().num_embeddings
     tokens = [vocabulary * i // 8 for i in range(8)]
     try:
-        with no_init_weights():
+        with Undrawn():
             made = from_config(json.loads(lm.config.to_json_string(use_diff=False)), vocabulary)
         made.load_state_dict(lm.state_dict(), assign=True)  # shares them
         found, expected = (alone(model.eval(), tokens) for model in (made, lm))
@@ -140,7 +166,8 @@ def load_language_model(cfg: Any, task: Any) -> tuple[Any, list[int]]:
             "drawn again"
         )
     if weights_in_checkpoint(cfg):
-        return from_config(json.loads(cfg.hf_state or ""), size), [NEW_ROW] * size
+        with Undrawn():
+            return from_config(json.loads(cfg.hf_state or ""), size), [NEW_ROW] * size
     if not (cfg.hf_model or cfg.hf_config):
         raise UserError(
             "--arch hf_causal_lm expects --hf-model FOLDER (pretrained) or --hf-config FILE (from "

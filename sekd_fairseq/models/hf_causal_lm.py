@@ -431,11 +431,10 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
     def _built(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
         take_rows_as_one_sequence()
         lm, rows = load_language_model(cfg, task)
-        kept = weights_in_checkpoint(cfg)
-        fresh = kept or not cfg.hf_model
+        fresh = weights_in_checkpoint(cfg) or not cfg.hf_model
         # In evaluation: dropout would make every row another.
         lm.eval()
-        with telling_weights(lm, restore=not kept) if fresh else nullcontext():
+        with telling_weights(lm) if fresh else nullcontext():
             size = len(task.target_dictionary)
             probe = Probe.of(lm, range(size) if fresh else rows)
             if not fresh:
