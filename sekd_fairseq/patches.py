@@ -14,9 +14,10 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,6 +79,9 @@ def keep_checkpoints_whole() -> None:
     place: killed in that instant, a training cannot go on. And where it meets a damaged checkpoint,
     it says "please ensure that the architectures match" or shows a traceback, as it does where
     ``--save-dir`` cannot be written to.
+
+    A checkpoint is also mapped into memory in place of read: what is not looked at, as the state of the
+    optimiser where a model is only to translate or to score, is three times the model or more.
     """
     if getattr(checkpoint_utils.load_checkpoint_to_cpu, "names_damage", False):
         return
@@ -87,7 +91,8 @@ def keep_checkpoints_whole() -> None:
     @functools.wraps(load)
     def load_or_name(path: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return load(path, *args, **kwargs)
+            with _files_mapped():
+                return load(path, *args, **kwargs)
         except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())[:200]
             with one_line_errors():
@@ -106,6 +111,24 @@ def keep_checkpoints_whole() -> None:
             verify(save_dir)
 
     checkpoint_utils.verify_checkpoint_directory = verify_or_name
+
+
+@contextmanager
+def _files_mapped() -> Iterator[None]:
+    """Let ``torch.load`` map an open file into memory where that can be."""
+    load = torch.load
+
+    def load_mapped(file: IO[bytes], **options: Any) -> Any:
+        try:
+            return load(file.name, mmap=True, **options)
+        except RuntimeError:  # torch's format before 1.6, a file system that maps nothing, damage
+            return load(file, **options)
+
+    torch.load = load_mapped  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 def resume_as_left() -> None:
@@ -444,7 +467,8 @@ PATCHES = (
     Patch(
         keep_checkpoints_whole,
         "PathManager.copy, checkpoint_utils.load_checkpoint_to_cpu and verify_checkpoint_directory",
-        "a kill leaves half of checkpoint_last.pt, and a damaged file is called another architecture",
+        "a kill leaves half of checkpoint_last.pt, a damaged file is called another architecture, and the "
+        "optimiser's state is read to translate",
     ),
     Patch(
         resume_as_left,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fairseq import checkpoint_utils
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
@@ -164,7 +165,7 @@ def score_checkpoint(
     run's other checkpoints, what it was scored on (None without ``--teacher-cache``)."""
     where = (scoring.data, scoring.device, scoring.hf_model, scoring.dtype)
     models, config, task = load_models([str(path)], *where)
-    checkpoint = torch.load(path, map_location="cpu")
+    checkpoint = checkpoint_utils.load_checkpoint_to_cpu(str(path))
     step = int(checkpoint["optimizer_history"][-1]["num_updates"])
     record = run_record(config, models[0], scoring, step, task)
     # Of what it was trained with; the loaded configuration forgets the caches and their like.
