@@ -305,8 +305,10 @@ def resume_in_full_precision() -> None:
             half, now = self.fp16_params[0].dtype, weights(self)
             saved = [kept.get(number) for number in range(len(now))]
             # Not those of another model, such as an average of checkpoints: rounded, they are the model's.
+            # Those that the model has in single precision are so as they are.
             if all(
-                own is not None and torch.equal(own.to(weight).to(half).float(), weight)
+                own is not None
+                and (own.to(weight).to(half).float().eq(weight) | own.to(weight).eq(weight)).all()
                 for own, weight in zip(saved, now, strict=True)
             ):
                 for own, weight in zip(saved, now, strict=True):

@@ -180,6 +180,8 @@ def check_sharding(trainer: Any) -> None:
         "--load-checkpoint-on-all-dp-ranks": cfg.checkpoint.load_checkpoint_on_all_dp_ranks,
         f"--optimizer {cfg.optimizer._name}": not trainer._optimizer.supports_flat_params,
     }
+    single = {weight.dtype for weight in trainer.model.module.parameters() if weight.requires_grad}
+    refused["--bf16, of a model with weights in single precision,"] = len(single) > 1
     for option, given in refused.items():
         if given:
             raise UserError(

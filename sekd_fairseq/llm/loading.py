@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,38 @@ def loads_again(lm: Any) -> bool:
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
         return False
     return apart(found, expected) <= TOLERANCE
+
+
+def left_in_single(lm: Any, dtype: torch.dtype) -> list[Tensor]:
+    """Weights and buffers of a model that are in single precision where the rest is in ``dtype``.
+
+    As transformers has them: frequencies of rotary positions, which in bfloat16 would turn a token at
+    position 1,000 by a whole radian too much, what chooses among experts, decays of states. And the
+    corrections of that choice in all families, which transformers 4 rounds in DeepSeek's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with Undrawn():
+        made = AutoModelForCausalLM.from_config(lm.config, dtype=dtype)  # type: ignore[no-untyped-call]
+    single = {name for name, one in named_tensors(made) if one.dtype == torch.float32}
+    parts = list(getattr(lm, "_keep_in_fp32_modules_strict", None) or [])
+    if dtype == torch.float16:
+        parts += getattr(lm, "_keep_in_fp32_modules", None) or []
+    parts.append("e_score_correction_bias")
+    left = []
+    for name, tensor in named_tensors(lm):
+        original = name.replace(".base_layer.", ".")  # without the shell of an adapter
+        if tensor.dtype == torch.float32 and (
+            original in single or not set(parts).isdisjoint(original.split("."))
+        ):
+            left.append(tensor)
+    return left
+
+
+def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers, those too that a checkpoint does not hold."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def weights_in_checkpoint(cfg: Any) -> bool:

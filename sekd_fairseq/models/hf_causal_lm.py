@@ -47,6 +47,7 @@ from sekd_fairseq.llm.families import (
 from sekd_fairseq.llm.loading import (
     LORA_ALPHA,
     data_directory,
+    left_in_single,
     load_language_model,
     weights_in_checkpoint,
 )
@@ -120,20 +121,20 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         self._prefix: tuple[NDArray[np.int64], list[tuple[Tensor, Tensor]]] | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CausalLMDecoder":
-        """As in torch (``half()``, ``to()``), but the frequencies of rotary positions keep their type.
+        """As in torch (``half()``, ``to()``), but what transformers leaves in single precision keeps its type
+        (:func:`~sekd_fairseq.llm.loading.left_in_single`)."""
+        dtype = fn(torch.zeros(())).dtype
+        kept = set()
+        if dtype in (torch.float16, torch.bfloat16):
+            kept = {id(tensor) for tensor in left_in_single(self.lm, dtype)}
 
-        transformers leaves them in single precision whatever the weights are in: in bfloat16 they
-        would turn a token at position 1,000 by a whole radian too much.
-        """
-        frequencies = [
-            (module, name, buffer)
-            for module in self.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if name.endswith("inv_freq")
-        ]
-        super()._apply(fn, recurse)
-        for module, name, before in frequencies:
-            setattr(module, name, before.to(module.get_buffer(name).device))
+        def applied(tensor: Tensor) -> Tensor:
+            if id(tensor) in kept:
+                return tensor.to(fn(tensor.new_empty(0)).device)
+            found: Tensor = fn(tensor)
+            return found
+
+        super()._apply(applied, recurse)
         return self
 
     def train(self, mode: bool = True) -> "CausalLMDecoder":

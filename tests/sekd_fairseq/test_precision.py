@@ -107,6 +107,14 @@ def test_weights_of_another_model_do_not_come_with_the_optimizer() -> None:
         one.load_state_dict(state)
     torch.testing.assert_close(again.fp32_params[0].tolist(), [1.001, 2.001])
     assert other.fp32_params[0].tolist() == [1.0, 2.5]
+    # Of weights that the model has in single precision, as some of its experts' routers.
+    mixed = [
+        torch.nn.Parameter(w.clone()) for w in (torch.ones(2).bfloat16(), torch.ones(2) * 1.001)
+    ]
+    once, twice = (FP16Optimizer.build_optimizer(cfg, mixed) for _ in range(2))
+    once.fp32_params[0].data += 0.001
+    twice.load_state_dict(copy.deepcopy(once.state_dict()))
+    torch.testing.assert_close(twice.fp32_params[0].tolist(), [1.001, 1.001])
     assert WEIGHT in state["state"][0] and not again.fp32_optimizer.state_dict()["state"]
 
 
