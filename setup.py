@@ -48,9 +48,9 @@ setup(
             "sentencepiece>=0.2",  # vocabularies
         ],
         "llm": [
-            # Hugging Face causal models as teachers and students. transformers 5 renames the
-            # key-value cache's argument and needs a torchaudio that loads.
-            "transformers>=4.51,<5",
+            # Hugging Face causal models as teachers and students. transformers 4.56 is the first that takes
+            # dtype; 5 renames the key-value cache's argument and needs a torchaudio that loads.
+            "transformers>=4.56,<5",
             "peft>=0.15",  # low-rank adapters
             "gguf>=0.16",  # reading GGUF files
             "protobuf>=4",  # SentencePiece's model format, for transformers and for GGUF files

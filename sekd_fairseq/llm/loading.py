@@ -31,18 +31,44 @@ LORA_ALPHA = 16
 
 
 def pretrained(folder: str, gguf_file: str | None) -> Any:
-    """A pretrained causal language model in float32."""
-    from transformers import AutoModelForCausalLM
+    """A pretrained causal language model in float32, with adapters that PEFT has saved merged into theirs.
 
+    Raises
+    ------
+    UserError
+        There is none that loads, or some of its weights are not there: transformers would draw them.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        options = {"gguf_file": gguf_file} if gguf_file else {}
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    except (OSError, ValueError, ImportError) as error:
+        if find_adapter_config_file(folder):
+            return with_adapters(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--hf-model {folder}: expected a causal language model with its weights "
             f"(config.json and *.safetensors, or --hf-gguf-file), found none that loads: {reason}"
         ) from error
+    lm, found = loaded
+    if missing := found["missing_keys"]:
+        raise UserError(
+            f"--hf-model {folder}: expected all weights of {type(lm).__name__}, found none for "
+            f"{len(missing)} ({', '.join(missing[:3])}); is it another kind of model, or are files missing?"
+        )
+    return lm
+
+
+def with_adapters(folder: str) -> Any:
+    """The model that a folder's adapters were trained on, the adapters merged into it."""
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    return PeftModel.from_pretrained(pretrained(str(base), None), folder).merge_and_unload()
 
 
 def read_config(path: Path) -> dict[str, Any]:
