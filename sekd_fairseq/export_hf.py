@@ -2,7 +2,8 @@
 
     python -m sekd_fairseq.export_hf checkpoint_best.pt --data DATA --output FOLDER [--base MODEL]
 
-Rows go back to the tokenizer's order, low-rank adapters are merged. Tokens without a symbol
+Rows go back to the tokenizer's order, low-rank adapters are merged. Weights have the type that the
+checkpoint has them in (of a training with ``--bf16`` bfloat16), merged ones single precision. Tokens without a symbol
 (``--prune-vocab``, padding of the matrix) get their rows from ``--base``, the model that the student
 started from, or else zeros. ``AutoModelForCausalLM.from_pretrained(FOLDER)`` then loads it.
 """
@@ -16,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from fairseq import checkpoint_utils
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from sekd_fairseq.checkpoints import load_models
@@ -28,7 +30,12 @@ from sekd_fairseq.llm.tokenizer import (
     load_tokenizer,
     sentencepiece_proto,
 )
-from sekd_fairseq.llm.vocabulary import TOKENIZER, Vocabulary, restore_rows
+from sekd_fairseq.llm.vocabulary import (
+    TOKENIZER,
+    Vocabulary,
+    restore_rows,
+    vocabulary_parameters,
+)
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 from sekd_fairseq.plugin import quiet_fairseq
 
@@ -38,6 +45,8 @@ PROBE = "Straße,  zwei\tTage\nNaïve 你好 🙂"
 
 def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str | None) -> None:
     """Write the folder."""
+    # First, so that no two models are in memory.
+    originals = vocabulary_parameters(pretrained(base, gguf)) if base else {}
     (model,), _, task = load_models([checkpoint], data, torch.device("cpu"), base)
     if not isinstance(model, HFCausalLM):
         raise UserError(f"{checkpoint}: expected a student of --arch hf_causal_lm, found another")
@@ -46,17 +55,22 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     lm = model.decoder.model
     if hasattr(lm, "merge_and_unload"):
         lm = lm.merge_and_unload()
-    restore_rows(lm, rows, pretrained(base, gguf) if base else None)
+    else:
+        saved = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)["model"]
+        for name, weight in model.named_parameters():
+            weight.data = weight.data.to(saved[name].dtype)
+    restore_rows(lm, rows, originals)
     tokenizer = load_tokenizer(str(Path(data) / TOKENIZER))
-    lm.config.pad_token_id = tokenizer.specials[1]
-    lm.config.torch_dtype = torch.float32
+    for config in filter(None, (lm.config, lm.generation_config)):
+        config.pad_token_id = tokenizer.specials[1]
+    lm.config.torch_dtype = lm.dtype
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
     lm.save_pretrained(output)
     export_tokenizer(tokenizer, type(lm.config), output)
     print(
         f"{output}: {sum(p.numel() for p in lm.parameters()):,} parameters, "
-        f"{lm.config.vocab_size} rows"
+        f"{lm.config.get_text_config().vocab_size} rows"
     )
 
 

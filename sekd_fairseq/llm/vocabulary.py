@@ -8,7 +8,7 @@ what fills a batch is never a token that a prompt may have.  Rows beyond the tok
 share a dictionary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -179,22 +179,21 @@ def select_rows(lm: Any, rows: Sequence[int]) -> None:
 
 
 @torch.no_grad()
-def restore_rows(lm: Any, rows: Sequence[int], original: Any | None) -> None:
+def restore_rows(lm: Any, rows: Sequence[int], originals: Mapping[str, Tensor]) -> None:
     """The inverse of :func:`select_rows`: rows in the tokenizer's order.
 
-    Tokens without a symbol get their rows from ``original``, the model that ``lm`` started from,
-    or else zeros.
+    Tokens without a symbol get their rows from ``originals``, the :func:`vocabulary_parameters` of the
+    model that ``lm`` started from, or else zeros.
     """
     index = torch.tensor(rows)
     known = index >= 0
-    originals = {} if original is None else vocabulary_parameters(original)
 
     def restored(side: str, old: Tensor) -> Tensor:
         if side in originals:
-            full = originals[side].detach().clone()
+            full = originals[side].detach().to(old.dtype, copy=True)
         else:
-            full = torch.zeros(max(rows) + 1, *old.shape[1:])
-        full[index[known]] = old[known].to(full.dtype)
+            full = old.new_zeros(max(rows) + 1, *old.shape[1:])
+        full[index[known]] = old[known]
         return full
 
     _replace(lm, restored)

@@ -120,7 +120,7 @@ def test_either_side_of_targets_may_be_padded(tmp_path: Path, left: bool) -> Non
 
 def test_rows_and_bias_come_back(tmp_path: Path) -> None:
     """Everything that has one row a token is put in another order and back."""
-    from sekd_fairseq.llm.vocabulary import restore_rows, select_rows
+    from sekd_fairseq.llm.vocabulary import restore_rows, select_rows, vocabulary_parameters
 
     for model_type in ("gptj", "bert"):  # a bias; a bias that the model holds twice
         folder = tmp_path / model_type
@@ -132,7 +132,7 @@ def test_rows_and_bias_come_back(tmp_path: Path) -> None:
         bias = lm.get_output_embeddings().bias
         torch.testing.assert_close(bias[1], original.get_output_embeddings().bias.mean())
         assert lm.config.vocab_size == len(rows) == len(bias)
-        restore_rows(lm, rows, original)
+        restore_rows(lm, rows, vocabulary_parameters(original))
         ids = torch.arange(10).unsqueeze(0)
         torch.testing.assert_close(lm(ids).logits, original(ids).logits)
 
@@ -148,8 +148,9 @@ def test_half_precision_keeps_positions_exact(
     config.layer_types = ["full_attention"] * config.num_hidden_layers
     torch.manual_seed(1)
     lm = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with llm_families.telling_weights(lm, restore=False):
-        pass
+    with llm_families.telling_weights(lm):
+        weights = {name: weight.clone() for name, weight in lm.state_dict().items()}
+    lm.load_state_dict(weights)
     for name, parameter in lm.named_parameters():
         if "q_proj" in name or "q_norm" in name:
             parameter.data.mul_(3.0)  # attention that is not even
@@ -275,7 +276,7 @@ def test_control_tokens_beside_the_vocabulary_need_no_row(tmp_path: Path, tokeni
     model = build_with(tmp_path / "more", more, lacks=1)
     assert sorted(model.vocabulary_rows.tolist())[-1] == size - 2
     lm = model.decoder.lm
-    restore_rows(lm, model.vocabulary_rows.tolist(), None)
+    restore_rows(lm, model.vocabulary_rows.tolist(), {})
     original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "more/model")
     torch.testing.assert_close(
         lm.get_input_embeddings().weight, original.get_input_embeddings().weight
