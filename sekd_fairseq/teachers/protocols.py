@@ -78,6 +78,10 @@ class VLLM:
         entries = zip(tokens, found, strict=True)
         return [entry and entry[str(token)].get("decoded_token") for token, entry in entries]
 
+    def count(self, answer: dict[str, Any]) -> int:
+        """The most tokens that an answer has at a position."""
+        return max(len(entry or ()) for entry in answer["choices"][0]["prompt_logprobs"])
+
 
 class SGLang:
     """SGLang's ``/generate``."""
@@ -116,6 +120,10 @@ class SGLang:
     def texts(self, answer: dict[str, Any], tokens: Sequence[int]) -> list[str | None]:
         """The text that the server has for each of ``tokens``."""
         return [text for _, _, text in answer["meta_info"]["input_token_logprobs"]]
+
+    def count(self, answer: dict[str, Any]) -> int:
+        """The most tokens that an answer has at a position."""
+        return max(len(top or ()) for top in answer["meta_info"]["input_top_logprobs"])
 
 
 class Echo:
@@ -173,6 +181,11 @@ class Echo:
         own = self.own(tokens)
         said = answer["choices"][0]["logprobs"]["tokens"][: len(own)]
         return [None] * (len(tokens) - len(own)) + said
+
+    def count(self, answer: dict[str, Any]) -> int:
+        """The most tokens that an answer has at a position; those of one text, as halves of characters,
+        count once."""
+        return max(len(top or ()) for top in answer["choices"][0]["logprobs"]["top_logprobs"])
 
 
 Way = VLLM | SGLang | Echo

@@ -314,6 +314,7 @@ class Server:
                     raise UserError(self._other_tokenizer(text, first_difference(own, found)))
             request = self.protocol.request(tokens, self.best, self.model)
             positions, answer = self._known(request, tokens)
+            self._check_count(self.protocol.count(answer))
             said = self.protocol.texts(answer, tokens)
             for token, theirs in zip(tokens, said, strict=True):
                 ours = self.tokenizer.decode([token])
@@ -327,6 +328,15 @@ class Server:
             for token, entry in zip(tokens, positions, strict=True)
             if entry is not None
         ]
+
+    def _check_count(self, found: int) -> None:
+        """Refuse a server that gives fewer tokens than it is asked for, and says nothing."""
+        asked = min(self.best, len(self.tokenizer.pieces))
+        if found < (asked / 2 if isinstance(self.protocol, Echo) else asked):
+            raise UserError(
+                f"{self.url}: expected {self.best} log-probabilities at each position of a prompt, found "
+                f"{found} at most; let the server give more, or ask for fewer with --top-k"
+            )
 
     def _check_shift(self, positions: Positions, tokens: Sequence[int]) -> None:
         """Refuse answers whose best tokens are those of the places beside."""

@@ -96,6 +96,8 @@ class StandIn:
         What happens to all of them, if anything.
     asked
         Requests for log-probabilities so far.
+    most, tells
+        Tokens at a position beyond which a request is refused, or answered with so many.
     """
 
     def __init__(self, tokenizer: Any, log_p: NextToken, protocol: str = "vllm") -> None:
@@ -106,6 +108,7 @@ class StandIn:
         self.asked: list[Any] = []
         self.shift = 0
         self.most = 10**9
+        self.tells = 10**9
         self.tokenizes = True
         self._lock = threading.Lock()
 
@@ -139,6 +142,7 @@ class StandIn:
         best = body.get("prompt_logprobs", body.get("top_logprobs_num", body.get("logprobs", 0)))
         if best > self.most:
             return 400, {"message": f"requested prompt logprobs of {best}, more than {self.most}"}
+        best = min(best, self.tells)
         if self.protocol == "vllm":
             tokens = body["prompt"]
             known = [

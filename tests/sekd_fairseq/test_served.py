@@ -167,6 +167,17 @@ def test_answers_off_by_a_place_are_refused(protocol: str) -> None:
             Server(url, TOKENIZER, 7)
 
 
+@pytest.mark.parametrize("protocol", ["vllm", "sglang", "echo"])
+def test_fewer_tokens_than_asked_for_are_refused(protocol: str) -> None:
+    """Some servers give 5 or 20 at most, whatever they are asked for, and do not say so."""
+    standin = StandIn(TOKENIZER, LOG_P, protocol)
+    standin.tells = 5
+    with standin.running() as url:
+        with pytest.raises(UserError, match=r"expected 32 log-probabilities .* found [56] at most"):
+            Server(url, TOKENIZER, 32)
+        Server(url, TOKENIZER, 5)
+
+
 def test_text_that_the_server_reads_otherwise_is_refused() -> None:
     """Where text is sent, a control token's name in it would become the token."""
     standin = StandIn(TOKENIZER, LOG_P, "echo")
