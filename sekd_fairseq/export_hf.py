@@ -2,8 +2,8 @@
 
     python -m sekd_fairseq.export_hf checkpoint_best.pt --data DATA --output FOLDER [--base MODEL]
 
-Rows go back to the tokenizer's order, low-rank adapters are merged. Weights have the type that the
-checkpoint has them in (of a training with ``--bf16`` bfloat16), merged ones single precision. Tokens without a symbol
+Rows go back to the tokenizer's order, low-rank adapters are merged. Weights are written in half precision
+where that is all of them, as after a training with ``--bf16`` (which fairseq saves as float32). Tokens without a symbol
 (``--prune-vocab``, padding of the matrix) get their rows from ``--base``, the model that the student
 started from, or else zeros. ``AutoModelForCausalLM.from_pretrained(FOLDER)`` then loads it.
 """
@@ -15,14 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from sekd_fairseq.checkpoints import load_models
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.llm.loading import pretrained
+from sekd_fairseq.llm.loading import left_in_single, pretrained
 from sekd_fairseq.llm.tokenizer import (
     HFTokenizer,
     SentencePieceTokenizer,
@@ -55,15 +55,11 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     lm = model.decoder.model
     if hasattr(lm, "merge_and_unload"):
         lm = lm.merge_and_unload()
-    else:
-        saved = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)["model"]
-        for name, weight in model.named_parameters():
-            weight.data = weight.data.to(saved[name].dtype)
     restore_rows(lm, rows, originals)
+    lm.config.dtype = narrow(lm)
     tokenizer = load_tokenizer(str(Path(data) / TOKENIZER))
     for config in filter(None, (lm.config, lm.generation_config)):
         config.pad_token_id = tokenizer.specials[1]
-    lm.config.torch_dtype = lm.dtype
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
     lm.save_pretrained(output)
@@ -72,6 +68,21 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
         f"{output}: {sum(p.numel() for p in lm.parameters()):,} parameters, "
         f"{lm.config.get_text_config().vocab_size} rows"
     )
+
+
+def narrow(lm: Any) -> torch.dtype:
+    """Turn a model's weights into half precision if that changes none of them; returns their type.
+
+    Those that transformers leaves in single precision stay so.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        single = {id(weight) for weight in left_in_single(lm, dtype)}
+        rest = [weight for weight in lm.parameters() if id(weight) not in single]
+        if all(weight.to(dtype).float().equal(weight) for weight in rest):
+            for weight in rest:
+                weight.data = weight.data.to(dtype)
+            return dtype
+    return torch.float32
 
 
 def export_tokenizer(tokenizer: Tokenizer, config: type, output: Path) -> None:
