@@ -32,6 +32,10 @@ UNDERSCORED_TAG = re.compile(r"<[^<>\s]*[|_｜][^<>\s]*>")
 #: be others every day.
 DATE = date(2024, 7, 26)
 
+#: Where templates of models that always reason (DeepSeek R1's, Qwen3's Thinking) let an answer begin, and
+#: what ends the reasoning: nothing of it, as Qwen3's own templates write it.
+THINKS, THOUGHT = "<think>", "</think>"
+
 Mark = Callable[[str], str]
 
 
@@ -274,6 +278,8 @@ class HFTokenizer(Tokenizer):
                 f"assistant, found none that works ({' '.join(str(error).split())[:200]}); give "
                 "the prompt with --template"
             ) from error
+        if answer and text.rstrip().endswith(THINKS):
+            text = f"{text.rstrip()}\n\n{THOUGHT}\n\n"
         return text
 
     def _tokens(self, text: str) -> list[int]:

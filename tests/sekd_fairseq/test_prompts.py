@@ -478,3 +478,18 @@ def test_a_chat_is_the_same_every_day_and_without_reasoning(tmp_path: Path) -> N
     turns = [{"role": "user", "content": "eins"}]
     expected = "Today: 26 Jul 2024\n<|im_start|>eins<|im_end|>\n<|im_start|><think></think>"
     assert tokenizer.chat(turns) == expected
+
+
+def test_a_model_that_always_reasons_is_asked_for_its_answer(tmp_path: Path) -> None:
+    """Some templates let every answer begin with reasoning, whatever they are told."""
+    chatml(tmp_path, eos_token="<|im_end|>")
+    tokenizer = load_tokenizer(str(tmp_path))
+    before = tokenizer.chat([{"role": "user", "content": "eins"}])
+    tokenizer.model.chat_template = CHATML.replace(
+        "assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"
+    )
+    prompts = Prompts(PromptSettings("en", "de", "{src}", chat=True), tokenizer)
+    expected = f"{before}<think>\n\n</think>\n\n"
+    assert tokenizer.decode(prompts.tokens("eins")) == expected
+    assert prompts.end() == tokenizer.controls["<|im_end|>"]
+    assert prompts.tokens("<think>")[-1:] == prompts.tokens("eins")[-1:]
