@@ -61,6 +61,8 @@ logger = logging.getLogger(__name__)
 #: What :class:`~sekd_fairseq.llm.prompt_encoder.PromptEncoder` makes of a batch's sources.
 EncoderOut = dict[str, list[Any]]
 CACHE = "hf_key_value_cache"
+#: How far a :func:`sample_of` one model may differ: 1e-5, less than bfloat16's step at most weights.
+SAME_SAMPLE = 168
 #: Prompts that begin alike share the computation of a beginning at least this long, in tokens.
 SHARED_PREFIX = 16
 
@@ -414,13 +416,21 @@ class CausalLMDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
 
 @register_model("hf_causal_lm", dataclass=HFCausalLMConfig)
 class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
-    """See the module. The buffer ``vocabulary_rows`` (V,) has the model's row of each symbol."""
+    """See the module. The buffer ``vocabulary_rows`` (V,) has the model's row of each symbol; with adapters,
+    ``base_sample`` is the :func:`sample_of` the model that they belong to."""
 
     def __init__(
-        self, encoder: PromptEncoder, decoder: CausalLMDecoder, rows: Tensor, data: Path
+        self,
+        encoder: PromptEncoder,
+        decoder: CausalLMDecoder,
+        rows: Tensor,
+        data: Path,
+        base_sample: Tensor | None = None,
     ) -> None:
         super().__init__(encoder, decoder)
         self.register_buffer("vocabulary_rows", rows)
+        if base_sample is not None:
+            self.register_buffer("base_sample", base_sample)
         self.data = data
 
     @classmethod
@@ -433,6 +443,7 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
         take_rows_as_one_sequence()
         lm, rows = load_language_model(cfg, task)
         fresh = weights_in_checkpoint(cfg) or not cfg.hf_model
+        sample = sample_of(lm) if cfg.lora_r > 0 else None
         # In evaluation: dropout would make every row another.
         lm.eval()
         with telling_weights(lm) if fresh else nullcontext():
@@ -462,7 +473,7 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
             )
             decoder.model = get_peft_model(lm, adapters)
         encoder = PromptEncoder(task.source_dictionary, decoder.positions)
-        return cls(encoder, decoder, torch.tensor(rows), data_directory(task))
+        return cls(encoder, decoder, torch.tensor(rows), data_directory(task), sample)
 
     @property
     def joint_positions(self) -> int:
@@ -476,7 +487,8 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
         state: dict[str, Tensor] = super().state_dict(*args, **kwargs)
         if not hasattr(self.decoder.model, "peft_config"):
             return state
-        return {k: v for k, v in state.items() if "lora_" in k or k.endswith("vocabulary_rows")}
+        kept = ("vocabulary_rows", "base_sample")
+        return {k: v for k, v in state.items() if "lora_" in k or k.endswith(kept)}
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
         """Refuse a checkpoint made with data of another order; fill in the frozen weights, which a
@@ -500,8 +512,25 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
                 found = state_dict["vocabulary_rows"].tolist()
                 check_same_rows(self.data, rows, found, "the checkpoint's data")
         if adapters:
+            own = self.get_buffer("base_sample")
+            sample = state_dict.get("base_sample", own).to(own)
+            with one_line_errors():
+                if sample.shape != own.shape or (sample - own).abs().max() > SAME_SAMPLE:
+                    raise UserError(
+                        "--hf-model: expected the model that the checkpoint's adapters were trained on, found "
+                        "one with other weights; give the place of that one"
+                    )
             for key, value in super().state_dict().items():
                 state_dict.setdefault(key, value)
+
+
+def sample_of(lm: Any) -> Tensor:
+    """A few of each of a model's weights, by which it is known again, in units of 2^-24, (n,) int64.
+
+    Whole numbers, because half precision rounds none of them, nor an average of checkpoints.
+    """
+    values = torch.cat([weight.detach().flatten()[:4].double() for weight in lm.parameters()])
+    return (values * 2**24).round().long()
 
 
 def freeze_beside_text(lm: Any) -> list[str]:

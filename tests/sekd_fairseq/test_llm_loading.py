@@ -213,3 +213,23 @@ def test_an_export_has_the_type_of_the_training(
     exported = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     for name, weight in exported.named_parameters():
         assert torch.equal(weight, trained.get_parameter(name)), name
+
+
+def test_adapters_on_another_base_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a chat model's on the model before its instruction: of one shape, and nothing else would tell."""
+    llm_families.save_tiny("llama", tmp_path / "base")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for weight in other.parameters():
+        weight.data.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    state = build(tmp_path, hf_model=str(tmp_path / "base"), lora_r=2).state_dict()
+    assert not any("base_layer" in name for name in state)
+    again = build(tmp_path, hf_model=str(tmp_path / "base"), lora_r=2)
+    again.bfloat16().load_state_dict(dict(state))
+    earlier = {name: value for name, value in state.items() if name != "base_sample"}
+    again.load_state_dict(earlier)  # of a version that kept no sample
+    moved = build(tmp_path, hf_model=str(tmp_path / "other"), lora_r=2)
+    with pytest.raises(SystemExit, match="adapters were trained on, found one with other weights"):
+        moved.load_state_dict(dict(state))
