@@ -40,8 +40,8 @@ class StableOrderDataset(BaseWrapperDataset):
 
     fairseq draws the order of sentences of one length with ``seed + epoch`` when it first builds
     batches, and keeps the batches for later epochs; a training that resumes in epoch 5 would build
-    others, and not end as one that was never stopped. Here the draw depends on ``seed`` alone. The
-    order of the batches still changes with the epoch.
+    others, and not end as one that was never stopped. Here the draw is always that of epoch 1, so that
+    a training has the batches that fairseq's own task gives it. Their order still changes with the epoch.
 
     A language model reads prompt and translation as one row: with ``one_row`` sentences are ordered
     and batches are cut (``--max-tokens``) by the length of both together, so that little of a batch
@@ -73,8 +73,8 @@ class StableOrderDataset(BaseWrapperDataset):
         return self.dataset.tgt
 
     def ordered_indices(self) -> NDArray[np.int64]:
-        """Sentence numbers by length, ties drawn with :attr:`seed`."""
-        with data_utils.numpy_seed(self.seed):
+        """Sentence numbers by length, ties drawn with :attr:`seed` as fairseq does in epoch 1."""
+        with data_utils.numpy_seed(self.seed + 1):
             indices = self.dataset.ordered_indices()
         if self.one_row:
             indices = indices[np.argsort(self.num_tokens_vec(indices), kind="stable")]

@@ -82,6 +82,35 @@ def test_one_golden_trace(eight: tuple[Path, Path], tmp_path: Path) -> None:
         torch.testing.assert_close(ends[name], ends["batch of 8"], rtol=0, atol=2e-5, msg=name)
 
 
+def test_without_a_teacher_the_task_is_fairseqs_translation(data: Path, tmp_path: Path) -> None:
+    """The same batches in the same order: every update, validation and BLEU is the same."""
+    words = (
+        "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1", "--dropout", "0.1",
+        "--eval-bleu", "--eval-bleu-args", '{"max_len_b": 12}', "--required-batch-size-multiple", 1,
+    )  # fmt: skip
+    logs = [
+        train(data, tmp_path / task, *words, "--task", task, *more)
+        for task, *more in (("self_evolution_kd",), ("translation", "--upsample-primary", 1))
+    ]
+    ours, theirs = (
+        [figures(line) for line in log.splitlines() if '"gnorm"' in line or '"valid_bleu"' in line]
+        for log in logs
+    )
+    assert ours == theirs and len(ours) > 12
+    ends = [
+        parameters(tmp_path / name / "checkpoint_last.pt")
+        for name in ("self_evolution_kd", "translation")
+    ]
+    assert ends[0].equal(ends[1])
+
+
+def figures(line: str) -> dict[str, str]:
+    """What a line of fairseq's JSON log says of the model, and not of the clock."""
+    found: dict[str, str] = json.loads(line[line.index("{") :])
+    clock = ("wps", "ups", "wall")
+    return {name: value for name, value in found.items() if not name.endswith(clock)}
+
+
 @pytest.mark.parametrize(
     ("precision", "cpu"),
     [
