@@ -498,10 +498,15 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
     def get_batch_iterator(
         self, dataset: Any, max_tokens: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As fairseq's, but no sentence is dropped and batches are the same after a restart."""
+        """As fairseq's, but no sentence is dropped and batches are the same after a restart, and of
+        several data directories loader workers end with their epoch: the next has another data set, and
+        torch waits 5 s for workers that it finds among the garbage."""
         collect_before_fork()
         kwargs["required_batch_size_multiple"] = BATCH_SIZE_MULTIPLE
         if isinstance(dataset, StableOrderDataset):
             dataset.seed = kwargs.get("seed", dataset.seed)
             dataset.max_tokens = max_tokens
-        return super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)
+        iterator = super().get_batch_iterator(dataset, max_tokens, *args, **kwargs)
+        if len(paths(self.cfg.data)) > 1:
+            iterator.persistent_workers = False
+        return iterator

@@ -2,11 +2,17 @@
 
 import json
 import math
+import multiprocessing
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from analysis.runs.errors import stop_workers
 
 from .conftest import binarise, command, error_line, parameters, train, train_arguments
 from .training import LOGGED, SE_KD, logged, records
@@ -322,7 +328,7 @@ def test_sharded_combined_and_upsampled_data(
     log = train(
         f"{data}:{second}", tmp_path / "save", *SE_KD, "--teacher-cache",
         f"{cache}:{second_cache}", "--max-epoch", "4", "--max-update", "1000",
-        "--upsample-primary", "3", "--num-workers", "0",  # torch waits 5 s for those of another part
+        "--upsample-primary", "3",
     )  # fmt: skip
     epochs = [float(record["train_loss"]) for record in records(log, "train_")]
     assert len(epochs) == 4 and epochs[-1] < epochs[0]
@@ -331,6 +337,25 @@ def test_sharded_combined_and_upsampled_data(
         train(f"{data}:{second}", tmp_path / "save2", *SE_KD, "--teacher-cache", cache, check=False)
     )
     assert "2 data directories" in line
+
+
+def test_of_several_data_directories_no_loader_worker_outlives_its_epoch(data: Path) -> None:
+    """torch would wait 5 s for each of them, once the next part is there."""
+    for place, alive in ((str(data), 1), (f"{data}:{data}", 0)):
+        words = list(map(str, train_arguments(place, Path("save"))))[1:]
+        arguments = options.parse_args_and_arch(options.get_training_parser(), words)
+        task = tasks.setup_task(convert_namespace_to_omegaconf(arguments).task)
+        task.load_dataset("train")
+        iterator = task.get_batch_iterator(
+            task.dataset("train"), 300, num_workers=1, data_buffer_size=10
+        )
+        assert len(list(iterator.next_epoch_itr())) == len(iterator)
+        end = time.monotonic() + (30 if alive == 0 else 1)  # a thread reads ahead, and ends it
+        while len(multiprocessing.active_children()) != 0 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(multiprocessing.active_children()) == alive
+        del task, iterator
+        stop_workers()
 
 
 def test_truncated_sources_several_valid_sets_and_dummy_batches(
