@@ -134,13 +134,20 @@ def claims_blocks(tables: Tables, options: Options) -> list[Block]:
 
 
 def _partly_pooled(pooled: pd.DataFrame) -> list[str]:
-    """Which measures are not of all the directions that others are of."""
+    """Which methods, or measures, are not of all the directions that others are of."""
     whole = max(pooled["directions"], key=lambda names: len(names.split()))
-    part = pooled[(pooled["directions"] != whole) & (pooled["directions"] != "")]
-    named = [
-        f"claim {row['claim']}, {row['measure']} ({label_of(row['treatment'])}): {row['directions']}"
-        for row in part.to_dict("records")
-    ]
+    named = []
+    for treatment, rows in pooled[pooled["directions"] != ""].groupby("treatment", sort=False):
+        method, own = label_of(str(treatment)), set(rows["directions"])
+        if own == {whole}:
+            continue
+        if len(own) == 1:
+            named.append(f"{method}: {own.pop()}")
+            continue
+        named += [
+            f"claim {row['claim']}, {row['measure']} ({method}): {row['directions']}"
+            for row in rows[rows["directions"] != whole].to_dict("records")
+        ]
     return (
         [f"Not of all directions, for want of data in the others: {'; '.join(named)}."]
         if named
@@ -198,6 +205,8 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
         )
         pooled = [row for row in rows if row["direction"] == "all"]
         if pooled:
+            everywhere = {row["method"] for row in pooled}
+            pooled += [row for row in rows if row["method"] not in everywhere]
             blocks.append(Table(without_empty(pooled), source="tables/methods.csv"))
         fold = "Each direction" if pooled else ""
         alone = [row for row in rows if row["direction"] != "all"]

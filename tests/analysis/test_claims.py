@@ -10,12 +10,14 @@ import scipy.stats
 from conftest import WriteRun
 
 from analysis.chapters.methods import methods_table
+from analysis.chapters.quality import results_table
 from analysis.chapters.sentences import sentence_table
 from analysis.chapters.training import training_table
 from analysis.chapters.transitions import aligned, transition_table, transitions
 from analysis.claims.evidence import Evidence, easy_times, sentence_gains
 from analysis.claims.verdicts import PLACEBO, UNEQUAL, _overruled, _verdict, claims_table
-from analysis.report.content import claims_blocks
+from analysis.report.blocks import Table
+from analysis.report.content import claims_blocks, quality_blocks
 from analysis.runs.files import read_json, sealed_json
 from analysis.runs.simulated import write_study
 from analysis.runs.token_records import read_columns
@@ -173,6 +175,28 @@ def test_a_claim_that_is_not_of_all_directions_says_so(tmp_path: Path) -> None:
         "Not of all directions, for want of data in the others: claim 5, time until"
     )
     assert said.endswith(": cs-en.") and rule.startswith("Effects above 0")
+
+
+def test_a_method_that_was_not_run_in_all_directions_says_so(tmp_path: Path) -> None:
+    root = write_study(tmp_path / "both", better=0.6, directions=("cs-en", "en-cs"))
+    one = write_study(tmp_path / "one", better=0.7, directions=("cs-en",), method="se_kd_target")
+    for path in one.glob("cs-en/treatment*"):
+        path.rename(root / "cs-en" / path.name.replace("treatment", "another"))
+    directions, table = judged(root, Options(resamples=200))
+    blocks = claims_blocks({"claims": table, "relation": pd.DataFrame()}, Options())
+    (said,) = [block for block in blocks if isinstance(block, str) and block.startswith("Not of")]
+    assert said == ("Not of all directions, for want of data in the others: SE-KD (target): cs-en.")
+    # Its quality stands beside that of the others, which is of both.
+    options = Options(resamples=200)
+    tables = {
+        "results": results_table(directions, options),
+        "methods": methods_table(directions, options),
+    }
+    first = next(block for block in quality_blocks(tables, []) if isinstance(block, Table))
+    bleu = first.shown[first.shown["metric"] == "BLEU"]
+    shown = dict(zip(bleu["method"], bleu["direction"], strict=True))
+    assert shown["SE-KD (target)"] == "cs-en"
+    assert shown["SE-KD (student)"] == shown["word-level KD"] == "all"
 
 
 def test_nothing_is_claimed_from_the_training_set(tmp_path: Path, write_run: WriteRun) -> None:
