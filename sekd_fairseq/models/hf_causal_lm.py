@@ -460,7 +460,10 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
                 type(lm).__name__,
             )
         if cfg.hf_gradient_checkpointing:
-            lm.gradient_checkpointing_enable()
+            try:
+                lm.gradient_checkpointing_enable()
+            except ValueError as error:
+                raise refused(lm, "one for --hf-gradient-checkpointing", error) from error
         others = freeze_beside_text(lm)
         if cfg.lora_r > 0:
             from peft import LoraConfig, get_peft_model

@@ -158,6 +158,12 @@ def test_what_inference_does_not_need_of_a_checkpoint_is_not_read(
     torch.testing.assert_close(again["model"], whole["model"], rtol=0, atol=0)
 
 
+def test_not_every_family_computes_activations_again(tmp_path: Path) -> None:
+    llm_families.save_tiny("gpt_neox_japanese", tmp_path)
+    with pytest.raises(UserError, match=r"expected one for --hf-gradient-checkpointing"):
+        build(tmp_path, hf_model=str(tmp_path), hf_gradient_checkpointing=True)
+
+
 def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
     llm_families.save_tiny("llama", tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
