@@ -255,6 +255,7 @@ def test_gains_are_of_all_directions_and_of_no_baseline() -> None:
         ("all", "se_kd", "chrF", 3, 9.0, 0.0, 9.0),
         ("all", "se_kd", "BLEU", 3, 1.5, 0.01, 0.4),
         ("all", "seq_word_kd", "BLEU", 3, -0.5, 0.2, 0.7),
+        ("de-en", "one", "BLEU", 3, 2.0, 0.02, 0.6),  # of one direction alone
     ]
     table = pd.DataFrame(rows, columns=[*columns, "gain_over_word_kd_detectable"])
     assert archive.gains(table) == []  # no report has gains without intervals
@@ -266,6 +267,9 @@ def test_gains_are_of_all_directions_and_of_no_baseline() -> None:
         "smallest gain that is detected: se_kd, all, 3 seeds": (0.4, True),
         "BLEU gain over word KD: seq_word_kd, all, 3 seeds": (-0.5, False),
         "smallest gain that is detected: seq_word_kd, all, 3 seeds": (0.7, False),
+        "BLEU gain over word KD: one, de-en, 3 seeds": (2.0, True),
+        "its p-value, corrected: one, de-en, 3 seeds": (0.02, True),
+        "smallest gain that is detected: one, de-en, 3 seeds": (0.6, False),
     }
     # Of a report with another baseline, gains over that.
     other = table.rename(columns=lambda name: name.replace("word_kd", "seq_word_kd"))
