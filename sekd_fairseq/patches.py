@@ -151,7 +151,7 @@ def resume_as_left() -> None:
             if fairseq_distributed.is_master(trainer.cfg.distributed_training) and not cfg.no_save:
                 hold_for_training(Path(cfg.save_dir))
             check_precision(trainer)
-            check_validation(trainer.cfg.dataset)
+            check_validation(trainer.cfg)
             remember_teacher(trainer.cfg)
             last_one = Path(cfg.save_dir) / f"checkpoint_last{trainer.checkpoint_suffix}.pt"
             resets = ("optimizer", "lr_scheduler", "meters", "dataloader")
@@ -196,12 +196,31 @@ def _loaded(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise UserError(f"{str(error)[:300]}{reason and f' ({reason})'}") from error
 
 
-def check_validation(dataset: Any) -> None:
-    """Refuse ``--valid-subset`` beside ``--combine-valid-subsets``, which loads valid, valid1, ... as one."""
+def check_validation(cfg: Any) -> None:
+    """Refuse what fairseq would find in its first validation, after an epoch, or not at all.
+
+    That is ``--valid-subset`` beside ``--combine-valid-subsets``, which loads valid, valid1, ... as one, and
+    to choose the best checkpoint by what is not logged.
+    """
+    dataset = cfg.dataset
+    if dataset.disable_validation:
+        return
     if dataset.combine_valid_subsets and dataset.valid_subset != "valid":
         raise UserError(
             "--combine-valid-subsets: validates on valid, valid1, ... as one set, expected no "
             f"--valid-subset with it, found {dataset.valid_subset}; leave out one of the two"
+        )
+    metric = cfg.checkpoint.best_checkpoint_metric
+    if metric == "bleu" and not getattr(cfg.task, "eval_bleu", True):
+        raise UserError(
+            "--best-checkpoint-metric bleu: expected --eval-bleu with it, found none; add it, or take nll_loss"
+        )
+    per_token = not cfg.optimization.sentence_avg
+    if metric == "nll_loss" and cfg.criterion._name == "cross_entropy" and per_token:
+        raise UserError(
+            "--best-checkpoint-metric nll_loss: --criterion cross_entropy logs loss alone, which is the same; "
+            "expected --best-checkpoint-metric loss, or --criterion label_smoothed_cross_entropy "
+            "--label-smoothing 0"
         )
 
 

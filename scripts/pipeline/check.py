@@ -64,7 +64,7 @@ def mistakes(commands: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 def read_training(_: str, words: Sequence[str]) -> None:
     """Read a command line of fairseq-train, and make what can be made of it without data."""
     cfg = read_fairseq(options.get_training_parser(), words)
-    check_validation(cfg.dataset)
+    check_validation(cfg)
     check_options(cfg.task)
     symbols = Dictionary()
     task = SelfEvolutionKDTask(cfg.task, symbols, symbols)

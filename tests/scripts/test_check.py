@@ -90,6 +90,9 @@ def test_shipped_studies_pass(
         ({"criterion": "label_smoothed_cross_entropy", "teacher-path": "t.pt"},
          "--teacher-path t.pt: has no effect with --criterion label_smoothed_cross_entropy, which knows no "
          "teacher; expected --criterion self_evolution_kd or cached_kd, or no teacher"),
+        ({"criterion": "cross_entropy"}, "--best-checkpoint-metric nll_loss: --criterion cross_entropy logs "
+         "loss alone, which is the same; expected --best-checkpoint-metric loss, or --criterion "
+         "label_smoothed_cross_entropy --label-smoothing 0"),
         ({"criterion": "cached_kd", "stored-difficulty": "finetune"}, "--stored-difficulty expects --criterion "
          "self_evolution_kd, found cached_kd, which has no difficulty"),
         ({"criterion": "cached_kd", "warm-start": "finetune", "rounds": {"share": 3}},

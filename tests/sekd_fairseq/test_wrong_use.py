@@ -138,6 +138,32 @@ def test_combined_validation_has_no_subsets(data: Path, tmp_path: Path) -> None:
     assert "--combine-valid-subsets" in line and "valid,test" in line
 
 
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        ("bleu", "--best-checkpoint-metric bleu: expected --eval-bleu with it"),
+        (
+            "nll_loss",
+            "--best-checkpoint-metric nll_loss: --criterion cross_entropy logs loss alone",
+        ),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by_what_is_logged(
+    data: Path, tmp_path: Path, metric: str, told: str
+) -> None:
+    words = ("--criterion", "cross_entropy", "--best-checkpoint-metric", metric)
+    out = train(data, tmp_path, *words, check=False)
+    assert told in error_line(out) and "num_updates" not in out  # before the first update
+
+
+def test_what_is_logged_may_choose_the_best_checkpoint(data: Path, tmp_path: Path) -> None:
+    words = ("--max-update", 1, "--no-save", "--best-checkpoint-metric")
+    smoothed = ("--criterion", "label_smoothed_cross_entropy")
+    train(data, tmp_path, *words, "nll_loss", *smoothed)
+    train(data, tmp_path, *words, "nll_loss", "--criterion", "cross_entropy", "--sentence-avg")
+    train(data, tmp_path, *words, "bleu", "--disable-validation", *smoothed)
+
+
 def test_eval_lm_is_refused_in_one_line(data: Path, teacher: Path) -> None:
     out = command(
         "fairseq_cli.eval_lm", data, *PLUGIN, "--path", teacher, "--gen-subset", "test", "--cpu",
