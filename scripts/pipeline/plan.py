@@ -271,17 +271,18 @@ class Plan:
         """Module and arguments of each command that is given options of the configuration, of the first
         direction and seed, by the part that they are in."""
         direction, seed = self.config["directions"][0], self.config["seeds"][0]
-        data, made, model = f"{self.data}/{direction}/bin", self.data, "model.pt"
+        data, made = f"{self.data}/{direction}/bin", self.data
         any_student = Job(direction, "", seed)
-        build = ["--path", model, "--output", made, "--subset", "train", *self.cpu]
+        model, run, text = ["--path", "model.pt"], ["--run", made], ["--generated", "text"]
+        build = [*model, "--output", made, "--subset", "train", *self.cpu]
+        distill = ["--output", made, *self.distill_arguments(any_student)]
         found = {
             "cache": ["sekd_fairseq.build_cache", data, *build, *options(self.config["cache"])],
-            "distill": [
-                *("sekd_fairseq.distilled_data", data, "--generated", "text", "--output", made),
-                *self.distill_arguments(any_student),
-            ],
+            "distill": ["sekd_fairseq.distilled_data", data, *text, *distill],
             "generation": [
-                *("fairseq_cli.generate", data, "--path", model),
+                "fairseq_cli.generate",
+                data,
+                *model,
                 *self.generate_arguments(self.subset),
             ],
         }
@@ -295,13 +296,7 @@ class Plan:
         for method in self.methods:
             student = Job(direction, method, seed)
             if method in self.in_rounds:
-                words = [
-                    "sekd_fairseq.rounds",
-                    data,
-                    "--run",
-                    made,
-                    *self.rounds_arguments(student),
-                ]
+                words = ["sekd_fairseq.rounds", data, *run, *self.rounds_arguments(student)]
             else:
                 words = ["fairseq_cli.train", data, *self.train_arguments(student, "student")]
             found[f"methods: {method}"] = words

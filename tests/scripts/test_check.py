@@ -57,10 +57,15 @@ def test_shipped_studies_pass(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    for path in ("runs/fair/de-en/teacher/train.done", "data/fair/de-en/cache.done",
-                 "data/fair/de-en/sentencepiece.model"):  # fmt: skip
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
+    for direction in ("de-en", "en-cs"):
+        data, runs = (tmp_path / part / "fair" / direction for part in ("data", "runs"))
+        for path in (
+            runs / "teacher/train.done",
+            data / "cache.done",
+            data / "sentencepiece.model",
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     commands: dict[str, list[str]] = {}
     known: set[tuple[str, ...]] = set()
     for study in studies:
