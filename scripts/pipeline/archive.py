@@ -273,7 +273,7 @@ def mark_done(configs: Sequence[Path], plan: Plan, directions: Sequence[str]) ->
         "--quiet",
         "all",
     ]
-    steps = ["--touch", "--until", "evaluate", "score"]
+    steps = ["--touch", "--no-hooks", "--until", "evaluate", "score"]  # nothing is run
     if subprocess.run([*snakemake, *steps, "--configfile", *configs]).returncode:
         warn(
             "the runs are restored and can be judged, but snakemake would make them again (its message is "
