@@ -163,16 +163,8 @@ def test_plan_of_a_study_with_other_pieces(tmp_path: Path) -> None:
     assert out.count("--max-update 1200") == 9 and "--patience" not in out
 
 
+@pytest.mark.usefixtures("teachers_of_fair")
 def test_plan_of_a_study_with_few_references(tmp_path: Path) -> None:
-    for direction in ("de-en", "en-cs"):
-        data, runs = (tmp_path / part / "fair" / direction for part in ("data", "runs"))
-        for path in (
-            runs / "teacher/train.done",
-            data / "cache.done",
-            data / "sentencepiece.model",
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
     few = (CONFIGS / "fair.yaml", CONFIGS / "few.yaml")
     out = plan("multi30k.yaml", tmp_path, options=(*few, "-c2", "-p"))
     jobs = jobs_of(out)
