@@ -49,9 +49,12 @@ def load_models(
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"--path: expected a fairseq checkpoint, found no file at {path}")
-    # In bfloat16 the task makes the model so, and the host never holds it in single precision.
-    overrides: dict[str, Any] = {"data": data, "bf16": dtype == torch.bfloat16}
-    overrides["num_batch_buckets"] = 0
+    overrides: dict[str, Any] = {
+        "data": data,
+        # The task makes the model so, and the host never holds it in single precision.
+        "bf16": dtype == torch.bfloat16,
+        "num_batch_buckets": 0,
+    }
     overrides |= dict.fromkeys(("teacher_cache", "teacher_path", "stored_difficulty"))
     if hf_model:
         overrides["hf_model"] = hf_model
