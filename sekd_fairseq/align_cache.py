@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import data_utils
 from numpy.typing import NDArray
 
 import sekd_fairseq
@@ -29,6 +29,7 @@ from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.llm.tokenizer import Tokenizer, byte_piece, load_tokenizer
 from sekd_fairseq.llm.vocabulary import FILE, NEW_ROW, TOKENIZER, Vocabulary
 from sekd_fairseq.plugin import quiet_fairseq
+from sekd_fairseq.splits import dictionary_of
 from sekd_fairseq.teacher_cache.description import describe
 from sekd_fairseq.teacher_cache.finish import finish_cache, shard_range
 from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
@@ -111,7 +112,7 @@ class Side:
         source, target = languages
         if target is None:
             raise UserError(f"{data}: expected a fairseq data directory, found none")
-        dictionary = Dictionary.load(str(Path(data) / f"dict.{target}.txt"))
+        dictionary = dictionary_of(Path(data), target)
         stem = Path(data) / f"{split}.{source}-{target}.{target}"
         sentences = data_utils.load_indexed_dataset(str(stem), dictionary)
         if sentences is None:

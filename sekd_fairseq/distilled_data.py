@@ -35,7 +35,14 @@ from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.generated import printed, read_generated
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, check_same_rows
 from sekd_fairseq.mixed_data import write_indexed
-from sekd_fairseq.splits import check_splits, languages, sentences_of, side_of, stored_as
+from sekd_fairseq.splits import (
+    check_splits,
+    dictionary_of,
+    languages,
+    sentences_of,
+    side_of,
+    stored_as,
+)
 from sekd_fairseq.translations import (
     SLACK,
     against_reference,
@@ -127,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stored = stored_as(args.data, args.subset, source, target, target)
     assert stored is not None  # languages() has seen it
     name, kind = Path(stored[0]).name, stored[1]
-    dictionary = Dictionary.load(str(args.data / f"dict.{target}.txt"))
+    dictionary = dictionary_of(args.data, target)
     if kind == "huffman":
         raise UserError(
             f"{args.data}: expected data of --dataset-impl mmap, lazy, cached or raw, found huffman, "
@@ -279,7 +286,7 @@ def source_texts(args: argparse.Namespace) -> list[str]:
     source, target = languages(data, args.subset)
     stored = stored_as(data, args.subset, source, target, source)
     assert stored is not None  # beside its targets
-    dictionary = Dictionary.load(str(data / f"dict.{source}.txt"))
+    dictionary = dictionary_of(data, source)
     sentences = sentences_of(*stored, dictionary)
     return [dictionary.string(sentences[i]) for i in range(len(sentences))]
 
@@ -302,8 +309,8 @@ def write_more_text(
 ) -> None:
     """The data directory whose split is translated monolingual text, with gold pairs at a share."""
     source = language_pair[0]
-    dictionaries = [Dictionary.load(str(args.data / f"dict.{side}.txt")) for side in language_pair]
-    theirs = Dictionary.load(str(args.sources / f"dict.{source}.txt"))
+    dictionaries = [dictionary_of(args.data, side) for side in language_pair]
+    theirs = dictionary_of(args.sources, source)
     if theirs.symbols != dictionaries[0].symbols:
         raise UserError(
             f"--sources {args.sources}: expected the dictionary of {args.data} for {source}, found "

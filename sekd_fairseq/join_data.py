@@ -16,15 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fairseq.data import Dictionary
-
 from analysis.runs.files import atomic_directory, atomic_write
 from analysis.terminal import warn
 from sekd_fairseq.datasets import target_hashes
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.llm.vocabulary import FILE, TOKENIZER, Vocabulary, check_same_rows
 from sekd_fairseq.plugin import quiet_fairseq
-from sekd_fairseq.splits import languages, sentences_of, stored_as
+from sekd_fairseq.splits import dictionary_of, languages, sentences_of, stored_as
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teacher_cache.format import MANIFEST
 from sekd_fairseq.teacher_cache.storage import split_folder
@@ -39,10 +37,6 @@ class Part(NamedTuple):
     cache: str
     source: str
     target: str
-
-    def dictionary(self, language: str) -> Dictionary:
-        """That of one side."""
-        return Dictionary.load(str(self.data / f"dict.{language}.txt"))
 
     def stored(self, split: str, language: str) -> tuple[str, str] | None:
         """Where one side of a split is (:func:`~sekd_fairseq.splits.stored_as`)."""
@@ -122,7 +116,10 @@ def check_dictionaries(parts: Sequence[Part]) -> None:
     first = parts[0]
     for part in parts[1:]:
         for ours, theirs in ((first.source, part.source), (first.target, part.target)):
-            known, found = first.dictionary(ours).symbols, part.dictionary(theirs).symbols
+            known, found = (
+                dictionary_of(first.data, ours).symbols,
+                dictionary_of(part.data, theirs).symbols,
+            )
             if known != found:
                 raise UserError(
                     f"{part.data}/dict.{theirs}.txt: expected the {len(known)} symbols of "
@@ -132,7 +129,7 @@ def check_dictionaries(parts: Sequence[Part]) -> None:
                     "carried over with: python -m sekd_fairseq.align_cache"
                 )
         if (part.data / FILE).is_file() and (first.data / FILE).is_file():
-            symbols = first.dictionary(first.target).symbols
+            symbols = dictionary_of(first.data, first.target).symbols
             rows, found = (Vocabulary.load(one.data, symbols).rows for one in (part, first))
             check_same_rows(part.data, rows, found, str(first.data))
 
@@ -156,7 +153,7 @@ def join(part: Part, name: str, made: Path, place: str, sides: tuple[str, str]) 
             if path.name == before or path.name.startswith(f"{before}."):
                 rest = path.name.removeprefix(before)
                 link(path, made / "bin" / f"{place}.{pair}.{ours}{rest}")
-    dictionary = part.dictionary(part.target)
+    dictionary = dictionary_of(part.data, part.target)
     cache = TeacherCache.open(split_folder(part.cache, name))
     cache.check_dictionary(dictionary.symbols)
     stored = part.stored(name, part.target)

@@ -5,21 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fairseq.data import Dictionary, indexed_dataset
+from fairseq.data import indexed_dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sekd_fairseq.splits import languages, side_of
+from sekd_fairseq.splits import dictionary_of, languages, side_of
 
 
 def training_side(data: Path, language: str) -> Any:
     """One side of the training set, as fairseq's indexed dataset."""
     return side_of(data, "train", languages(data, "train"), language, dictionary_of(data, language))
-
-
-def dictionary_of(data: Path, language: str) -> Dictionary:
-    """A data directory's dictionary of a language."""
-    return Dictionary.load(str(data / f"dict.{language}.txt"))
 
 
 def link_data(data: Path, folder: Path, *splits: str) -> None:

@@ -37,6 +37,11 @@ def languages(data: Path, split: str) -> tuple[str, str]:
     raise UserError(f"{data}: expected a binarised split {split!r} with targets, found none")
 
 
+def dictionary_of(data: Path, language: str) -> Dictionary:
+    """A data directory's dictionary of a language."""
+    return Dictionary.load(str(data / f"dict.{language}.txt"))
+
+
 def stored_as(
     data: Path | str, split: str, source: str, target: str, language: str
 ) -> tuple[str, str] | None:
