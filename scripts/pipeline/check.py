@@ -82,7 +82,11 @@ def read_training(_: str, words: Sequence[str]) -> None:
 
 def read_generation(_: str, words: Sequence[str]) -> None:
     """Read a command line of fairseq-generate."""
-    read_fairseq(options.get_generation_parser(), words)
+    generation = read_fairseq(options.get_generation_parser(), words).generation
+    if generation.sampling and generation.nbest != generation.beam:
+        raise UserError(
+            f"--sampling: fairseq expects as many --nbest as --beam, found {generation.nbest} and {generation.beam}"
+        )
 
 
 def read_rounds(_: str, words: Sequence[str]) -> None:

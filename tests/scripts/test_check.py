@@ -121,6 +121,8 @@ def test_a_methods_mistake_is_named(own: dict[str, Any], told: str) -> None:
         ({"cache": {"sample": 3, "top-k": 3}}, "cache", "--sample and --top-k: expected one of them"),
         ({"distill": {"nbest": 3}}, "distill", "--nbest N and --choose expect each other"),
         ({"generation": {"beam": "wide"}}, "generation", "argument --beam: invalid int value: 'wide'"),
+        ({"generation": {"sampling": True}}, "generation",
+         "--sampling: fairseq expects as many --nbest as --beam, found 1 and 4"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_once_with_the_parts_that_it_is_in(
