@@ -199,8 +199,9 @@ def _loaded(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def check_validation(cfg: Any) -> None:
     """Refuse what fairseq would find in its first validation, after an epoch, or not at all.
 
-    That is ``--valid-subset`` beside ``--combine-valid-subsets``, which loads valid, valid1, ... as one, and
-    to choose the best checkpoint by what is not logged.
+    That is ``--valid-subset`` beside ``--combine-valid-subsets``, which loads valid, valid1, ... as one; to
+    choose the best checkpoint by what is not logged; and ``--patience`` that counts validations which no
+    checkpoint is kept of.
     """
     dataset = cfg.dataset
     if dataset.disable_validation:
@@ -214,6 +215,13 @@ def check_validation(cfg: Any) -> None:
     if metric == "bleu" and not getattr(cfg.task, "eval_bleu", True):
         raise UserError(
             "--best-checkpoint-metric bleu: expected --eval-bleu with it, found none; add it, or take nll_loss"
+        )
+    every, saved = dataset.validate_interval_updates, cfg.checkpoint.save_interval_updates
+    if cfg.checkpoint.patience > 0 and every > 0 and (saved <= 0 or every % saved):
+        raise UserError(
+            f"--validate-interval-updates {every} with --patience: expected --save-interval-updates {every} "
+            f"--keep-interval-updates 1 beside it, found --save-interval-updates {saved}; fairseq keeps "
+            "nothing of the validations between, so the best of them would be lost"
         )
     per_token = not cfg.optimization.sentence_avg
     if metric == "nll_loss" and cfg.criterion._name == "cross_entropy" and per_token:

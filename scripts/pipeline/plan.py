@@ -526,12 +526,17 @@ class Plan:
         return ["--lenpen", str(json.loads(Path(path).read_text(encoding="utf-8"))["best"])]
 
     def score_arguments(self, wildcards: Any) -> list[str]:
-        """What a run is compared with; a teacher has a record but is not compared with itself."""
+        """What a run is compared with; a teacher has a record but is not compared with itself.
+
+        Earlier checkpoints are scored where all are kept, and not the latest ones alone, to resume from.
+        """
         if wildcards.run == "teacher":
             return ["--method", "teacher", *self.cpu]
-        arguments = ["--earlier", "--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
         method = wildcards.run.rsplit(".", 1)[0]
         own = self.methods.get(method, {})
+        latest = (self.config["student"] | own).get("keep-interval-updates")
+        arguments = [] if latest else ["--earlier"]
+        arguments += ["--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
         if own.get("rounds"):
             arguments += ["--method", f"rounds_{own['rounds'].get('by', 'student')}"]
         elif self.distilled(method):

@@ -90,6 +90,9 @@ def test_shipped_studies_pass(
         ({"criterion": "cross_entropy"}, "--best-checkpoint-metric nll_loss: --criterion cross_entropy logs "
          "loss alone, which is the same; expected --best-checkpoint-metric loss, or --criterion "
          "label_smoothed_cross_entropy --label-smoothing 0"),
+        ({"patience": 5, "validate-interval-updates": 100}, "--validate-interval-updates 100 with --patience: "
+         "expected --save-interval-updates 100 --keep-interval-updates 1 beside it, found --save-interval-updates "
+         "0; fairseq keeps nothing of the validations between, so the best of them would be lost"),
         ({"criterion": "cached_kd", "stored-difficulty": "finetune"}, "--stored-difficulty expects --criterion "
          "self_evolution_kd, found cached_kd, which has no difficulty"),
         ({"criterion": "cached_kd", "warm-start": "finetune", "rounds": {"share": 3}},
