@@ -41,7 +41,10 @@ def target_positions(sample: dict[str, Any], pad: int) -> Tensor:
 def outputs(
     sample: dict[str, Any], loss: Tensor, sums: dict[str, Tensor], sentence_avg: bool
 ) -> tuple[Tensor, Any, dict[str, Any]]:
-    """What fairseq wants of a criterion: ``(summed loss, denominator, sums to log)``."""
+    """What fairseq wants of a criterion: ``(summed loss, denominator, sums to log)``.
+
+    The sums are in the order of their names: fairseq adds up those of all processes by their place.
+    """
     sentences = len(sample["target"])
     sample_size = sentences if sentence_avg else sample["ntokens"]
     logged = {
@@ -50,7 +53,7 @@ def outputs(
         "nsentences": sentences,
         "sample_size": sample_size,
     }
-    return loss, sample_size, logged | sums
+    return loss, sample_size, dict(sorted((logged | sums).items()))
 
 
 def batch_loss(

@@ -244,7 +244,7 @@ class SelfEvolutionKDCriterion(DistillationCriterion):
         """All of them, and the threshold in use."""
         if not torch.is_grad_enabled():
             sums = {key: value for key, value in sums.items() if "gradient" not in key}
-        return {"gamma": gamma * tokens, **sums}
+        return {**sums, "gamma": torch.full_like(sums["hard"], gamma * tokens)}
 
     def settings_now(self) -> SelfEvolution:
         """The settings with the ``lambda_max`` of this update."""

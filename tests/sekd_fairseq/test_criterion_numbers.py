@@ -231,6 +231,8 @@ def test_a_teacher_beside_the_student_is_a_cache_of_every_token(
 def test_one_kernel_logs_what_the_plain_path_logs(
     name: str, with_gradient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Under the same keys in the same order, tensors where these are tensors: processes whose batches
+    take different paths add up their sums by place, tensors apart from numbers."""
     pytest.importorskip("triton")
     config: Any = CachedKDConfig(sentence_avg=False)
     if name == "self_evolution_kd":
@@ -238,7 +240,7 @@ def test_one_kernel_logs_what_the_plain_path_logs(
     config._name = name
     kind = CachedKDCriterion if name == "cached_kd" else SelfEvolutionKDCriterion
     logits = torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(7))
-    found = []
+    found, kinds = [], []
     for module in (lambda *_: None, lambda *given: support.triton_module(given[-1])):
         monkeypatch.setattr(support, "kernels_for", module)
         model = Logits(logits.clone())
@@ -246,8 +248,10 @@ def test_one_kernel_logs_what_the_plain_path_logs(
             loss, _, log = kind(config, task())(model, batch())
         if with_gradient:
             loss.backward()
-        sums = {key: torch.as_tensor(value).double() for key, value in sorted(log.items())}
+        kinds.append([(key, torch.is_tensor(value)) for key, value in log.items()])
+        sums = {key: torch.as_tensor(value).double() for key, value in log.items()}
         found.append((loss.detach(), model.logits.grad, sums))
+    assert kinds[0] == kinds[1] == sorted(kinds[0])
     (loss, gradient, sums), (other_loss, other_gradient, other_sums) = found
     torch.testing.assert_close((loss, sums), (other_loss, other_sums), rtol=1e-4, atol=1e-5)
     if with_gradient:
