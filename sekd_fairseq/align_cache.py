@@ -10,7 +10,6 @@ as those too long for a teacher do; how many, and how tokens were matched, is pr
 
 import argparse
 import math
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from fairseq.data import data_utils
 from numpy.typing import NDArray
 
-import sekd_fairseq
 from analysis.terminal import progress
 from sekd_fairseq.datasets import target_hashes
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
@@ -31,13 +28,13 @@ from sekd_fairseq.llm.vocabulary import FILE, NEW_ROW, TOKENIZER, Vocabulary
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import dictionary_of
 from sekd_fairseq.teacher_cache.description import describe
-from sekd_fairseq.teacher_cache.finish import finish_cache, shard_range
-from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
+from sekd_fairseq.teacher_cache.finish import missing_shards
+from sekd_fairseq.teacher_cache.format import hash_symbols, payload_dtypes
 from sekd_fairseq.teacher_cache.reader import CachedSentence, TeacherCache
 from sekd_fairseq.teacher_cache.storage import split_directories
 from sekd_fairseq.teacher_cache.writer import SentenceColumns, write_shard
 from sekd_fairseq.teachers.alignment import END, Known, Pieces, Reader, carry_over, spans
-from sekd_fairseq.teachers.caching import hash_of
+from sekd_fairseq.teachers.caching import begin, finish, finished, hash_of
 from sekd_fairseq.teachers.truncation import Truncation, best_columns, reference_alone
 
 #: The least log-probability that is no zero as a product of parts.
@@ -186,7 +183,7 @@ def align(
     ------
     CacheError
         The cache is not of these data, or sampled, or at another temperature than 1; or too few tokens
-        carry a teacher.
+        carry a teacher; or ``directory`` holds what was aligned from another cache.
     """
     manifest = cache.manifest
     cache.check_dictionary(teacher.symbols)
@@ -228,19 +225,13 @@ def align(
             "share": round(share, 6),
         },
     }
-    if (directory / MANIFEST).exists():
-        done = TeacherCache.open(directory)
-        if any(getattr(done.manifest, key) != value for key, value in settings.items()):
-            raise CacheError(
-                f"{directory}: holds another cache; give another --output or delete it"
-            )
+    if done := finished(directory, settings, dtypes):
         return done
-    directory.mkdir(parents=True, exist_ok=True)
+    begin(directory, settings, dtypes)
     truncation = Truncation(**manifest.truncation)
     reader = Reader(teacher.pieces, student.pieces)
-    for index in progress(shard_range(settings), desc=f"align {manifest.split}", unit="shard"):
-        if (directory / shard_name(index)).exists():
-            continue
+    missing = missing_shards(directory, settings)
+    for index in progress(missing, desc=f"align {manifest.split}", unit="shard"):
         sentences = range(len(cache))[index * manifest.shard_sentences :][
             : manifest.shard_sentences
         ]
@@ -249,12 +240,7 @@ def align(
             tokens = student.sentences[sentence].tolist()
             rows.append(aligned_row(cache[sentence], tokens, reader, truncation))
         write_shard(directory, index, rows, student.hashes[list(sentences)], dtypes)
-    versions = {
-        "sekd_fairseq": sekd_fairseq.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    return finish_cache(directory, settings, dtypes, versions)
+    return finish(directory, settings, dtypes)
 
 
 def aligned_row(

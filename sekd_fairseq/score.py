@@ -7,7 +7,6 @@ writes ``runs/NAME/tokens/<subset>/<updates>.parquet``, one row per reference to
 """
 
 import argparse
-import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
-import sekd_fairseq
 from analysis.runs.files import hash_file
 from analysis.runs.run_record import RunRecord, write_run
 from analysis.runs.token_records import write_records
@@ -36,6 +34,7 @@ from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import load_split, too_long, train_targets
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 from sekd_fairseq.teacher_cache.storage import split_folder
+from sekd_fairseq.versions import versions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -253,11 +252,7 @@ def run_record(config: Any, model: Any, scoring: Scoring, step: int, task: Any) 
             "fingerprint": hash_symbols(task.target_dictionary.symbols)[:16],
             **({"sentences": sentences or of_all} if of_all else {}),
         },
-        versions={
-            "sekd_fairseq": sekd_fairseq.__version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
+        versions=versions(),
     )
 
 

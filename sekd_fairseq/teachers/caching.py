@@ -2,17 +2,14 @@
 
 import hashlib
 import operator
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-import sekd_fairseq
 from analysis.runs.files import DamagedFile, atomic_write, read_json, sealed_json
 from analysis.terminal import progress
 from sekd_fairseq.datasets import target_hashes
@@ -29,6 +26,7 @@ from sekd_fairseq.teachers.truncation import (
     reference_alone,
     truncation_of,
 )
+from sekd_fairseq.versions import versions
 
 #: In the folder of an unfinished build: what it is of.
 SETTINGS = "build.json"
@@ -79,16 +77,12 @@ def build_split(engine: Engine, build: Build, split: str) -> TeacherCache | None
         "truncation": truncation.record(),
         "teacher": engine.identity,
     }
-    wanted = {**settings, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}
-    if (directory / MANIFEST).exists():
-        cache = TeacherCache.open(directory)
-        _check_same(directory, wanted, {key: getattr(cache.manifest, key) for key in wanted})
+    if cache := finished(directory, settings, dtypes):
         return cache
     split_to_cache = Sentences(
         dataset, hashes, too_long(dataset, engine.limits(), split, allow=build.skip_too_long)
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    settings["teacher"] = _begin(directory, wanted)["teacher"]
+    settings["teacher"] = begin(directory, settings, dtypes)["teacher"]
     measure_tail(engine, build, directory, split_to_cache, settings)
     shards = list(shard_range(settings)[build.shard_id :: build.num_shards])
     build_shards(engine, build, directory, shards, split_to_cache, dtypes)
@@ -99,14 +93,7 @@ def build_split(engine: Engine, build: Build, split: str) -> TeacherCache | None
             f"parts are still missing ({len(missing)})"
         )
         return None
-    versions = {
-        "sekd_fairseq": sekd_fairseq.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    cache = finish_cache(directory, settings, dtypes, versions, build.allow_implausible)
-    (directory / SETTINGS).unlink(missing_ok=True)
-    return cache
+    return finish(directory, settings, dtypes, build.allow_implausible)
 
 
 @dataclass(frozen=True)
@@ -177,17 +164,58 @@ def hash_of(hashes: NDArray[np.uint64]) -> str:
     return hashlib.sha256(hashes.tobytes()).hexdigest()
 
 
-def _begin(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def finished(
+    directory: Path, settings: dict[str, Any], dtypes: dict[str, np.dtype[Any]]
+) -> TeacherCache | None:
+    """The cache in ``directory``, or None where it is not complete; ``CacheError`` where it is of other
+    settings."""
+    if not (directory / MANIFEST).exists():
+        return None
+    cache = TeacherCache.open(directory)
+    wanted = record_of(settings, dtypes)
+    check_same(directory, wanted, {key: getattr(cache.manifest, key) for key in wanted})
+    return cache
+
+
+def begin(
+    directory: Path, settings: dict[str, Any], dtypes: dict[str, np.dtype[Any]]
+) -> dict[str, Any]:
     """Record what is being built, so that another build cannot go on in the same directory; returns
-    the record, which an earlier run may have made."""
+    the record, which an earlier run may have made.
+
+    Raises
+    ------
+    CacheError
+        A build of other settings was begun here.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    wanted = record_of(settings, dtypes)
     path = directory / SETTINGS
     if path.exists():
         found = read_settings(directory)
-        _check_same(directory, settings, found)
+        check_same(directory, wanted, found)
         return found
     with atomic_write(path) as stream:
-        stream.write(sealed_json(settings))
-    return settings
+        stream.write(sealed_json(wanted))
+    return wanted
+
+
+def finish(
+    directory: Path,
+    settings: dict[str, Any],
+    dtypes: dict[str, np.dtype[Any]],
+    allow_implausible: bool = False,
+) -> TeacherCache:
+    """Close the cache whose shards are all there (:func:`finish_cache`), and forget the record of its
+    build."""
+    cache = finish_cache(directory, settings, dtypes, versions(), allow_implausible)
+    (directory / SETTINGS).unlink(missing_ok=True)
+    return cache
+
+
+def record_of(settings: dict[str, Any], dtypes: dict[str, np.dtype[Any]]) -> dict[str, Any]:
+    """What makes a build the one that it is, for JSON."""
+    return {**settings, "dtypes": {name: str(dtype) for name, dtype in dtypes.items()}}
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -205,7 +233,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_same(directory: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+def check_same(directory: Path, wanted: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse to go on with what was built otherwise; ``CacheError`` names the first difference."""
     for key, value in wanted.items():
         same = same_teacher if key == "teacher" else operator.eq
         if not same(value, found.get(key)):

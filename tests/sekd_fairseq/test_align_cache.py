@@ -5,9 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 
-from sekd_fairseq.align_cache import aligned_row
-from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq import align_cache
+from sekd_fairseq.align_cache import Side, aligned_row
+from sekd_fairseq.errors import CacheError
+from sekd_fairseq.teacher_cache import (
+    SentenceColumns,
+    TeacherCache,
+    hash_symbols,
+    hash_targets,
+    write_shard,
+)
+from sekd_fairseq.teacher_cache.finish import finish_cache
+from sekd_fairseq.teacher_cache.format import payload_dtypes
 from sekd_fairseq.teacher_cache.reader import CachedSentence
 from sekd_fairseq.teacher_cache.storage import publish
 from sekd_fairseq.teachers.alignment import END, Pieces, Reader
@@ -139,6 +150,75 @@ def test_a_student_trains_on_an_aligned_cache(
     assert whole == {
         path.name: path.read_bytes() for path in (tmp_path / "aligned" / "train").iterdir()
     }
+
+
+def side(symbols: str, sentence: list[int]) -> Side:
+    """Four times one sentence, in pieces of a letter."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", *symbols]
+    sentences = [torch.tensor(sentence)] * 4
+    hashes = hash_targets(torch.cat(sentences).numpy(), [len(sentence)] * 4)
+    pieces = Pieces([None, None, END, None, *map(str.encode, symbols)])
+    return Side(symbols, names, pieces, sentences, hashes)
+
+
+def cache_of(folder: Path, teacher: str, p_gold: float, own: Side) -> TeacherCache:
+    """What a teacher that is always as sure makes of ``own``, in two shards."""
+    folder.mkdir(parents=True)
+    dtypes = payload_dtypes(len(own.symbols))
+    tokens = own.sentences[0].tolist()
+    columns = {
+        "support_size": np.full(len(tokens), 2),
+        "gold_logprob": np.full(len(tokens), np.log(p_gold)),
+        "outside_mass": np.full(len(tokens), 0.01),
+        "entropy": np.ones(len(tokens)),
+        "token_id": np.array([id_ for token in tokens for id_ in (token, 6)]),
+        "logprob": np.log([p_gold, 0.99 - p_gold] * len(tokens)),
+    }
+    for shard in range(2):
+        hashes = own.hashes[2 * shard :][:2]
+        write_shard(folder, shard, [SentenceColumns(columns)] * 2, hashes, dtypes)
+    settings = {
+        "split": "train",
+        "vocab_size": len(own.symbols),
+        "dictionary_hash": hash_symbols(own.symbols),
+        "dataset_hash": "d",
+        "sentences": 4,
+        "shard_sentences": 2,
+        "temperature": 1.0,
+        "truncation": {"rule": "top_k", "k": 2},
+        "teacher": {"files": [teacher], "arch": "t", "sha256": [teacher]},
+    }
+    return finish_cache(folder, settings, dtypes, {}, allow_implausible=True)
+
+
+def test_killed_it_does_not_go_on_with_another_teachers_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = side("abc", [4, 5, 2]), side("bac", [5, 4, 2])
+    first, second = (
+        cache_of(tmp_path / name, name, p_gold, theirs)
+        for name, p_gold in (("first", 0.9), ("second", 0.5))
+    )
+    output = tmp_path / "aligned"
+
+    def killed(folder: Path, index: int, *rest: object) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        write_shard(folder, index, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(align_cache, "write_shard", killed)
+        align_cache.align(first, theirs, ours, output, 0.5)
+    with pytest.raises(CacheError, match="holds a cache with another teacher"):
+        align_cache.align(second, theirs, ours, output, 0.5)
+    aligned = align_cache.align(first, theirs, ours, output, 0.5)
+    for row in aligned:
+        np.testing.assert_allclose(np.exp(row.gold_logprob), [0.9, 0.9, 0.9], rtol=1e-6)
+    assert {path.name for path in output.iterdir()} == {
+        "manifest.json", "shard-00000.arrow", "shard-00001.arrow",
+    }  # fmt: skip
+    with pytest.raises(CacheError, match="holds a cache with another teacher"):
+        align_cache.align(second, theirs, ours, output, 0.5)
 
 
 def test_what_does_not_belong_together_is_refused(
