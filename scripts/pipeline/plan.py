@@ -171,9 +171,20 @@ class Plan:
         self._check_methods()
         self._check_teacher()
 
+        self._check_corpus()
     def _check_methods(self) -> None:
         """Refuse methods for which the teacher would have to read the students' data."""
         if not self.teacher_prompts:
+    def _check_corpus(self) -> None:
+        """Refuse one pair of files for several directions."""
+        corpus, directions = self.config["corpus"], self.config["directions"]
+        if corpus.get("src") and not corpus.get("train") and len(directions) > 1:
+            raise UserError(
+                "corpus: {src, tgt}: expected one direction, whose source language is that of src, found "
+                f"{', '.join(directions)}; expected corpus: {{train, valid, test}}, prefixes of files that "
+                "end in their languages"
+            )
+
             return
         for method, own in self.methods.items():
             if own["criterion"] in DISTILLING and self.distilled(method):

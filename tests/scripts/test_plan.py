@@ -30,6 +30,18 @@ def test_a_wrong_configuration_is_a_users_error() -> None:
             of("demo.yaml", **own)
 
 
+def test_files_of_two_languages_are_of_one_direction() -> None:
+    """Of en-de and de-en one would read its languages the wrong way round."""
+    corpus = {"src": "a.en", "tgt": "a.de"}
+    both = ["en-de", "de-en"]
+    with pytest.raises(UserError, match=r"corpus: .*expected one direction.* found en-de, de-en"):
+        of("demo.yaml", directions=both, corpus=corpus)
+    assert of("demo.yaml", corpus=corpus).corpus_inputs(job()) == ["a.en", "a.de"]
+    prefixes = {"train": "a", "valid": "b", "test": "c"}
+    plan = of("demo.yaml", directions=both, corpus=prefixes)
+    assert plan.corpus_inputs(SimpleNamespace(direction="de-en"))[:2] == ["a.de", "a.en"]
+
+
 def job(**wildcards: Any) -> Any:
     return SimpleNamespace(direction="en-de", **wildcards)
 
