@@ -151,6 +151,7 @@ class Plan:
         # The same runs can be judged on two splits, one after the other.
         split = "" if self.subset == "test" else f"-{self.subset}"
         self.report = f"{self.runs}/report{split}"
+        self.seeds = [int(seed) for seed in config["seeds"]]
         #: null takes a method out
         self.methods = {name: given for name, given in config["methods"].items() if given}
         #: Data of language models, with the prompt as source side.
@@ -226,7 +227,7 @@ class Plan:
     @cached_property
     def run_folders(self) -> list[str]:
         """Every run that is translated and scored; the teacher is one of the main study."""
-        names = [f"{method}.{seed}" for method in self.methods for seed in self.config["seeds"]]
+        names = [f"{method}.{seed}" for method in self.methods for seed in self.seeds]
         if self.runs == self.main_runs:
             names.append("teacher")
         return [f"{self.runs}/{d}/{name}" for d in self.config["directions"] for name in names]
@@ -240,7 +241,7 @@ class Plan:
             Job(direction, method, seed)
             for direction in directions
             for method in self.methods
-            for seed in self.config["seeds"]
+            for seed in self.seeds
         ]
         return [
             f"{self.report}/report.md",
@@ -281,7 +282,7 @@ class Plan:
     def commands(self) -> dict[str, list[str]]:
         """Module and arguments of each command that is given options of the configuration, of the first
         direction and seed, by the part that they are in."""
-        direction, seed = self.config["directions"][0], self.config["seeds"][0]
+        direction, seed = self.config["directions"][0], self.seeds[0]
         data, made = f"{self.data}/{direction}/bin", self.data
         any_student = Job(direction, "", seed)
         model, run, text = ["--path", "model.pt"], ["--run", made], ["--generated", "text"]
@@ -452,7 +453,9 @@ class Plan:
         if start is None:
             return None
         name, _, seed = start.rpartition(".")
-        own = start if name and seed.isdecimal() else f"{start}.{wildcards.seed}"
+        # A method's name may end as METHOD.SEED does, and may be one that is taken out here.
+        one_for_all = start not in self.config["methods"] and name and seed.isdecimal()
+        own = start if one_for_all else f"{start}.{wildcards.seed}"
         return f"{self.starts}/{wildcards.direction}/{own}"
 
     @cached_property

@@ -268,6 +268,16 @@ def test_a_configuration_takes_out_an_option_of_another(tmp_path: Path) -> None:
     assert "--clip-norm" not in out and "--share-all-embeddings" not in out
 
 
+def test_methods_whose_names_differ_by_a_dot(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    methods = {name: {"criterion": name} for name in ("kd_0", "kd_0.5", "kdx0")}
+    own.write_text(yaml.safe_dump({"methods": methods}))
+    out = plan("demo.yaml", tmp_path, options=(own, "-c1", "-p"))
+    for name in methods:
+        (line,) = [line for line in out.splitlines() if f"/{name}.1/checkpoints --log" in line]
+        assert f"--criterion {name} " in line and " --seed 1 " in line
+
+
 def test_the_smoke_run_is_the_demo_made_small(tmp_path: Path) -> None:
     out = plan("demo.yaml", tmp_path, options=(SMOKE, "-c2", "-p"))
     assert jobs_of(out)["total"] == "21" and "--limit 3000" in out and "--vocab-size 1000" in out

@@ -25,6 +25,7 @@ def test_a_wrong_configuration_is_a_users_error() -> None:
     for own, told in (
         ({"methdos": {}}, r"configuration, at \$: .*'methdos' was unexpected"),
         ({"student": {"max_update": 5}}, r"at \$\.student: 'max_update' does not match"),
+        ({"seeds": [1.5]}, r"at \$\.seeds\[0\]: 1\.5 is not of type"),
     ):
         with pytest.raises(UserError, match=told):
             of("demo.yaml", **own)
@@ -40,6 +41,21 @@ def test_files_of_two_languages_are_of_one_direction() -> None:
     prefixes = {"train": "a", "valid": "b", "test": "c"}
     plan = of("demo.yaml", directions=both, corpus=prefixes)
     assert plan.corpus_inputs(SimpleNamespace(direction="de-en"))[:2] == ["a.de", "a.en"]
+
+
+def test_a_methods_name_may_end_as_a_seed_does() -> None:
+    given = {"criterion": "cross_entropy"}
+    methods: dict[str, Any] = {
+        "kd_0.5": given,
+        "kd_0": {**given, "warm-start": "kd_0.5"},
+        "own": {**given, "warm-start": "kd_0.2"},
+    }
+    plan = of("demo.yaml", methods=methods)
+    assert plan.warm_start(job(method="kd_0", seed=3)) == "runs/demo/en-de/kd_0.5.3"
+    assert plan.warm_start(job(method="own", seed=3)) == "runs/demo/en-de/kd_0.2"  # seed 2 of kd_0
+    methods["kd_0.5"] = None  # taken out here, of the study that is started from
+    plan = of("demo.yaml", methods=methods)
+    assert plan.warm_start(job(method="kd_0", seed=3)) == "runs/demo/en-de/kd_0.5.3"
 
 
 def job(**wildcards: Any) -> Any:
