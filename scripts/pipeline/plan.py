@@ -156,9 +156,11 @@ class Plan:
         self.methods = {name: given for name, given in config["methods"].items() if given}
         #: Data of language models, with the prompt as source side.
         self.language_model = bool(config["data"].get("tokenizer"))
-        # On a cluster the machine that plans the jobs often has no GPU and the others have: gpu: true.
+        #: Told to every command that runs a model. No part of its arguments below: where a study is made is no
+        #: reason to make it again. On a cluster the machine that plans the jobs often has no GPU and the
+        #: others have: gpu: true.
         self.cpu = [] if config.get("gpu", gpu) else ["--cpu"]
-        self.task = ["--user-dir", plugin, "--task", "self_evolution_kd", *self.cpu]
+        self.task = ["--user-dir", plugin, "--task", "self_evolution_kd"]
         # Taken out of another configuration (null), these two have the pipeline's own value again.
         self.generation = {
             key: value
@@ -169,13 +171,10 @@ class Plan:
         self.length_penalties: list[float] | None = self.generation.pop(TUNED, None)
         #: The study whose teacher this one has, with other pieces; or None.
         self.teacher_of: str | None = config["teacher"].get("of")
+        self._check_corpus()
         self._check_methods()
         self._check_teacher()
 
-        self._check_corpus()
-    def _check_methods(self) -> None:
-        """Refuse methods for which the teacher would have to read the students' data."""
-        if not self.teacher_prompts:
     def _check_corpus(self) -> None:
         """Refuse one pair of files for several directions."""
         corpus, directions = self.config["corpus"], self.config["directions"]
@@ -186,6 +185,9 @@ class Plan:
                 "end in their languages"
             )
 
+    def _check_methods(self) -> None:
+        """Refuse methods for which the teacher would have to read the students' data."""
+        if not self.teacher_prompts:
             return
         for method, own in self.methods.items():
             if own["criterion"] in DISTILLING and self.distilled(method):
@@ -286,14 +288,21 @@ class Plan:
         data, made = f"{self.data}/{direction}/bin", self.data
         any_student = Job(direction, "", seed)
         model, run, text = ["--path", "model.pt"], ["--run", made], ["--generated", "text"]
-        build = [*model, "--output", made, "--subset", "train", *self.cpu]
+        build = [*model, "--output", made, "--subset", "train"]
         distill = ["--output", made, *self.distill_arguments(any_student)]
         found = {
-            "cache": ["sekd_fairseq.build_cache", data, *build, *options(self.config["cache"])],
+            "cache": [
+                "sekd_fairseq.build_cache",
+                data,
+                *self.cpu,
+                *build,
+                *options(self.config["cache"]),
+            ],
             "distill": ["sekd_fairseq.distilled_data", data, *text, *distill],
             "generation": [
                 "fairseq_cli.generate",
                 data,
+                *self.cpu,
                 *model,
                 *self.generate_arguments(self.subset),
             ],
@@ -304,13 +313,20 @@ class Plan:
             found["align"] = ["sekd_fairseq.align_cache", made, *sides, *align]
         elif "import" not in self.config["teacher"]:
             words = self.train_arguments(any_student, "teacher")
-            found["teacher"] = ["fairseq_cli.train", data, *words, *TEACHING]
+            found["teacher"] = ["fairseq_cli.train", data, *self.cpu, *words, *TEACHING]
         for method in self.methods:
             student = Job(direction, method, seed)
             if method in self.in_rounds:
-                words = ["sekd_fairseq.rounds", data, *run, *self.rounds_arguments(student)]
+                words = [
+                    "sekd_fairseq.rounds",
+                    data,
+                    *self.cpu,
+                    *run,
+                    *self.rounds_arguments(student),
+                ]
             else:
-                words = ["fairseq_cli.train", data, *self.train_arguments(student, "student")]
+                arguments = self.train_arguments(student, "student")
+                words = ["fairseq_cli.train", data, *self.cpu, *arguments]
             found[f"methods: {method}"] = words
         return found
 
@@ -471,7 +487,7 @@ class Plan:
         arguments = ["--student", student, "--seed", str(wildcards.seed)]
         arguments += ["--teacher", f"{folder}/teacher/checkpoints/checkpoint_best.pt"]
         arguments += ["--teacher-cache", str(self.student_cache(wildcards))]
-        arguments += [*options(own["rounds"]), *self.cpu, "--", *TRAINING]
+        arguments += [*options(own["rounds"]), "--", *TRAINING]
         return arguments + options(
             self.training_options(wildcards, "student") | {"max-update": None}
         )
@@ -545,7 +561,7 @@ class Plan:
         Earlier checkpoints are scored where all are kept, and not the latest ones alone, to resume from.
         """
         if wildcards.run == "teacher":
-            return ["--method", "teacher", *self.cpu]
+            return ["--method", "teacher"]
         method = wildcards.run.rsplit(".", 1)[0]
         own = self.methods.get(method, {})
         latest = (self.config["student"] | own).get("keep-interval-updates")
@@ -559,4 +575,4 @@ class Plan:
                 "self_evolution_kd": f"se_kd_{own.get('integration', 'target')}_seq",
             }
             arguments += ["--method", ids.get(own["criterion"], "seq_kd")]
-        return [*arguments, *self.cpu]
+        return arguments

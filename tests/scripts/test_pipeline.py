@@ -345,7 +345,9 @@ def test_a_failed_step_is_asked_for_again(tmp_path: Path) -> None:
         path.with_name("aside").rename(path)
 
 
-def test_copied_runs_are_taken_for_done_after_touch(tmp_path: Path) -> None:
+def test_copied_runs_are_taken_for_done_after_touch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``cp -r`` gives files the times of the copy: everything would be made again."""
     made = outputs(plan("demo.yaml", tmp_path), tmp_path)
     for order, path in enumerate(sorted(made, key=rank)):
@@ -358,6 +360,10 @@ def test_copied_runs_are_taken_for_done_after_touch(tmp_path: Path) -> None:
     command("snakemake", *words, "--touch", "--no-hooks", cwd=tmp_path)
     jobs = jobs_of(plan("demo.yaml", tmp_path))
     assert jobs["report"] == "1" and jobs["total"] == "2"  # and the rule of all
+    # Looked at where there is a GPU, from another environment.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "executable", "/elsewhere/python")
+    assert jobs_of(plan("demo.yaml", tmp_path)) == jobs
 
 
 def test_jobs_side_by_side_have_a_gpu_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

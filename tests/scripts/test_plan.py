@@ -91,7 +91,7 @@ def test_a_student_is_made_from_what_its_method_needs() -> None:
     assert plan.method_inputs(stored)[1:] == [
         "data/demo/en-de/cache.done", "runs/second/en-de/finetune.2/difficulty.parquet",
     ]  # fmt: skip
-    assert plan.score_arguments(job(run="seq_kd.2"))[-3:] == ["--method", "seq_kd", "--cpu"]
+    assert plan.score_arguments(job(run="seq_kd.2"))[-2:] == ["--method", "seq_kd"]
     # A study beside the main one has no teacher of its own.
     assert not any(run.endswith("teacher") for run in plan.run_folders)
     assert "runs/demo/en-de/teacher/train.done" in plan.everything
@@ -110,7 +110,7 @@ def test_the_teachers_translations_have_a_cache_of_their_own() -> None:
     ]  # fmt: skip
     # It is compared with the teacher on the references, as every run.
     assert plan.score_arguments(job(run="both.1")) == [
-        "--earlier", "--teacher-cache", "data/demo/en-de/cache", "--method", "seq_word_kd", "--cpu",
+        "--earlier", "--teacher-cache", "data/demo/en-de/cache", "--method", "seq_word_kd",
     ]  # fmt: skip
     new["both"]["keep-interval-updates"] = 1
     assert "--earlier" not in of("demo.yaml", methods=new).score_arguments(job(run="both.1"))
@@ -191,22 +191,18 @@ def test_a_method_in_rounds_starts_from_one_student_of_the_main_study() -> None:
     assert given == [
         "--student", "runs/demo/en-de/finetune.1/checkpoints/checkpoint_best.pt", "--seed", "3",
         "--teacher", "runs/demo/en-de/teacher/checkpoints/checkpoint_best.pt",
-        "--teacher-cache", "data/demo/en-de/cache", "--by", "teacher", "--share", "0.5", "--cpu",
+        "--teacher-cache", "data/demo/en-de/cache", "--by", "teacher", "--share", "0.5",
     ]  # fmt: skip
     # What the command gives to fairseq-train itself is not given twice.
     assert trained[-2:] == ["--criterion", "cached_kd"]
     assert not {"--max-update", "--user-dir", "--teacher-cache"} & set(trained)
-    assert plan.score_arguments(job(run="by_teacher.3"))[-3:] == [
-        "--method",
-        "rounds_teacher",
-        "--cpu",
-    ]
+    assert plan.score_arguments(job(run="by_teacher.3"))[-2:] == ["--method", "rounds_teacher"]
     # Beside the teacher's translations instead of the references: their data and their cache.
     new["by_teacher"]["targets"] = "distilled"
     plan = of("demo.yaml", methods=new)
     assert plan.student_data(student) == "data/demo/en-de/distilled"
     assert "data/demo/en-de/distilled-cache" in plan.rounds_arguments(student)
-    assert plan.score_arguments(job(run="by_teacher.3"))[-2] == "rounds_teacher"
+    assert plan.score_arguments(job(run="by_teacher.3"))[-1] == "rounds_teacher"
 
 
 def test_a_teacher_with_other_pieces_is_another_studys(
