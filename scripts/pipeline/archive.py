@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +235,16 @@ def restore(configs: Sequence[Path], plan: Plan, output: Path) -> None:
     kept = sorted((output / "runs").glob("*.json"))
     if not kept:
         raise UserError(f"{output}: expected runs, found none; it was kept without --records")
-    directions = []
+    directions: list[str] = []
+    restored: set[Path] = set()
     for path in kept:
         direction = path.stem
+        teacher = Path(plan.main_runs, direction, "teacher")
+        if (teacher / "checkpoints").exists() and not (teacher / "train.done").exists():
+            raise UserError(
+                f"{teacher}: expected a teacher that is trained, or none, found one under way, which would "
+                "be marked as done; let it end, or move it away"
+            )
         text = Path(plan.data, direction, plan.subset)
         prepared = text.with_name("data.json").exists()
         runs = restore_direction(
@@ -251,16 +258,22 @@ def restore(configs: Sequence[Path], plan: Plan, output: Path) -> None:
         )
         if prepared:
             directions.append(direction)
+            restored.update(runs)
     if directions:
-        mark_done(configs, plan, directions)
+        mark_done(configs, plan, directions, restored)
 
 
-def mark_done(configs: Sequence[Path], plan: Plan, directions: Sequence[str]) -> None:
+def mark_done(
+    configs: Sequence[Path], plan: Plan, directions: Sequence[str], restored: Set[Path]
+) -> None:
     """Make the marks of restored runs and of what they were made from, and let snakemake date them."""
     here = Plan(plan.config | {"directions": list(directions)}, plugin="", gpu=False)
+    students = {Path(run) for run in here.run_folders if not run.endswith("/teacher")}
+    to_train = students - restored
     for path in here.everything:
         mark = Path(path)
-        if mark.suffix in (".done", ".out", ".parquet") and not mark.exists():
+        made = mark.suffix in (".done", ".out", ".parquet") and to_train.isdisjoint(mark.parents)
+        if made and not mark.exists():
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
     snakemake = [

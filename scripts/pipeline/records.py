@@ -37,6 +37,8 @@ SHARED = (
 #: Units of numbers that only means are taken of; the others fall into LEVELS intervals to each doubling.
 STEPS = {"q_entropy": 1 / 8, "q_max": 1 / 16, "p_of_q_top1": 1 / 16}
 LEVELS = 2
+#: In the folder of a run that was put back: it is what another such may be written over.
+RESTORED = "restored"
 #: Codes of no number, and of a student's choice that is the teacher's.
 ZERO = -(2**15)
 AS_TEACHER = -1
@@ -102,8 +104,21 @@ def alike(table: pa.Table) -> NDArray[Any]:
 
 def restore_direction(place: Path, subset: str, runs: Path, text: Path | None) -> list[Path]:
     """Write the run directories that :func:`keep_direction` kept below ``runs``; with the translations
-    where ``text``, the prefix of their source and reference files, is given."""
+    where ``text``, the prefix of their source and reference files, is given.
+
+    Raises
+    ------
+    UserError
+        A run of this name was made here; nothing of this direction has been written.
+    """
     kept = json.loads(place.with_name(f"{place.name}.json").read_text(encoding="utf-8"))["runs"]
+    for run in (runs / name for name in kept):
+        if was_made_here(run):
+            raise UserError(
+                f"{run}: expected no run, or a restored one, found one that was made here, whose records "
+                "are not rounded; move it away, or restore with another name (runs: NAME in a "
+                "configuration that is given last)"
+            )
     table = pq.read_table(place.with_name(f"{place.name}.translations.parquet"))
     translations = table["translation"].to_pylist()
     path = place.with_name(f"{place.name}.parquet")
@@ -114,6 +129,7 @@ def restore_direction(place: Path, subset: str, runs: Path, text: Path | None) -
     for number, (name, contents) in enumerate(kept.items()):
         folder = runs / name
         (folder / "hyps").mkdir(parents=True, exist_ok=True)
+        (folder / RESTORED).touch()
         for part in ("run", "scores"):
             contents[part].pop("checksum", None)  # another is written
             if "format_version" in contents[part]:
@@ -133,6 +149,12 @@ def restore_direction(place: Path, subset: str, runs: Path, text: Path | None) -
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(sealed_parquet(records, compression="zstd"))
     return [runs / name for name in kept]
+
+
+def was_made_here(run: Path) -> bool:
+    """Whether a run's folder holds what was trained or measured here, and not restored alone."""
+    measured = (run / "run.json").exists() and not (run / RESTORED).exists()
+    return measured or (run / "checkpoints").exists()
 
 
 def whole(table: pa.Table, prefix: str, noise: np.random.Generator) -> pa.Table:

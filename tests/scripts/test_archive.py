@@ -90,6 +90,28 @@ def test_saved_and_restored_the_report_is_the_same(study: Path) -> None:
     assert jobs["report"] == "1" and made.isdisjoint(jobs), plan
 
 
+def test_what_was_made_here_is_neither_overwritten_nor_taken_for_done(study: Path) -> None:
+    runs = sorted(Path("runs/tiny/en-de").iterdir())
+    (runs[0] / "score.test.done").unlink()  # not finished, and so not kept
+    keep("save", "--records")
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match=f"error: {runs[1]}: .* found one that was made here"):
+        keep("restore")
+    assert before == {path: path.read_bytes() for path in before}
+    shutil.rmtree("runs")
+    keep("restore")
+    keep("restore")  # again
+    assert not any((runs[0] / mark).exists() for mark in MARKS)
+    assert all((runs[1] / mark).exists() for mark in MARKS)
+    (runs[2] / "checkpoints").mkdir()  # and trained on
+    with pytest.raises(SystemExit, match=f"error: {runs[2]}: .* found one that was made here"):
+        keep("restore")
+    shutil.rmtree("runs")
+    Path("runs/tiny/en-de/teacher/checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"teacher: .* found one under way"):
+        keep("restore")
+
+
 def test_without_data_all_but_the_translations_is_judged(study: Path) -> None:
     before = claims()
     keep("save", "--records")
