@@ -564,7 +564,8 @@ class Plan:
             return ["--method", "teacher"]
         method = wildcards.run.rsplit(".", 1)[0]
         own = self.methods.get(method, {})
-        latest = (self.config["student"] | own).get("keep-interval-updates")
+        given = self.config["training"] | self.config["student"] | own
+        latest = given.get("keep-interval-updates")
         arguments = [] if latest else ["--earlier"]
         arguments += ["--teacher-cache", f"{self.data}/{wildcards.direction}/cache"]
         if own.get("rounds"):

@@ -149,9 +149,10 @@ def test_plan_of_a_study_with_other_pieces(tmp_path: Path) -> None:
     for path in (runs / "teacher/train.done", data / "cache.done", data / "sentencepiece.model"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    out = plan("multi30k.yaml", tmp_path, options=own)
+    out = plan("multi30k.yaml", tmp_path, options=(*own, "--default-resources", "gpu=1"))
     jobs = jobs_of(out)
     assert jobs["prepare"] == jobs["cache"] == jobs["distill"] == jobs["teacher"] == "1"
+    assert out.count("gpu=0") == 2  # the copy of a teacher, and the aligned cache
     assert jobs["student"] == "9" and jobs["length_penalty"] == jobs["score"] == "10"
     assert "build_cache" not in out and "--top-k" not in out and "--vocab-size 2000" in out
     assert (

@@ -114,6 +114,8 @@ def test_the_teachers_translations_have_a_cache_of_their_own() -> None:
     ]  # fmt: skip
     new["both"]["keep-interval-updates"] = 1
     assert "--earlier" not in of("demo.yaml", methods=new).score_arguments(job(run="both.1"))
+    latest = of("demo.yaml", training={"keep-interval-updates": 1})
+    assert "--earlier" not in latest.score_arguments(job(run="se_kd.1"))
     assert plan.distill_arguments(both) == [
         "--gold-share", "0.5", "--nbest", "4", "--sources", "data/demo/en-de/bin",
     ]  # fmt: skip
