@@ -23,6 +23,9 @@ from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
 
 #: Sentences hashed at a time when a dataset is checked.
 HASH_CHUNK = 8192
+#: The least mass that probabilities near 1 are said to lack of it: half the distance of float32 numbers
+#: there. By rounding it is 0 at tokens that a teacher is sure of, where KL(q || p) would be infinite.
+LEAST_REST = 2.0**-24
 
 
 def target_hashes(targets: FairseqDataset, pad: int) -> NDArray[np.uint64]:
@@ -196,7 +199,9 @@ class TeacherDataset(StableOrderDataset):
     - ``size`` (LongTensor, ``(N,)``): how many slots are used
     - ``log_p`` (HalfTensor, ``(N, K)``): teacher's log-probabilities as stored
     - ``gold_log_p``, ``outside_mass`` (DoubleTensor, ``(N,)``): double, because fairseq casts
-      every float32 tensor of a batch to half under ``--fp16``
+      every float32 tensor of a batch to half under ``--fp16``; the mass is at least
+      :data:`LEAST_REST` where it is what the known tokens lack of 1 (``Manifest.outside_is_rest``)
+      and not all tokens are known
 
     - ``temperature`` (float): the softmax temperature that they are at
 
@@ -299,6 +304,10 @@ class TeacherDataset(StableOrderDataset):
         token_ids[slots] = np.concatenate([one.token_id for one in sentences])
         gold = np.concatenate([one.gold_logprob for one in sentences]).astype(np.float64)
         outside = np.concatenate([one.outside_mass for one in sentences]).astype(np.float64)
+        rests = [self.caches[part].manifest.outside_is_rest for part, _ in places]
+        rest = np.repeat(np.array(rests), mask.sum(dim=1).numpy())
+        partly_known = rest & (size < len(self.dataset.tgt_dict))
+        outside[partly_known] = outside[partly_known].clip(min=LEAST_REST)
         entry: dict[str, Any] = {
             "ids": torch.from_numpy(token_ids),
             "size": torch.from_numpy(size),

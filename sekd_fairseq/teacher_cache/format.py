@@ -194,6 +194,13 @@ class Manifest:
         return hash_content([shard.sha256 for shard in self.shards])[:16]
 
     @property
+    def outside_is_rest(self) -> bool:
+        """Whether ``outside_mass`` is what the known tokens lack of 1, of a teacher that told its best
+        tokens alone or of one that was aligned; else it is a sum over the tokens outside."""
+        arch = str(self.teacher.get("arch", ""))
+        return "aligned_from" in self.teacher or arch == "vllm" or arch.startswith("server, ")
+
+    @property
     def why_alone(self) -> str:
         """Why tokens have the reference alone, with probability 1."""
         if "aligned_from" in self.teacher:

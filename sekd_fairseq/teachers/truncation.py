@@ -255,19 +255,21 @@ def best_columns(
     """A sentence's columns from the log-probabilities that are known at each of its tokens, the
     reference's among them.
 
-    What is not known is outside, and one event in the entropy, which is so a lower bound.
+    What is not known, the rest, is what the known ones lack of 1, as far as float32 log-probabilities
+    tell: 0 at a sure token. It is outside, and one event in the entropy, which is so a lower bound.
     """
     columns: dict[str, list[Any]] = {}
     for log_p, gold in zip(known, target, strict=True):
         ids = keep_best(log_p, gold, truncation)
         logprob = np.array([log_p[i] for i in ids])
         every = np.array(list(log_p.values()))
+        dropped = sum(np.exp(value) for token, value in log_p.items() if token not in ids)
         rest = max(0.0, 1.0 - np.exp(every).sum())
         entropy = -(np.exp(every) * every).sum() - (rest * np.log(rest) if rest else 0.0)
         for name, value in (
             ("support_size", [len(ids)]),
             ("gold_logprob", logprob[:1]),
-            ("outside_mass", [max(0.0, 1.0 - np.exp(logprob).sum())]),
+            ("outside_mass", [rest + dropped]),
             ("entropy", [max(0.0, entropy)]),
             ("token_id", ids),
             ("logprob", logprob),

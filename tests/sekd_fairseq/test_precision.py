@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from sekd_fairseq.checkpoints import load_models
-from sekd_fairseq.datasets import TeacherDataset
+from sekd_fairseq.datasets import LEAST_REST, TeacherDataset, teacher_tokens
+from sekd_fairseq.losses import build_events, support_log_probs
+from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.patches import WEIGHT, apply_all, attend_without_plans
 from sekd_fairseq.splits import load_split
 from sekd_fairseq.teacher_cache import TeacherCache
@@ -214,6 +217,50 @@ def test_fairseq_rounds_nothing_of_the_teacher(
     cast = trainer._fp_convert_sample(sample)
     assert sample["teacher"].keys() == cast["teacher"].keys() and "difficulty" in cast["teacher"]
     torch.testing.assert_close(cast["teacher"], sample["teacher"], rtol=0, atol=0)  # and of type
+
+
+class Sure(TeacherCache):
+    """A cache whose teacher has given all of its mass, as far as float32 tells."""
+
+    def __getitem__(self, sentence: int) -> Any:
+        row = super().__getitem__(sentence)
+        return row._replace(outside_mass=np.zeros_like(row.outside_mass))
+
+
+@pytest.mark.parametrize("told", [{"arch": "vllm"}, {"arch": "transformer", "aligned_from": "x"}])
+def test_a_teacher_known_by_its_best_tokens_leaves_something(
+    told: dict[str, Any], data: Path, teacher: Path, cache: Path
+) -> None:
+    """What they lack of 1 is 0 at sure tokens, by rounding, where KL(q || p) was infinite and its
+    gradient NaN. A teacher whose mass outside is summed may well leave none."""
+    _, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
+    split = load_split(task, "valid", str(data))
+    found = []
+    for known in (told, {"arch": "transformer"}):
+        opened = Sure.open(cache / "valid")
+        opened.manifest = replace(opened.manifest, teacher=known)
+        dataset = TeacherDataset(split, [opened], "valid")
+        sample = dataset.collater([dataset[index] for index in range(3)])
+        found.append(teacher_tokens(sample["teacher"]))
+    rest, summed = found
+    assert (summed.log_outside == -torch.inf).all()
+    torch.testing.assert_close(rest.log_outside.exp(), torch.full([len(rest.ids)], LEAST_REST))
+    logits = torch.randn(len(rest.ids), len(task.target_dictionary)).requires_grad_()
+    student = support_log_probs(logits, torch.arange(len(rest.ids)), rest.ids, rest.valid)
+    events = build_events(rest, student, "bucket")
+    log_q = logits.detach().double().log_softmax(-1)
+    log_q = log_q.gather(1, rest.ids)
+    outside = 1 - log_q.exp().sum(dim=1)
+    p = torch.cat([rest.log_p.double().exp(), torch.full((len(log_q), 1), LEAST_REST)], dim=1)
+    log_p = (p / p.sum(dim=1, keepdim=True)).log()
+    expected = (log_q.exp() * (log_q - log_p[:, :-1])).sum(dim=1)
+    expected += outside * (outside.log() - log_p[:, -1])
+    for name in ("reverse_kl", "adaptive_kl"):
+        value = DIVERGENCES[name](events.log_p, events.log_q)
+        (gradient,) = torch.autograd.grad(value.sum(), logits, retain_graph=True)
+        assert value.isfinite().all() and gradient.isfinite().all()
+        if name == "reverse_kl":
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("asked", "kept"), [("0", False), ("1", True)])

@@ -1,5 +1,7 @@
 """Cutting distributions, against NumPy."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from sekd_fairseq.errors import UserError
 from sekd_fairseq.teacher_cache.format import decode_logprob, encode_logprob
 from sekd_fairseq.teachers.truncation import (
     Truncation,
+    best_columns,
     best_tokens,
     options_of,
     truncate,
@@ -143,6 +146,17 @@ def test_many_draws_need_no_more_memory_than_they_are() -> None:
     counts = columns["draws"].reshape(3000, 4)
     expected = [np.bincount(row, minlength=4) for row in (draws.numpy() * 4).astype(int)]
     assert (counts == np.stack(expected)).all()
+
+
+def test_what_is_known_but_not_kept_is_outside() -> None:
+    """Summed, where what the kept ones lack of 1 is a rounding error."""
+    log_p = {5: 0.0, 7: -25.0, 9: -30.0}  # of a teacher that is sure
+    (outside,) = best_columns([log_p], [5], Truncation(k=2)).columns["outside_mass"]
+    assert outside == pytest.approx(math.exp(-30), rel=1e-6)
+    (outside,) = best_columns([{5: math.log(0.5), 7: math.log(0.2)}], [5], Truncation(k=1)).columns[
+        "outside_mass"
+    ]
+    assert outside == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
