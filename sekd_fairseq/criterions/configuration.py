@@ -43,7 +43,7 @@ class DistillationConfig(FairseqDataclass):
         metadata={
             "help": "apply the output projection and the loss to so many tokens at a time, so that "
             "the logits of a whole batch are never held: a number, or 'auto' for as many as make "
-            "some hundred megabytes of logits; 0 is off"
+            "some hundred megabytes of logits, where that takes less memory; 0 is off"
         },
     )
     sentence_avg: bool = II("optimization.sentence_avg")

@@ -2,9 +2,9 @@
 
 The same options, losses and logs, but for rounding.  fairseq makes log-probabilities in single precision at
 every position, padding too: with them, their gradient and the copies on the way it holds six times the logits
-in bfloat16 (12 GiB of 4,096 positions and 262,144 symbols).  Here the logits are read in their own type, so
-that they and their gradient are all, and where it is less the output projection is applied to some tokens at a
-time, which takes 0.5 GiB and the gradient of its weight in single precision.
+in bfloat16 (12 GiB of 4,096 positions and 262,144 symbols).  Here the logits are read in their own type, and
+their gradient takes their place; where it is less, the output projection is applied to some tokens at a time
+(:func:`~sekd_fairseq.criterions.projection.saves_memory`).
 """
 
 from typing import Any
@@ -16,9 +16,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from torch import Tensor
 
 from sekd_fairseq.criterions.projection import batch_loss, outputs, target_positions
-from sekd_fairseq.logits import output_projection
 from sekd_fairseq.losses import support_log_probs
-from sekd_fairseq.losses.chunked import tokens_per_chunk
 from sekd_fairseq.losses.cross_entropy import cross_entropy_weights
 
 
@@ -47,11 +45,8 @@ class _LanguageModelCrossEntropy(FairseqCriterion):  # type: ignore[misc]
             loss = on_nll * nll + (on_sum * student.sum_log_q.sum() if self.eps > 0 else 0.0)
             return loss, {"nll_loss": nll.detach()} if self.logs_nll else {}
 
-        projection = output_projection(model)
-        if projection is not None and not saves_memory(projection, positions.numel()):
-            projection = None
         symbols = len(self.task.target_dictionary)
-        loss, sums = batch_loss(model, sample, positions, loss_of, projection, None, symbols)
+        loss, sums = batch_loss(model, sample, positions, loss_of, None, symbols)
         return outputs(sample, loss, sums, self.sentence_avg)
 
 
@@ -84,15 +79,3 @@ OF_LANGUAGE_MODELS = {
     CrossEntropyCriterion: LanguageModelCrossEntropy,
     LabelSmoothedCrossEntropyCriterion: LanguageModelLabelSmoothedCrossEntropy,
 }
-
-
-def saves_memory(projection: torch.nn.Linear, tokens: int) -> bool:
-    """Whether chunks take less memory than the logits of all tokens and their gradient, (N, V) each.
-
-    Chunks add up the gradient of the weight, (V, D), in single precision.
-    """
-    weight = projection.weight
-    size = weight.element_size()
-    several = tokens_per_chunk(tokens, len(weight), size) < tokens
-    added_up = 4 * weight.size(1) if weight.requires_grad and torch.is_grad_enabled() else 0
-    return several and 2 * tokens * size > added_up

@@ -113,7 +113,7 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         self.missing_mass = str(cfg.missing_mass)
         self.divergence = str(cfg.divergence)
         self.sentence_avg = cfg.sentence_avg
-        #: Tokens per chunk; None as memory allows, 0 for no chunks.
+        #: Tokens per chunk; None for chunks where they save memory, 0 for none.
         self.chunk_tokens = parse_chunk_tokens(cfg.sekd_chunk_tokens)
         #: False for a batch that fills up a process's share of an update and is not learnt from.
         self.counted = True
@@ -217,11 +217,9 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         ) -> tuple[Tensor, dict[str, Tensor]]:
             return self._loss(logits, rows, teacher[part], overwrite)
 
-        projection = self._chunked_projection(model)
+        self._tell(model)
         symbols = len(self.task.target_dictionary)
-        loss, sums = batch_loss(
-            model, sample, positions, loss_of, projection, self.chunk_tokens, symbols
-        )
+        loss, sums = batch_loss(model, sample, positions, loss_of, self.chunk_tokens, symbols)
         return outputs(sample, loss, sums, self.sentence_avg)
 
     def _loss(
@@ -323,18 +321,14 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             pairs += [(plain.sum_log_q, torch.full_like(plain.sum_log_q, on_sum))]
         return with_gradient(value, pairs), sums
 
-    def _chunked_projection(self, model: Any) -> torch.nn.Linear | None:
-        """The projection to apply in chunks, or None for the plain path."""
-        if self.chunk_tokens == 0:
-            return None
-        projection = output_projection(model)
-        if projection is None and not self._told:
+    def _tell(self, model: Any) -> None:
+        """Say once that chunks are asked for of a model that has none."""
+        if self.chunk_tokens != 0 and not self._told and output_projection(model) is None:
             self._told = True
             logger.warning(
                 "--sekd-chunk-tokens has no effect: this model has no plain output projection "
                 "that can be applied apart from it"
             )
-        return projection
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:

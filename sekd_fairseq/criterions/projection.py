@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.logits import capped, flat_logits, softcap
+from sekd_fairseq.logits import capped, flat_logits, output_projection, softcap
 from sekd_fairseq.losses import chunked_loss
+from sekd_fairseq.losses.chunked import is_trained, logits_dtype, tokens_per_chunk
 
 #: From logits, the rows of them that count, which of the batch's tokens these are, and whether the
 #: gradient may take the place of the logits in memory: their summed loss, 0-d, and sums to log.
@@ -56,12 +58,63 @@ def outputs(
     return loss, sample_size, dict(sorted((logged | sums).items()))
 
 
+def chunked_projection(model: Any, tokens: int, chunk_tokens: int | None) -> nn.Linear | None:
+    """The output projection where it is applied to some of ``tokens`` at a time, else None.
+
+    ``chunk_tokens`` is how many: 0 for no chunks, None for chunks where they save memory.
+
+    Raises
+    ------
+    UserError
+        A number of tokens, where torch cannot reduce the projection's gradient (:func:`is_unseen`).
+    """
+    projection = None if chunk_tokens == 0 else output_projection(model)
+    if projection is None:
+        return None
+    if chunk_tokens is None and not saves_memory(projection.weight, tokens):
+        return None
+    if not is_unseen(model, projection.weight):
+        return projection
+    if chunk_tokens is None:
+        return None
+    raise UserError(
+        f"--sekd-chunk-tokens {chunk_tokens}: expected no --find-unused-parameters beside it, which takes "
+        "an output projection that is applied in chunks for unused; leave one of them out, or tie the "
+        "projection to the embedding (--share-decoder-input-output-embed)"
+    )
+
+
+def saves_memory(weight: Tensor, tokens: int) -> bool:
+    """Whether a chunk's logits, and the sum of the gradient of the projection's weight, (V, D) in single
+    precision, take less memory than the logits of all tokens, (N, V); gradients take the place of logits.
+    """
+    size = logits_dtype(weight).itemsize
+    added_up = 4 * weight.size(1) if is_trained(weight) else 0
+    return tokens * size > tokens_per_chunk(tokens, weight) * size + added_up
+
+
+def is_unseen(model: nn.Module, weight: Tensor) -> bool:
+    """Whether torch's DDP takes a weight that is applied to the model's output for unused.
+
+    With ``find_unused_parameters`` it follows the output back to the weights; the gradient of another
+    one, which is there all the same, ends the training. A tied weight has made the features.
+    """
+    if not is_trained(weight):
+        return False
+    wrapper: Any = model
+    while wrapper is not None and not isinstance(wrapper, DistributedDataParallel):
+        wrapper = getattr(wrapper, "module", None)
+    if wrapper is None or not wrapper.find_unused_parameters:
+        return False
+    modules = [m for m in wrapper.modules() if any(p is weight for p in m.parameters(False))]
+    return len(modules) < 2
+
+
 def batch_loss(
     model: Any,
     sample: dict[str, Any],
     positions: Tensor,
     loss_of: LossOf,
-    projection: torch.nn.Linear | None,
     chunk_tokens: int | None,
     symbols: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -71,15 +124,18 @@ def batch_loss(
     ----------
     positions : (N,) int64
         The places of the tokens that count (:func:`target_positions`).
-    projection
-        What is applied to ``chunk_tokens`` at a time (None: as memory allows); None for all at once.
+    chunk_tokens
+        As of :func:`chunked_projection`.
     symbols
         Of the dictionary.
     """
+    projection = chunked_projection(model, positions.numel(), chunk_tokens)
     if projection is None:
         logits = model(**sample["net_input"])[0]
         logits = flat_logits(logits, sample["target"], symbols)  # (B T, V)
-        return loss_of(logits, positions, slice(None), False)
+        # No layer that makes them reads them again, so that gradients may take their place.
+        overwrite = output_projection(model) is not None
+        return loss_of(logits, positions, slice(None), overwrite)
     features = model(**sample["net_input"], features_only=True)[0]
     features = flat_logits(features, sample["target"]).index_select(0, positions)  # (N, D)
     cap = softcap(model)

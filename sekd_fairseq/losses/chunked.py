@@ -21,17 +21,36 @@ from sekd_fairseq.losses.support_torch import blocks_of
 #: to log. The loss's gradient may take the place of the logits in memory.
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 
-#: Bytes of a chunk's logits where the size of chunks is not given: products of matrices are then as
-#: fast as of whole batches (measured on an H100), and a small part of the memory that these take.
+#: Bytes of a chunk's logits, at least, where the size of chunks is not given: products of matrices are
+#: then as fast as of whole batches, and a small part of the memory that these take.
 CHUNK_BYTES = 2**28
 #: Gradients to float16 logits are kept times this factor, as a loss scaler would: those of tokens that
 #: the student knows well are too small for the type.
 HALF_SCALE = 1024.0
 
 
-def tokens_per_chunk(tokens: int, vocabulary: int, element_size: int) -> int:
-    """The size of equal chunks whose logits take at most :data:`CHUNK_BYTES`, 1 or more."""
-    most = max(1, CHUNK_BYTES // (vocabulary * element_size))
+def logits_dtype(weight: Tensor) -> torch.dtype:
+    """The type of logits that a weight makes: autocast's where that is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def is_trained(weight: Tensor) -> bool:
+    """Whether chunks add up a gradient of this weight."""
+    return weight.requires_grad and torch.is_grad_enabled()
+
+
+def tokens_per_chunk(tokens: int, weight: Tensor) -> int:
+    """The size of equal chunks of ``tokens``, 1 or more, under the projection ``weight`` (V, D).
+
+    Their logits take at most :data:`CHUNK_BYTES`. Of a weight that is trained they take up to a quarter of
+    the sum of its gradient, (V, D) in single precision, where that is more: the sum is held anyway, and each
+    chunk reads and writes all of it (results/bench_criterion_gpu.csv: 8 chunks of 131,072 symbols and width
+    2,048 take 1.38 times as long as all at once, 2 chunks of 32,768 and 1,024 1.18 times).
+    """
+    symbols, width = weight.shape
+    most = max(CHUNK_BYTES, symbols * width) if is_trained(weight) else CHUNK_BYTES
+    most = max(1, most // (symbols * logits_dtype(weight).itemsize))
     return max(1, math.ceil(tokens / math.ceil(tokens / most))) if tokens else 1
 
 
@@ -55,7 +74,7 @@ def chunked_loss(
     loss_of
         Called once a chunk; must be additive over tokens, so no threshold taken from the chunk.
     chunk_tokens : int, optional
-        Tokens per chunk, 1 or more; by default as memory allows (:func:`tokens_per_chunk`).
+        Tokens per chunk, 1 or more; by default :func:`tokens_per_chunk`.
 
     Returns
     -------
@@ -66,13 +85,12 @@ def chunked_loss(
     """
     inputs = (features, weight, bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    device = features.device.type
-    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        if half is not None:  # once, and not once per chunk
-            features, weight = features.to(half), weight.to(half)
-            bias = None if bias is None else bias.to(half)
-        size = chunk_tokens or tokens_per_chunk(len(features), len(weight), weight.element_size())
+    size = chunk_tokens or tokens_per_chunk(len(features), weight)
+    dtype = logits_dtype(weight)
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        # Once, and not once per chunk.
+        features, weight = features.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         scale = kept_times(weight.dtype)
         value, sums, found = _in_chunks(features, weight, bias, loss_of, size, wanted, scale)
     return with_gradient(value, list(zip(inputs, found, strict=True)), scale), sums
@@ -140,9 +158,11 @@ def _in_chunks(
     sums: dict[str, Tensor] = {}
     single = torch.promote_types(features.dtype, torch.float32)
     total = features.new_zeros((), dtype=single)
-    # Many small parts are added up, so half precision adds in single.
+    # Many small parts are added up, so half precision adds in single; and so does one part that is kept
+    # times a factor, because that may be too large for float16.
+    summed = weight.dtype if size >= len(features) and scale == 1.0 else single
     grad_features = torch.empty_like(features) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=single) if wanted[1] else None
+    grad_weight = torch.empty_like(weight, dtype=summed) if wanted[1] else None
     grad_bias = torch.zeros_like(bias, dtype=single) if bias is not None and wanted[2] else None
     # No tokens still make one (empty) chunk, which names the sums.
     for start in range(0, max(1, len(features)), size):
@@ -152,23 +172,24 @@ def _in_chunks(
             loss, found = loss_of(logits.requires_grad_(any(wanted)), part)
         total += loss.detach()
         _add(sums, found)
-        if not any(wanted):
-            continue
-        (gradient,) = torch.autograd.grad(loss, logits, loss.new_full((), scale))
-        if grad_features is not None:
-            torch.mm(gradient, weight, out=grad_features[part])
-        if grad_weight is not None:
-            _add_product(grad_weight, gradient.t(), features[part])
-        if grad_bias is not None:
-            grad_bias += gradient.sum(dim=0, dtype=single)
+        if any(wanted):
+            (gradient,) = torch.autograd.grad(loss, logits, loss.new_full((), scale))
+            if grad_features is not None:
+                torch.mm(gradient, weight, out=grad_features[part])
+            if grad_weight is not None:
+                _add_product(grad_weight, gradient.t(), features[part], first=start == 0)
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0, dtype=single)
+            del gradient
+        del logits, loss, found  # else they are held while the next chunk's are made
     return total, sums, [grad_features, grad_weight, grad_bias]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``; products in half precision are added in single, on a GPU without a copy."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b``, or ``total = a @ b`` for the first; products in half precision are added in
+    single, on a GPU without a copy."""
+    kept = 0 if first else 1  # with 0 what is there is not read
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, beta=kept, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=kept)

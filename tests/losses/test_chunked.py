@@ -86,11 +86,27 @@ def test_value_sums_and_gradient_equal_the_plain_path(chunk: int, with_bias: boo
     )
 
 
-def test_chunks_are_as_large_as_memory_allows() -> None:
-    assert tokens_per_chunk(8192, 131072, 2) == 1024  # 256 MiB of logits in half precision
-    assert tokens_per_chunk(1025, 131072, 2) == 513  # two alike, and not a large and a tiny one
-    assert tokens_per_chunk(100, 1000, 4) == 100
-    assert tokens_per_chunk(5, 2**30, 4) == tokens_per_chunk(0, 1000, 4) == 1
+def weight_of(symbols: int, width: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
+    """A weight of any size that takes no memory."""
+    return torch.zeros(1, 1, dtype=dtype).expand(symbols, width).requires_grad_(trained)
+
+
+def test_chunks_are_as_large_as_is_worth_it() -> None:
+    half, single = torch.bfloat16, torch.float32
+    frozen = weight_of(131072, 4096, half)
+    assert tokens_per_chunk(8192, frozen) == 1024  # 256 MiB of logits in half precision
+    assert tokens_per_chunk(1025, frozen) == 513  # two alike, and not a large and a tiny one
+    assert tokens_per_chunk(100, weight_of(1000, 512, single)) == 100
+    assert tokens_per_chunk(5, weight_of(2**30, 1, single)) == 1
+    assert tokens_per_chunk(0, weight_of(1000, 512, single)) == 1
+    # A gradient's sum of 2 GiB in single precision is held for all chunks: 512 MiB of logits.
+    trained = weight_of(131072, 4096, half, trained=True)
+    assert tokens_per_chunk(8192, trained) == 2048
+    assert tokens_per_chunk(8192, weight_of(131072, 1024, half, trained=True)) == 1024
+    with torch.no_grad():
+        assert tokens_per_chunk(8192, trained) == 1024
+    with torch.autocast("cpu", half):
+        assert tokens_per_chunk(8192, weight_of(131072, 4096, single, trained=True)) == 2048
     features, weight, bias, teacher = problem(torch.float64)
     loss, _ = chunked_loss(
         features, weight, bias, lambda logits, part: token_loss(logits, teacher[part])
@@ -104,13 +120,16 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(lambda *x: chunked(*x, teacher, 4)[0], leaves)
 
 
+@pytest.mark.parametrize("chunk", [4, TOKENS])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 4e-2)])
-def test_half_precision_equals_the_plain_path(dtype: torch.dtype, tolerance: float) -> None:
+def test_half_precision_equals_the_plain_path(
+    dtype: torch.dtype, tolerance: float, chunk: int
+) -> None:
     features, weight, bias, teacher = problem(dtype)
-    loss = chunked(features, weight, bias, teacher, 4)[0]
+    loss = chunked(features, weight, bias, teacher, chunk)[0]
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, plain(features, weight, bias, teacher)[0])
-    found = gradients(lambda *x: chunked(*x, teacher, 4)[0], features, weight, bias)
+    found = gradients(lambda *x: chunked(*x, teacher, chunk)[0], features, weight, bias)
     expected = gradients(lambda *x: plain(*x, teacher)[0], features, weight, bias)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
@@ -134,6 +153,21 @@ def test_float16_keeps_gradients_that_the_loss_scale_will_lift() -> None:
     assert exact.grad is not None and found.grad is not None
     assert (exact.grad.abs() < 3e-8).float().mean() > 0.8  # zero in float16
     torch.testing.assert_close(found.grad.float() / 1024, exact.grad, rtol=2e-3, atol=6e-11)
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_float16_sums_do_not_overflow(chunk: int) -> None:
+    """Gradients are kept times 1,024, which their sum over tokens would be too large for."""
+    features, weight = torch.full((64, 4), 8.0).half(), torch.zeros(16, 4).half().requires_grad_()
+
+    def loss_of(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        return -logits.float().log_softmax(-1)[:, 0].sum(), {}
+
+    chunked_loss(features, weight, None, loss_of, chunk)[0].backward()
+    expected = torch.full((16, 4), 64 * 8 / 16)  # 64 tokens, features of 8, a probability of 1/16
+    expected[0] -= 64 * 8
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.float(), expected)
 
 
 def test_automatic_mixed_precision_equals_the_plain_path() -> None:
