@@ -32,15 +32,16 @@ class CachedKDConfig(DistillationConfig):
         default="forward_kl",
         metadata={
             "help": "divergence between teacher and student; atkd is the loss of adaptive teaching "
-            "(Zhong et al. 2024), decoupled KD with weights for easy and hard tokens of a batch"
+            "(Zhong et al. 2024), decoupled KD with weights for easy and hard tokens of a batch (of "
+            "one process, so results depend on --max-tokens and the number of GPUs)"
         },
     )
     select: ChoiceEnum(SELECTIONS) = field(  # type: ignore[valid-type]
         default="all",
         metadata={
             "help": "which tokens distil: all, or those of largest cross entropy in the batch "
-            "(batch) or against a queue of past tokens (queue; all in the first update), as "
-            "Wang et al. 2021"
+            "of one process (batch: results depend on --max-tokens and the number of GPUs) or "
+            "against a queue of past tokens (queue; all in the first update), as Wang et al. 2021"
         },
     )
     select_share: Optional[float] = field(  # noqa: UP045 (fairseq's parser needs Optional)

@@ -77,8 +77,9 @@ class SelfEvolutionKDConfig(DistillationConfig):
     gamma_type: ChoiceEnum(GAMMA_TYPES) = field(  # type: ignore[valid-type]
         default=SelfEvolution.gamma_type,
         metadata={
-            "help": "absolute: gamma is in nats; quantile: of the batch at hand; "
-            "running_quantile: tracked over updates, independent of how batches are split"
+            "help": "absolute: gamma is in nats; quantile: of one batch of one process, so results "
+            "depend on --max-tokens and the number of GPUs; running_quantile: tracked over updates, "
+            "independent of how batches are split"
         },
     )
     schedule: ChoiceEnum(SCHEDULES) = field(  # type: ignore[valid-type]
