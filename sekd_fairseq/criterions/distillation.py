@@ -257,10 +257,12 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
                 logits, positions, ids, valid, smooth or spread, 1.0, overwrite, tail
             )
         else:
+            alone = overwrite and self.alpha == 1  # the gradient of one of them is all
             student = support_log_probs(
-                logits, positions, ids, valid, spread, temperature, weights=tail
+                logits, positions, ids, valid, spread, temperature, alone, weights=tail
             )
-            plain = support_log_probs(logits, positions, ids[:, :1], valid[:, :1], smooth)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
+                plain = support_log_probs(logits, positions, ids[:, :1], valid[:, :1], smooth)
         return self._token_loss(student, plain, teacher, logits, positions)
 
     def _token_loss(
@@ -311,12 +313,13 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             size = temperature * size  # T^2 D of z / T
             sums["easy_gradient"] = size.masked_fill(found.hard, 0.0).sum()
             sums["hard_gradient"] = size.masked_fill(~found.hard, 0.0).sum()
-        on_log_q = torch.zeros_like(plain.log_q)
-        on_log_q[:, 0] = -on_nll
-        if self.alpha == 0:
-            gradients = tuple(map(torch.zeros_like, gradients))
-        pairs = [*zip(student[:3], (scale * gradient for gradient in gradients), strict=True)]
-        pairs += [(plain.log_q, on_log_q)]
+        pairs: list[tuple[Tensor, Tensor]] = []
+        if self.alpha > 0:
+            pairs += zip(student[:3], (scale * gradient for gradient in gradients), strict=True)
+        if self.alpha < 1:
+            on_log_q = torch.zeros_like(plain.log_q)
+            on_log_q[:, 0] = -on_nll
+            pairs += [(plain.log_q, on_log_q)]
         if self.label_smoothing > 0:
             pairs += [(plain.sum_log_q, torch.full_like(plain.sum_log_q, on_sum))]
         return with_gradient(value, pairs), sums
