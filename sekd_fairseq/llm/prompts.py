@@ -6,6 +6,7 @@
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 from analysis.runs.languages import language_name
@@ -44,11 +45,6 @@ class Template:
         names = [language_name(language) for language in (source_lang, target_lang)]
         self._languages = dict(zip(("src_lang", "tgt_lang"), names, strict=True))
 
-    def prompt(self, source: str, examples: Sequence[tuple[str, str]] = ()) -> str:
-        """What the model reads before it translates ``source``."""
-        shots = "".join(f"{self.fill(src)}{tgt}{SEPARATOR}" for src, tgt in examples)
-        return shots + self.fill(source)
-
     def fill(self, source: str) -> str:
         """The template with its fields."""
         return self.text.format(src=source, **self._languages)
@@ -82,6 +78,9 @@ class Prompts:
 
     What the tokenizer puts before a text (a beginning token) comes first, unless the template has
     it or a chat template decides on it.
+
+    An example shows the end of a translation as a translation ends: where the tokenizer would join its
+    last characters with what follows (``.`` and a line end, in Llama 3's and Qwen's) the text is cut there.
     """
 
     def __init__(self, settings: PromptSettings, tokenizer: Tokenizer) -> None:
@@ -90,7 +89,7 @@ class Prompts:
 
     def tokens(self, source: str) -> list[int]:
         """What the model reads before it translates ``source``."""
-        return self._encode(lambda mark: self._text(mark, source))
+        return self._encode(source)
 
     def translation(self, source: str, target: str) -> list[int]:
         """The tokens of a translation after the prompt of its source, without the end.
@@ -123,18 +122,67 @@ class Prompts:
             return self._after_translation(SEPARATOR + self._template.fill("a"))[0]
         return self.tokenizer.specials[2]
 
-    def _encode(self, fill: Callable[[Mark], str]) -> list[int]:
-        """Tokens of a text that begins as prompts do."""
-        tokens, begin = self.tokenizer.encode_filled(fill), self.tokenizer.begin
+    def _encode(self, source: str, text: Callable[[Mark], str] = lambda _: "") -> list[int]:
+        """Tokens of a prompt and of a text after it."""
+        tokens = self._cut_off + self.tokenizer.encode_filled(
+            lambda mark: self._parts(mark, source)[-1] + text(mark)
+        )
+        begin = self.tokenizer.begin
         has_begin = self.settings.chat or tokens[: len(begin)] == begin
         return tokens if has_begin else begin + tokens
 
-    def _text(self, mark: Mark, source: str) -> str:
-        """The text of a prompt, users' strings passed through ``mark``."""
+    @cached_property
+    def _cut_off(self) -> list[int]:
+        """Tokens of all parts of a prompt but the last, which alone has the source."""
+
+        def part(mark: Mark, number: int) -> str:
+            return self._parts(mark, "")[number]
+
+        fills = (partial(part, number=number) for number in range(sum(self._joined)))
+        return [token for fill in fills for token in self.tokenizer.encode_filled(fill)]
+
+    def _parts(self, mark: Mark, source: str) -> list[str]:
+        """The text of a prompt, users' strings passed through ``mark``, cut where that is needed."""
         if self.settings.chat:
-            return self.tokenizer.chat(self._turns(mark, source))
-        shots = [(mark(src), mark(tgt)) for src, tgt in self.settings.shots]
-        return self._template.prompt(mark(source), shots)
+            return [self.tokenizer.chat(self._turns(mark, source))]
+        parts = [""]
+        for (src, tgt), joined in zip(self.settings.shots, self._joined, strict=True):
+            parts[-1] += self._template.fill(mark(src)) + mark(tgt)
+            parts += [""] * joined
+            parts[-1] += SEPARATOR
+        parts[-1] += self._template.fill(mark(source))
+        return parts
+
+    @cached_property
+    def _joined(self) -> list[bool]:
+        """Of each example, whether the tokenizer joins its translation with what follows.
+
+        Raises
+        ------
+        UserError
+            It does, and a text cut there would not be the same text.
+        """
+        if self.settings.chat:
+            return []
+        encode, decode = self.tokenizer.encode_filled, self.tokenizer.decode
+        after = SEPARATOR + self._template.fill("a")
+
+        def example(mark: Mark, src: str, tgt: str, rest: str) -> str:
+            return self._template.fill(mark(src)) + mark(tgt) + rest
+
+        found = []
+        for src, tgt in self.settings.shots:
+            alone, both = (
+                encode(partial(example, src=src, tgt=tgt, rest=rest)) for rest in ("", after)
+            )
+            found.append(both[: len(alone)] != alone)
+            if found[-1] and decode(alone + encode(lambda _: after)) != decode(both):
+                raise UserError(
+                    "--shots, --teacher-shots: expected a tokenizer that tells an example's translation from "
+                    f"what follows it, found one that joins {tgt!r} with the next line; give --chat "
+                    "(--teacher-chat), or no examples"
+                )
+        return found
 
     def _turns(self, mark: Mark, source: str) -> list[dict[str, str]]:
         """A conversation that ends with the user's request."""
@@ -147,7 +195,7 @@ class Prompts:
     def _after(self, source: str, text: Callable[[Mark], str]) -> list[int]:
         """Tokens of what follows a prompt; none where its first is joined with the prompt's last."""
         prompt = self.tokens(source)
-        both = self._encode(lambda mark: self._text(mark, source) + text(mark))
+        both = self._encode(source, text)
         return both[len(prompt) :] if both[: len(prompt)] == prompt else []
 
     def _after_translation(self, text: str) -> list[int]:

@@ -38,7 +38,7 @@ def test_text_comes_back_exactly(llm_data: Path, tokenizer: Path, llm_text: Path
                 line = Template(
                     "Translate from {src_lang} to {tgt_lang}.\n{src_lang}: {src}\n{tgt_lang}:\n",
                     "en", "de",
-                ).prompt(line)  # fmt: skip
+                ).fill(line)  # fmt: skip
             assert text == line
             assert dataset[i][-1] == dictionary.eos()
 
@@ -243,8 +243,7 @@ def test_a_translation_is_one_line(bpe_folder: Path) -> None:
 
 def test_templates() -> None:
     template = Template("{src_lang}: {src}\n{tgt_lang}: ", "de", "xx")
-    assert template.prompt("Ja {x}") == "German: Ja {x}\nxx: "
-    assert template.prompt("b", [("a", "A")]) == "German: a\nxx: A\n\nGerman: b\nxx: "
+    assert template.fill("Ja {x}") == "German: Ja {x}\nxx: "
     for text in ("no field", "{src} {other}", "{src"):
         with pytest.raises(UserError, match="prompt template"):
             Template(text, "de", "en")

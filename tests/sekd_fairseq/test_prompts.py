@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -242,6 +243,46 @@ def test_the_model_reads_what_its_tokenizer_gives(
                 previous = inputs["prev_output_tokens"][:, :step]
                 steps.append(model.decoder(previous, encoder_out, incremental_state=state)[0])
         check(batch, torch.cat(steps, dim=1))
+
+
+#: How Llama 3's and Qwen's tokenizers cut text: punctuation takes the line ends after it.
+PUNCTUATION = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def test_an_example_shows_the_end_of_a_translation(tmp_path: Path) -> None:
+    """Where the tokenizer joins the full stop of an example with the lines after it, the teacher was
+    never shown the token that ends a translation, and put its mass on the joined one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PUNCTUATION), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|bos|>", "<|eot|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["A dog runs.\n\nWhy?\n\nA dog\n\n"] * 9, trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eot|>"
+    ).save_pretrained(tmp_path)
+    opened = load_tokenizer(str(tmp_path))
+    joined = [opened.pieces.index(piece) for piece in (".ĊĊ", "?ĊĊ")]
+    shots = [("Ein Hund rennt.", "A dog runs."), ("Ein Hund", "A dog"), ("Warum?", "Why?")]
+    prompts = Prompts(PromptSettings("de", "en", "{src}\n", shots=shots), opened)
+    end, prompt = prompts.end(), prompts.tokens("Ein Hund.")
+    assert end is not None and opened.pieces[end] == "ĊĊ"
+    text = "".join(f"{src}\n{tgt}\n\n" for src, tgt in shots) + "Ein Hund.\n"
+    assert opened.decode(prompt) == text and not set(joined) & set(prompt)
+    # Each example is the tokens of the prompt without examples, of the translation, and the end.
+    alone = Prompts(PromptSettings("de", "en", "{src}\n"), opened)
+    shown = [[*alone.tokens(src), *alone.translation(src, tgt), end] for src, tgt in shots]
+    assert prompt == [token for one in shown for token in one] + alone.tokens("Ein Hund.")
+    assert prompts.translation("Ein Hund.", "A dog runs.") == alone.translation("", "A dog runs.")
 
 
 @pytest.mark.parametrize("kind", [*MAKERS, "sentencepiece"])
