@@ -38,6 +38,10 @@ from sekd_fairseq.sharding import shard_weights
 
 logger = logging.getLogger(__name__)
 
+#: Adam moves a weight by about the learning rate. Half the distance of bfloat16 numbers about 0.02, the
+#: usual size of a pretrained weight, is 3e-5: at 3e-5 two thirds of the weights stay where they are.
+LEAST_RATE = 1e-4
+
 #: torch >= 2.6 loads checkpoints with ``weights_only=True`` and refuses unknown types. These are
 #: plain containers that fairseq puts into a checkpoint; the check itself stays on.
 CHECKPOINT_TYPES: tuple[Any, ...] = (
@@ -254,8 +258,16 @@ def restore_patience(state: dict[str, Any]) -> None:
 
 def check_precision(trainer: Any) -> None:
     """Refuse two options on a CPU: fairseq's ``--fp16`` asks CUDA for a device there, and its
-    ``--amp`` trains in float32 in silence."""
+    ``--amp`` trains in float32 in silence. Warn where updates get lost."""
     common = trainer.cfg.common
+    rates = trainer.cfg.optimization.lr
+    pretrained = getattr(trainer.cfg.model, "hf_model", None)
+    if pretrained and common.memory_efficient_bf16 and min(rates) < LEAST_RATE:
+        logger.warning(
+            "--memory-efficient-bf16 with --lr %g: weights are kept in bfloat16, where most of such small "
+            "updates round to nothing; give --bf16, which keeps them in single precision too",
+            min(rates),
+        )
     asked = {"--fp16": common.fp16 and not common.memory_efficient_fp16, "--amp": common.amp}
     for option, given in asked.items():
         if given and not trainer.cuda:

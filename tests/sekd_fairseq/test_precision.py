@@ -22,7 +22,7 @@ from sekd_fairseq.checkpoints import load_models
 from sekd_fairseq.datasets import LEAST_REST, TeacherDataset, teacher_tokens
 from sekd_fairseq.losses import build_events, support_log_probs
 from sekd_fairseq.losses.divergences import DIVERGENCES
-from sekd_fairseq.patches import WEIGHT, apply_all, attend_without_plans
+from sekd_fairseq.patches import WEIGHT, apply_all, attend_without_plans, check_precision
 from sekd_fairseq.splits import load_split
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teachers.torch import TorchEngine
@@ -182,6 +182,26 @@ def test_amp_scales_gradients_back_once() -> None:
     optimizer.clip_grad_norm(0.0)
     optimizer.step()
     assert parameter.tolist() == [0.0, -1.0, -2.0]  # fairseq: 0.992, 0.984, 0.977
+
+
+@pytest.mark.parametrize(
+    ("option", "rate", "model", "warned"),
+    [
+        ("memory_efficient_bf16", 2e-5, "folder", True),
+        ("memory_efficient_bf16", 1e-3, "folder", False),
+        ("memory_efficient_bf16", 2e-5, None, False),
+        ("bf16", 2e-5, "folder", False),
+    ],
+)
+def test_updates_that_bfloat16_loses_are_told(
+    option: str, rate: float, model: str | None, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = dict.fromkeys(("fp16", "bf16", "amp", "memory_efficient_bf16"), False) | {option: True}
+    cfg = OmegaConf.create(
+        {"common": given, "optimization": {"lr": [rate]}, "model": {"hf_model": model}}
+    )
+    check_precision(SimpleNamespace(cfg=cfg, cuda=True))
+    assert ("--memory-efficient-bf16" in caplog.text) == warned
 
 
 class Zeros:
