@@ -27,6 +27,8 @@ from analysis.sums.pairing import couples, placebo_couples
 from analysis.sums.translations import Corpus
 
 Couple = tuple[ScoredRun, ScoredRun]
+#: Least seeds of a gain that is tested.
+MIN_SEEDS = 2
 
 
 def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
@@ -35,7 +37,8 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
 
     The interval holds the error from sentences and, with several seeds, from training (see
     :func:`analysis.stats.hierarchical`); with one seed the latter is missing. ``*_p_holm`` is
-    corrected for the methods that stand beside each other in a direction; ``gain_over_*_seeds`` counts
+    corrected for the methods that stand beside each other in a direction with :data:`MIN_SEEDS` seeds or
+    more, and NaN for the others, whose p-value knows nothing of training; ``gain_over_*_seeds`` counts
     the couples of runs with a baseline's run of their own (:func:`analysis.sums.pairing.couples`);
     ``*_detectable`` is the smallest gain that these runs could tell from 0. ``length_ratio`` is a mean,
     ``lenpen_low`` and ``lenpen_high`` are the least and the greatest length penalty of the runs' searches.
@@ -64,7 +67,8 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
     table = pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
     for baseline in options.baselines if rows else ():
         column = f"gain_over_{baseline}_p"
-        tested = table[column].where(table["method"] != PLACEBO)
+        several = table[f"gain_over_{baseline}_seeds"] >= MIN_SEEDS
+        tested = table[column].where(several & (table["method"] != PLACEBO))
         corrected = tested.groupby([table["direction"], table["metric"]]).transform(
             lambda values: holm(values.tolist())
         )

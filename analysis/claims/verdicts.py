@@ -62,8 +62,8 @@ def claims_table(
     Scope ``all`` pools the directions and carries the verdict; with several directions each is
     tested too; ``directions`` names those that a row is made of, where some have no runs or no data for
     it. ``family`` says which p-values Holm's correction took together: those of all methods and
-    claims of the scope ``all``, those of all single directions, those of the placebo in each. The
-    second table is that of :func:`analysis.claims.relation.relation_table`. Nothing is tested on a
+    claims of the scope ``all``, those of all single directions, those of the placebo in each; ``p_holm``
+    is NaN where a claim could get no verdict. The second table is that of :func:`analysis.claims.relation.relation_table`. Nothing is tested on a
     training subset.
     """
     scored = [direction for direction in directions if direction.scored]
@@ -87,10 +87,11 @@ def claims_table(
             samples = {item.direction.name: measure.sample(item) for item in group}
             rows.extend(_rows(treatment, measure, samples, options))
         rows.extend(_row(treatment, 4, "all", options) | found for found in across_runs(group))
-    for row in rows:
+    _correct(rows)
+    for row in rows:  # after the correction, because it follows from what was measured
         if row["treatment"] in unequal and row["claim"] in (1, 2, 3) and not row["reason"]:
             row["reason"] = UNEQUAL
-    return _judge_rows(rows), relation
+    return _judge(rows), relation
 
 
 def _row(treatment: str, claim: int, scope: str, options: Options) -> dict[str, Any]:
@@ -174,21 +175,41 @@ def _estimate(measure: Measure, group: Sequence[Sample], options: Options) -> di
     }
 
 
-def _judge_rows(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Correct the p-values and give each claim its verdict, by the rule of :func:`rule`."""
-    families: dict[str, dict[tuple[str, str, int], list[dict[str, Any]]]] = {}
+Claims = dict[tuple[str, str, int], list[dict[str, Any]]]
+
+
+def _deciding(rows: Sequence[dict[str, Any]]) -> Claims:
+    """The rows that decide, by scope, treatment and claim."""
+    claims: Claims = {}
     for row in rows:
         if row["decides"]:
-            claims = families.setdefault(row["family"], {})
             claims.setdefault((row["scope"], row["treatment"], row["claim"]), []).append(row)
-    verdicts: dict[tuple[str, str, int], str] = {}
+    return claims
+
+
+def _correct(rows: Sequence[dict[str, Any]]) -> None:
+    """Give the rows that decide a claim its corrected p-value.
+
+    A claim with a reason here, before anything is judged, is open whatever its p-value: it has none to
+    correct, and the others do not pay for it.
+    """
+    families: dict[str, list[list[dict[str, Any]]]] = {}
+    for group in _deciding(rows).values():
+        families.setdefault(group[0]["family"], []).append(group)
     for claims in families.values():
         # A claim that needs all its measures is as improbable as its least certain one.
-        p_values = [max(row.get("p", np.nan) for row in group) for group in claims.values()]
-        for (key, group), corrected in zip(claims.items(), holm(p_values), strict=True):
+        p_values = [
+            np.nan if any(row["reason"] for row in group) else max(row["p"] for row in group)
+            for group in claims
+        ]
+        for group, corrected in zip(claims, holm(p_values), strict=True):
             for row in group:
                 row["p_holm"] = corrected
-            verdicts[key] = _verdict(group, corrected)
+
+
+def _judge(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Give each claim its verdict, by the rule of :func:`rule`."""
+    verdicts = {key: _verdict(group, group[0]["p_holm"]) for key, group in _deciding(rows).items()}
     reasons = _overruled(verdicts)
     for row in rows:
         key = row["scope"], row["treatment"], row["claim"]
@@ -242,8 +263,9 @@ def rule(options: Options) -> list[str]:
         ),
         (
             "A claim with several deciding measures needs all of them, so its p-value is the largest. "
-            "Holm's correction runs over all methods and claims of the pooled scope; the single directions "
-            "are corrected as a second family, and the placebo apart (column family of "
+            "Holm's correction runs over all methods and claims of the pooled scope that can get a verdict: "
+            "one that is open before anything is measured, as with too few seeds, is not counted. The single "
+            "directions are corrected as a second family, and the placebo apart (column family of "
             "tables/claims.csv)."
         ),
         (

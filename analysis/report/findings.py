@@ -96,7 +96,7 @@ def _gain(methods: pd.DataFrame, row: Mapping[Any, Any], options: Options) -> st
     value = number(abs(gain) if certain else gain, 2)
     bounds = "" if np.isnan(low) else f" [{number(low, 2)}, {number(high, 2)}]"
     text = f"{kind} {value} BLEU{bounds}".replace("-", "−") + _scope(methods, row["direction"])
-    if beyond and not certain:
+    if beyond and p > ALPHA:
         text += f", p = {p:.2f} with Holm's correction over the methods"
     if np.isnan(low):
         found = f"{text}, from one sentence or document, which says nothing of others. "

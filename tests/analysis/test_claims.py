@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from analysis.chapters.sentences import sentence_table
 from analysis.chapters.training import training_table
 from analysis.chapters.transitions import aligned, transition_table, transitions
 from analysis.claims.evidence import Evidence, easy_times, sentence_gains
-from analysis.claims.verdicts import PLACEBO, UNEQUAL, _overruled, _verdict, claims_table
+from analysis.claims.verdicts import PLACEBO, UNEQUAL, _correct, _overruled, _verdict, claims_table
 from analysis.report.blocks import Table
 from analysis.report.content import claims_blocks, quality_blocks
 from analysis.runs.files import read_json, sealed_json
@@ -233,6 +234,10 @@ def test_one_baseline_run_is_one_seed(tmp_path: Path) -> None:
     row = methods.loc["se_kd_student", "BLEU"]
     assert row["seeds"] == 3 and row["gain_over_word_kd_seeds"] == 1
     assert methods.loc["word_kd", "BLEU"]["gain_over_word_kd_seeds"] == 0
+    # The p-value of its sentences alone is not corrected, and not counted beside those of others.
+    assert np.isfinite(row["gain_over_word_kd_p"]) and np.isnan(row["gain_over_word_kd_p_holm"])
+    own = methods.loc["se_kd_student", "BLEU"]
+    assert own["gain_over_finetune_p_holm"] == own["gain_over_finetune_p"]
 
 
 def test_a_compared_method_does_not_choose_the_tokens(tmp_path: Path) -> None:
@@ -250,6 +255,20 @@ def test_what_does_not_matter_is_not_supported_however_certain() -> None:
     assert _verdict([row], 0.001) == "not supported"
     assert _verdict([row | {"against": False}], 0.001) == "supported"
     assert _verdict([row | {"against": False}], 0.2) == "inconclusive"
+
+
+def test_claims_without_a_verdict_do_not_cost_the_others_theirs() -> None:
+    """Thirty variants of one seed, as a sweep has them, beside a method of three."""
+
+    def claim(treatment: str, number: int, p: float, reason: str = "") -> dict[str, Any]:
+        row = {"treatment": treatment, "scope": "all", "family": "all", "decides": True}
+        return row | {"claim": number, "p": p, "reason": reason}
+
+    main = [claim("main", number + 1, p) for number, p in enumerate((0.002, 0.03, 0.004, 0.01))]
+    sweep = [claim(f"v{i}", n, 0.001, "1 seed, 3 needed") for i in range(30) for n in range(1, 5)]
+    _correct([*sweep, *main])
+    assert [row["p_holm"] for row in main] == pytest.approx([0.008, 0.03, 0.012, 0.02])
+    assert np.isnan([row["p_holm"] for row in sweep]).all()
 
 
 def test_checkpoints_of_several_runs_are_drawn_together() -> None:
