@@ -35,7 +35,7 @@ class Sample:
     base_drawn : (S, B)
     tokens, sentences : that the measure is made of
     units : sentences or documents that resamples draw
-    bias : why the tokens do not suit the comparison; "" where they do
+    bias : why the runs, or the tokens, do not suit the comparison; "" where they do
     """
 
     effect: Floats
@@ -152,8 +152,23 @@ def bucket_sample(evidence: Evidence, metric: str, bucket: int, sign: float = 1.
     bucket is empty."""
     own = 1 + ON_BUCKETS.index(metric)
     parts = [couple[bucket].columns(own, own + len(ON_BUCKETS)) for couple in evidence.bucket_sums]
-    reasons = (bias(evidence.direction, run, other) for run, other in evidence.couples)
+    reasons = (
+        bias(evidence.direction, run, other) or other_data(run, other)
+        for run, other in evidence.couples
+    )
     return _mean_difference(evidence.direction, parts, sign, next(filter(None, reasons), ""))
+
+
+def other_data(run: ScoredRun, other: ScoredRun) -> str:
+    """Why a difference between two runs need not come from how they were trained: they saw different
+    numbers of sentences; "" where these are equal, or not known."""
+    own, base = run.run.sentences, other.run.sentences
+    if own is None or base is None or own == base:
+        return ""
+    return (
+        f"trained on {own:,} sentences, the baseline on {base:,}: data and loss are not told apart; "
+        "choose a baseline of the same data with --baseline NAME"
+    )
 
 
 def easy_time_sample(evidence: Evidence) -> Sample | None:
@@ -165,7 +180,8 @@ def easy_time_sample(evidence: Evidence) -> Sample | None:
         if sums is None:
             return None
         parts.extend(resampled_sums(evidence.direction, sums[:, None]))
-    return _mean_difference(evidence.direction, parts)
+    reasons = (other_data(run, other) for run, other in evidence.couples)
+    return _mean_difference(evidence.direction, parts, reason=next(filter(None, reasons), ""))
 
 
 def _mean_difference(

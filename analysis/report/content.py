@@ -8,6 +8,7 @@ import pandas as pd
 
 from analysis.chapters.quality import baselines_of
 from analysis.claims import verdicts
+from analysis.claims.evidence import other_data
 from analysis.claims.verdicts import PLACEBO
 from analysis.figures import FIGURES
 from analysis.markup import interval, number, p_value, percent, span
@@ -16,6 +17,7 @@ from analysis.report.findings import judged
 from analysis.runs.methods import label_of, ordered
 from analysis.runs.run_record import LeftOut
 from analysis.sums.direction import Direction, Options
+from analysis.sums.pairing import partner
 
 Rows = list[dict[str, Any]]
 Tables = dict[str, pd.DataFrame]
@@ -72,8 +74,26 @@ def scope_blocks(
             f"- {direction.name}: {_count(len(direction.runs), 'run')}, "
             f"{_count(len(seeds), 'seed')}; token records of `{options.subset}`: {size}"
         )
+    lines += _other_data(directions, options.baseline)
     lines += [f"- left out: `{item.label}`: {item.reason}" for item in left_out]
     return ["\n".join(lines)]
+
+
+def _other_data(directions: Sequence[Direction], baseline: str) -> list[str]:
+    """Which methods were trained on other numbers of sentences than the baseline."""
+    found: dict[tuple[int, int], set[str]] = {}
+    for direction in directions:
+        for run in direction.runs:
+            other = partner(run, direction.runs, baseline)
+            if run.method.id != "teacher" and other is not None and other_data(run, other):
+                sizes = run.run.sentences or 0, other.run.sentences or 0
+                found.setdefault(sizes, set()).add(str(run.method))
+    return [
+        f"- trained on {own:,} sentences, and {label_of(baseline)} on {base:,}: "
+        f"{', '.join(map(label_of, ordered(methods)))}. What sets them apart from it may be the data and "
+        "not the loss."
+        for (own, base), methods in sorted(found.items())
+    ]
 
 
 def _count(count: int, noun: str) -> str:

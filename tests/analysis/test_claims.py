@@ -18,7 +18,7 @@ from analysis.chapters.transitions import aligned, transition_table, transitions
 from analysis.claims.evidence import Evidence, easy_times, sentence_gains
 from analysis.claims.verdicts import PLACEBO, UNEQUAL, _correct, _overruled, _verdict, claims_table
 from analysis.report.blocks import Table
-from analysis.report.content import claims_blocks, quality_blocks
+from analysis.report.content import claims_blocks, quality_blocks, scope_blocks
 from analysis.runs.files import read_json, sealed_json
 from analysis.runs.simulated import write_study
 from analysis.runs.token_records import read_columns
@@ -71,6 +71,25 @@ def test_planted_gain_is_found_and_counted(tmp_path: Path) -> None:
     corrected = deciding.groupby("claim")["p_holm"].first()
     assert (corrected >= claim_p).all()
     assert corrected.max() == pytest.approx(max(claim_p.max(), 0), rel=1e-9)
+    # The same runs, of a method that was given more data than the baseline.
+    for run in (tmp_path / "en-de").iterdir():
+        record, _ = read_json(run / "run.json")
+        record["data"]["sentences"] = 29_000 if run.name.startswith("treatment") else 3_000
+        (run / "run.json").write_bytes(sealed_json(record))
+    directions, table = judged(tmp_path, Options(resamples=100))
+    deciding = table[table["decides"].astype(bool)].set_index("claim")
+    told = (
+        "trained on 29,000 sentences, the baseline on 3,000: data and loss are not told apart; choose a "
+        "baseline of the same data with --baseline NAME"
+    )
+    assert deciding["reason"].to_dict() == {1: told, 2: told, 3: told, 4: "", 5: told}
+    assert set(deciding["verdict"][[1, 2, 3, 5]]) == {"inconclusive"}
+    assert deciding["p_holm"].notna().to_dict() == {1: False, 2: False, 3: False, 4: True, 5: False}
+    (scope,) = scope_blocks(directions, [], Options())
+    assert isinstance(scope, str) and scope.splitlines()[1:] == [
+        "- trained on 29,000 sentences, and word-level KD on 3,000: SE-KD (student). What sets them apart "
+        "from it may be the data and not the loss."
+    ]
 
 
 def test_worse_transfer_is_not_supported(tmp_path: Path) -> None:
