@@ -19,7 +19,7 @@ TITLES = {
     5: "5. hard turns easy sooner",
 }
 UNITS = {1: "nats", 2: "nats", 3: "nats", 4: "correlation beyond chance", 5: "share of training"}
-#: How the baseline against itself is drawn.
+#: How the baseline's seeds against each other are drawn.
 CHANCE = Look("#777777", "x", "-", "")
 
 
@@ -81,6 +81,7 @@ FIGURE = Figure(
     "claims",
     draw_claims,
     "What decides each claim, by direction and over all: effects with 95 % intervals; right of 0 is in the "
-    "claim's favour. The placebo is the baseline against itself.",
+    "claim's favour. The placebo is the baseline against itself, whose mean is 0 by construction: its interval "
+    "shows the spread between seeds.",
     by_look=True,
 )

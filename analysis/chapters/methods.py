@@ -43,8 +43,8 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
     ``*_detectable`` is the smallest gain that these runs could tell from 0. ``length_ratio`` is a mean,
     ``lenpen_low`` and ``lenpen_high`` are the least and the greatest length penalty of the runs' searches.
 
-    The method ``placebo`` is each baseline's seeds against its own next ones. Its mean is 0 by design;
-    how wide its interval is says how far apart equal runs are.
+    The method ``placebo`` is each baseline's seeds against its own next ones: the spread between seeds,
+    without a p-value because its mean is 0 by construction (:func:`analysis.sums.pairing.placebo_couples`).
     """
     compared = [
         _Compared(direction, direction.corpus)
@@ -68,7 +68,7 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
     for baseline in options.baselines if rows else ():
         column = f"gain_over_{baseline}_p"
         several = table[f"gain_over_{baseline}_seeds"] >= MIN_SEEDS
-        tested = table[column].where(several & (table["method"] != PLACEBO))
+        tested = table[column].where(several)
         corrected = tested.groupby([table["direction"], table["metric"]]).transform(
             lambda values: holm(values.tolist())
         )
@@ -148,6 +148,7 @@ def _placebo_row(
     for baseline in baselines:
         found = [placebo_couples(item.direction.translated, baseline) for item in group]
         row |= _gain(group, found, baseline, metric)
+        row |= {f"gain_over_{baseline}_{name}": np.nan for name in ("p", "detectable")}
         row["seeds"] = max(row["seeds"], row[f"gain_over_{baseline}_seeds"])
     return row
 

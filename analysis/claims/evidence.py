@@ -135,7 +135,8 @@ class Measure:
     """What decides, or accompanies, a claim.
 
     ``margin`` is the smallest effect that matters, as a share of the baseline's value; a
-    ``non_inferior`` measure claims an effect above ``-margin``, the others one above 0.
+    ``non_inferior`` measure claims an effect above ``-margin``, the others one above 0. One
+    ``beyond_placebo`` is what the baseline's runs do not show among themselves too.
     """
 
     claim: int
@@ -144,6 +145,7 @@ class Measure:
     missing: str
     decides: bool = True
     non_inferior: bool = False
+    beyond_placebo: bool = False
     margin: float | None = None
 
 
@@ -243,9 +245,8 @@ def correlation_sample(evidence: Evidence) -> Sample | None:
     Of two runs of one method, whichever is nearer to the teacher in a sentence by chance also
     translates it better by chance: that much says nothing of a method.
     """
-    chance = evidence.chance or evidence
-    own = evidence.correlations
-    if own is None or not chance.correlations:
+    own, chance = evidence.correlations, evidence.chance
+    if own is None or chance is None or not chance.correlations:
         return None
     placebo = {
         other.label: found
@@ -356,6 +357,7 @@ MEASURES = (
         "partial rank correlation beyond the placebo's, given length and baseline's chrF",
         correlation_sample,
         _TEXTS,
+        beyond_placebo=True,
         margin=CORRELATION_MARGIN,
     ),
     Measure(

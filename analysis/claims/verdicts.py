@@ -16,11 +16,14 @@ from analysis.sums.direction import Direction, Options
 
 MIN_SEEDS = 3
 MIN_SENTENCES = 100
-#: The baseline's runs, judged against others of their own as if they were a method.
+#: The baseline's runs against each other, beside the methods: the spread between seeds.
 PLACEBO = "placebo"
 
 #: Why a claim about hard or easy tokens has no verdict where a run shares errors with what chose them.
 UNEQUAL = "a compared run shares errors with a reference run of another seed (tables/relation.csv)"
+
+#: Why easy tokens that lose nothing show nothing.
+NOTHING_GAINED = "nothing certain is gained on hard tokens that easy ones could pay for"
 
 CLAIMS = {
     1: "On hard tokens the student is closer to the teacher",
@@ -57,13 +60,18 @@ COLUMNS = [
 def claims_table(
     directions: Sequence[Direction], options: Options
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Test every claim for every SE-KD method, and for the placebo, against the baseline.
+    """Test every claim for every SE-KD method against the baseline.
 
     Scope ``all`` pools the directions and carries the verdict; with several directions each is
     tested too; ``directions`` names those that a row is made of, where some have no runs or no data for
     it. ``family`` says which p-values Holm's correction took together: those of all methods and
-    claims of the scope ``all``, those of all single directions, those of the placebo in each; ``p_holm``
-    is NaN where a claim could get no verdict. The second table is that of :func:`analysis.claims.relation.relation_table`. Nothing is tested on a
+    claims of the scope ``all``, or those of all single directions; ``p_holm`` is NaN where a claim could
+    get no verdict.
+
+    The placebo (:func:`analysis.sums.pairing.placebo_couples`) has rows of the same measures. Its mean is 0
+    by construction, so it has no p-value and no verdict, and no row of what is measured beyond it.
+
+    The second table is that of :func:`analysis.claims.relation.relation_table`. Nothing is tested on a
     training subset.
     """
     scored = [direction for direction in directions if direction.scored]
@@ -84,6 +92,8 @@ def claims_table(
     rows: list[dict[str, Any]] = []
     for treatment, group in groups.items():
         for measure in MEASURES:
+            if treatment == PLACEBO and measure.beyond_placebo:
+                continue
             samples = {item.direction.name: measure.sample(item) for item in group}
             rows.extend(_rows(treatment, measure, samples, options))
         rows.extend(_row(treatment, 4, "all", options) | found for found in across_runs(group))
@@ -95,19 +105,19 @@ def claims_table(
 
 
 def _row(treatment: str, claim: int, scope: str, options: Options) -> dict[str, Any]:
-    family = "directions" if scope != "all" else "all"
+    tested = treatment != PLACEBO
     return {
         "treatment": treatment,
         "baseline": options.baseline,
         "claim": claim,
         "statement": CLAIMS[claim],
         "scope": scope,
-        "family": f"{family}, placebo" if treatment == PLACEBO else family,
+        "family": ("all" if scope == "all" else "directions") if tested else "",
         "seeds": 0,
         "sentences": 0,
         "tokens": 0,
         "reason": "",
-        "verdict": "inconclusive",
+        "verdict": "inconclusive" if tested else "",
     }
 
 
@@ -132,6 +142,8 @@ def _rows(
             row["reason"] = measure.missing
         else:
             row.update(_estimate(measure, list(group.values()), options))
+        if treatment == PLACEBO:
+            row |= {"p": np.nan, "detectable": np.nan}
         rows.append(row)
     return rows
 
@@ -179,10 +191,10 @@ Claims = dict[tuple[str, str, int], list[dict[str, Any]]]
 
 
 def _deciding(rows: Sequence[dict[str, Any]]) -> Claims:
-    """The rows that decide, by scope, treatment and claim."""
+    """The rows that decide a verdict, by scope, treatment and claim."""
     claims: Claims = {}
     for row in rows:
-        if row["decides"]:
+        if row["decides"] and row["treatment"] != PLACEBO:
             claims.setdefault((row["scope"], row["treatment"], row["claim"]), []).append(row)
     return claims
 
@@ -210,32 +222,14 @@ def _correct(rows: Sequence[dict[str, Any]]) -> None:
 def _judge(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Give each claim its verdict, by the rule of :func:`rule`."""
     verdicts = {key: _verdict(group, group[0]["p_holm"]) for key, group in _deciding(rows).items()}
-    reasons = _overruled(verdicts)
     for row in rows:
-        key = row["scope"], row["treatment"], row["claim"]
-        row["verdict"] = "inconclusive" if key in reasons else verdicts[key]
-        row["reason"] = row["reason"] or reasons.get(key, "")
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _overruled(verdicts: dict[tuple[str, str, int], str]) -> dict[tuple[str, str, int], str]:
-    """Claims that their own measures support and that nevertheless show nothing, with the reason."""
-    reasons = {}
-    for (scope, treatment, claim), verdict in verdicts.items():
-        if verdict != "supported":
+        scope, treatment, claim = row["scope"], row["treatment"], row["claim"]
+        if treatment == PLACEBO:
             continue
-        key = scope, treatment, claim
-        if claim == 2 and verdicts[scope, treatment, 1] != "supported":
-            reasons[key] = "nothing certain is gained on hard tokens that easy ones could pay for"
-        elif treatment != PLACEBO and _wins(verdicts, scope, claim):
-            reasons[key] = "the baseline shows it against itself too (placebo)"
-    return reasons
-
-
-def _wins(verdicts: dict[tuple[str, str, int], str], scope: str, claim: int) -> bool:
-    """Whether the placebo wins a claim; easy tokens (2) count only together with hard ones (1)."""
-    needed = (1, 2) if claim == 2 else (claim,)
-    return all(verdicts.get((scope, PLACEBO, one)) == "supported" for one in needed)
+        row["verdict"] = verdicts[scope, treatment, claim]
+        if claim == 2 and row["verdict"] == "supported" != verdicts[scope, treatment, 1]:
+            row |= {"verdict": "inconclusive", "reason": NOTHING_GAINED}
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _verdict(deciding: Sequence[dict[str, Any]], corrected: float) -> str:
@@ -265,8 +259,7 @@ def rule(options: Options) -> list[str]:
             "A claim with several deciding measures needs all of them, so its p-value is the largest. "
             "Holm's correction runs over all methods and claims of the pooled scope that can get a verdict: "
             "one that is open before anything is measured, as with too few seeds, is not counted. The single "
-            "directions are corrected as a second family, and the placebo apart (column family of "
-            "tables/claims.csv)."
+            "directions are corrected as a second family (column family of tables/claims.csv)."
         ),
         (
             "Which tokens are hard is decided by the reference runs of all seeds but those compared: runs "
@@ -275,9 +268,9 @@ def rule(options: Options) -> list[str]:
             "is checked (tables/relation.csv)."
         ),
         (
-            f"The placebo is {baseline} against itself, each seed against the next, judged like a "
-            "method. A claim that it wins as well is inconclusive, and claim 4 is the correlation beyond "
-            "the one that it shows."
+            f"The placebo is {baseline} against itself, each seed against the next and the last against "
+            "the first: its mean is 0 by construction and tests nothing, its interval shows the spread "
+            "between seeds. Claim 4 is the correlation beyond the one that it shows."
         ),
         (
             f"supported: corrected p at most {ALPHA:.2f} and every deciding effect in the claim's favour "

@@ -121,10 +121,10 @@ def claims_blocks(tables: Tables, options: Options) -> list[Block]:
     for part, fold in (
         (few, "Methods with too few seeds for a verdict"),
         (rest, "Measures that accompany the claims and do not decide them"),
-        (chance, "The placebo: the baseline against itself"),
+        (chance, "The placebo: the baseline against itself, the spread between seeds"),
     ):
         if len(part):
-            rows = claim_rows(part, method=True, verdict=part is not rest)
+            rows = claim_rows(part, method=True, verdict=part is few)
             blocks.append(Table(without_empty(rows), fold=fold, source="tables/claims.csv"))
     if not tables["relation"].empty:
         rows = [
@@ -221,7 +221,7 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
         blocks.append(
             "Means over seeds; gains with the 95 % interval that holds training and sentences, and p with "
             "Holm's correction over the methods of a direction. The placebo is each baseline's seeds against "
-            "its own next ones: its mean is 0 by design, and its interval says how far apart equal runs are."
+            "its own next ones: its mean is 0 by construction, and its interval shows the spread between seeds."
         )
         pooled = [row for row in rows if row["direction"] == "all"]
         if pooled:

@@ -126,8 +126,13 @@ def couples(runs: Sequence[R], candidates: Sequence[R], baseline: str) -> list[t
 
 
 def placebo_couples(runs: Sequence[R], baseline: str) -> list[tuple[R, R]]:
-    """The runs of ``baseline``, each with the one of its next seed, the last with the first: what any
-    claim must not find a difference between. None with fewer than two seeds."""
+    """The runs of ``baseline``, each with the one of its next seed, the last with the first. None with
+    fewer than two seeds.
+
+    Every run stands once on either side, so their differences cancel: the mean is 0 by construction,
+    and says nothing. The interval shows the spread between seeds, wider by sqrt(S / (S - 1)) than that of
+    two equal methods of S seeds.
+    """
     by_seed = {run.seed: run for run in reversed(of_method(runs, baseline))}
     own = [by_seed[seed] for seed in sorted(by_seed)]
     if len(own) < 2:
