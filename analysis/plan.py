@@ -1,6 +1,6 @@
 """How many seeds and sentences detect a given gain? Answered from the spread of runs that are there.
 
-    python -m analysis.plan RUNS [--effect 0.5] [--power 0.8] [--alpha 0.05]
+    python -m analysis.plan RUNS [--effect 0.5] [--power 0.8] [--alpha 0.05] [--hypotheses 5]
 
 For BLEU, and for the fall of KL on hard tokens that claim 1 is about: the smallest gain over the
 baseline that the runs as they are can detect, how many seeds a gain of a given size needs, and a table
@@ -9,17 +9,25 @@ over numbers of seeds and sentences. :mod:`analysis.power` has the model and its
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from analysis.claims.evidence import Evidence, bucket_sample
+from analysis.claims.verdicts import CLAIMS
 from analysis.markup import markdown_table
-from analysis.power import POWER, Spread, seeds_needed, smallest_detectable
+from analysis.power import (
+    MIN_SEEDS,
+    POWER,
+    Spread,
+    corrected,
+    seeds_needed,
+    smallest_detectable,
+)
 from analysis.runs.errors import UserError, one_line_errors
-from analysis.runs.methods import label_of, ordered
+from analysis.runs.methods import Method, label_of, ordered
 from analysis.stats import ALPHA, Floats
 from analysis.sums.buckets import HARD
 from analysis.sums.direction import Direction, Options
@@ -32,8 +40,6 @@ SEEDS = (2, 3, 4, 5, 6, 8, 10, 15, 20)
 MULTIPLES = (1, 2, 4)
 #: Seeds beyond which nobody trains.
 MOST_SEEDS = 100
-#: Least seeds of a method and direction that tell of a spread.
-MIN_SEEDS = 2
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class Pilot:
     seeds : the fewest that a method has
     methods : whose gains' spreads the spread is the mean of
     base : the baseline's value
+    hypotheses : over how many a report of these runs would correct the p-values
     """
 
     measure: str
@@ -111,20 +118,42 @@ class Pilot:
     seeds: int
     methods: Sequence[str]
     base: float
+    hypotheses: int
 
     def smallest_detectable(self, power: float = POWER, alpha: float = ALPHA) -> float:
         """The smallest gain that the runs as they are detect, mean of the directions."""
-        return smallest_detectable(self.spread, self.seeds, self.spread.sentences, power, alpha)
+        level = corrected(alpha, self.hypotheses)
+        return smallest_detectable(self.spread, self.seeds, self.spread.sentences, power, level)
 
 
 def bleu_pilot(directions: Sequence[Direction], baseline: str) -> Pilot | None:
-    """The spread of gains in BLEU; None where no method has two seeds in each direction."""
-    return _pilot(directions, baseline, "BLEU", "", bleu_gains)
+    """The spread of gains in BLEU; None where no method has two seeds in each direction. Hypotheses are
+    the gains over the baseline of all methods that have them."""
+
+    def seeds(direction: Direction, method: str) -> int:
+        runs = direction.translated
+        return len(couples([run for run in runs if str(run.method) == method], runs, baseline))
+
+    found = _pilot(directions, baseline, "BLEU", "", bleu_gains)
+    tested = [
+        method
+        for method in _others(directions, baseline)
+        if all(seeds(direction, method) >= MIN_SEEDS for direction in directions)
+    ]
+    return found and replace(found, hypotheses=len(tested))
 
 
 def kl_pilot(directions: Sequence[Direction], baseline: str) -> Pilot | None:
-    """The spread of falls of KL on hard tokens; None as in :func:`bleu_pilot`."""
-    return _pilot(directions, baseline, "KL on hard tokens", "nats", kl_gains)
+    """The spread of falls of KL on hard tokens; None as in :func:`bleu_pilot`. Hypotheses are all claims
+    about the methods under test."""
+    found = _pilot(directions, baseline, "KL on hard tokens", "nats", kl_gains)
+    return found and replace(found, hypotheses=len(CLAIMS) * len(found.methods))
+
+
+def _others(directions: Sequence[Direction], baseline: str) -> list[str]:
+    """The methods that are compared with the baseline."""
+    methods = {run.method for direction in directions for run in direction.runs}
+    return ordered(str(method) for method in methods if method.id not in ("teacher", baseline))
 
 
 def _pilot(
@@ -136,11 +165,10 @@ def _pilot(
 ) -> Pilot | None:
     """The mean spread of the methods under test (all others, where there are none) that are there in
     all directions."""
-    methods = {run.method for direction in directions for run in direction.runs}
-    compared = {method for method in methods if method.id not in ("teacher", baseline)}
-    compared = {method for method in compared if method.is_treatment} or compared
+    others = _others(directions, baseline)
+    treatments = [method for method in others if Method.of(method).is_treatment]
     found: dict[str, list[Gains]] = {}
-    for method in ordered(map(str, compared)):
+    for method in treatments or others:
         own = [gains(direction, method, baseline) for direction in directions]
         whole = [item for item in own if item is not None]
         if whole and len(whole) == len(own):
@@ -160,6 +188,7 @@ def _pilot(
         min(len(item.observed) for item in every),
         list(found),
         float(np.mean([item.base for item in every])),
+        hypotheses=1,
     )
 
 
@@ -172,7 +201,8 @@ def _spread(gains: Sequence[Gains]) -> Spread:
 
 
 def plan_table(found: Pilot, power: float, alpha: float) -> pd.DataFrame:
-    """One row a number of seeds: the smallest detectable gain with each number of sentences."""
+    """One row a number of seeds: the smallest detectable gain with each number of sentences, at the level
+    ``alpha`` of one test."""
     sentences = [multiple * found.spread.sentences for multiple in MULTIPLES]
     table = pd.DataFrame({"seeds": SEEDS})
     for count in sentences:
@@ -187,13 +217,14 @@ def describe(found: Pilot, effect: float, power: float, alpha: float) -> str:
     spread = found.spread
     unit = f" {found.unit}" if found.unit else ""
     digits = 2 if found.measure == "BLEU" else 3
+    level = corrected(alpha, found.hypotheses)
 
     def smallest(own: Spread) -> str:
-        value = smallest_detectable(own, found.seeds, own.sentences, power, alpha)
+        value = smallest_detectable(own, found.seeds, own.sentences, power, level)
         return f"{value:.{digits}f}{unit}"
 
     def needed(own: Spread, sentences: int) -> str:
-        seeds = seeds_needed(effect, own, sentences, power, alpha, MOST_SEEDS)
+        seeds = seeds_needed(effect, own, sentences, power, level, MOST_SEEDS)
         return f"more than {MOST_SEEDS} seeds" if seeds is None else f"{seeds} seeds"
 
     directions = len(found.alone)
@@ -202,7 +233,8 @@ def describe(found: Pilot, effect: float, power: float, alpha: float) -> str:
         (
             f"With the runs as they are ({found.seeds} seeds, {spread.sentences:,} sentences, "
             f"{directions} direction{'s' if directions > 1 else ''}) the smallest detectable gain is "
-            f"**{smallest(spread)}** (power {power:.0%}, p at most {alpha:g}, two-sided)."
+            f"**{smallest(spread)}** (power {power:.0%}, p at most {alpha:g}, two-sided, "
+            f"{_correction(found.hypotheses)})."
         ),
         (
             f"A gain of {effect:.{digits}f}{unit} needs "
@@ -223,19 +255,26 @@ def describe(found: Pilot, effect: float, power: float, alpha: float) -> str:
             for name, own in found.alone.items()
         ]
         parts.append(markdown_table(pd.DataFrame(rows)))
-    table = plan_table(found, power, alpha)
+    table = plan_table(found, power, level)
     parts += [
         f"Smallest detectable gain{', mean of the directions' if directions > 1 else ''}:",
         markdown_table(table.map(lambda v: f"{v:.{digits}f}" if isinstance(v, float) else v)),
         (
-            f"From the gains of {', '.join(map(label_of, found.methods))}: {spread.freedom} degrees of freedom over "
-            "seeds, so with few runs these are rough figures themselves. Standard deviations of one "
+            f"From the gains of {', '.join(map(label_of, found.methods))}: {spread.freedom} degrees of freedom "
+            f"over seeds{' at least' if len(found.methods) > 1 else ''}, so with few runs these are rough "
+            "figures themselves. Standard deviations of one "
             f"run's gain: {np.sqrt(spread.seed.mean()):.{digits + 1}f} between seeds, "
             f"{np.sqrt(spread.interaction.mean()):.{digits + 1}f} of a seed on its sentences; of the "
             f"sentences, the same for all seeds: {np.sqrt(spread.sentence):.{digits + 1}f}."
         ),
     ]
     return "\n\n".join(parts)
+
+
+def _correction(hypotheses: int) -> str:
+    if hypotheses == 1:
+        return "one test, not corrected"
+    return f"with Holm's correction over {hypotheses} tests"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -264,8 +303,14 @@ def parser() -> argparse.ArgumentParser:
         "--alpha",
         type=float,
         default=ALPHA,
-        help="level of the test; with Holm's correction for five claims, 0.01 is safe "
-        "(default: %(default)s)",
+        help="level of the tests, corrected for all of them (default: %(default)s)",
+    )
+    add(
+        "--hypotheses",
+        type=int,
+        metavar="N",
+        help="tests over which Holm's correction will run (default: those of a report of these runs, one a "
+        "method for BLEU and one a claim and SE-KD method for KL)",
     )
     add("--subset", default="test", help="split that was scored (default: %(default)s)")
     add("--baseline", default="word_kd", metavar="METHOD", help="(default: %(default)s)")
@@ -292,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(
                     f"--{name}: expected a number above 0, found {getattr(args, option)}"
                 )
+        if args.hypotheses is not None and args.hypotheses < 1:
+            raise UserError(f"--hypotheses: expected at least 1, found {args.hypotheses}")
         options = Options(subset=args.subset, baseline=args.baseline, resamples=args.resamples)
         directions, _ = load(args.runs, options)
         bleu = bleu_pilot(directions, args.baseline)
@@ -301,11 +348,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{args.runs}: expected a method with {MIN_SEEDS} seeds in every direction, and as many "
                 f"of {args.baseline}, found none; one seed says nothing of the spread of training"
             )
-        if bleu is not None:
-            print(describe(bleu, args.effect, args.power, args.alpha))
-        if kl is not None:
-            effect = args.kl_effect or options.margin * kl.base
-            print(describe(kl, effect, args.power, args.alpha))
+        for found, effect in ((bleu, args.effect), (kl, args.kl_effect)):
+            if found is not None:
+                found = replace(found, hypotheses=args.hypotheses or found.hypotheses)
+                smallest = effect or options.margin * found.base
+                print(describe(found, smallest, args.power, args.alpha))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from analysis.stats import ALPHA, Floats, resampled_variance
 POWER = 0.8
 #: Draws of the variances over seeds; the error of a power is below 1 % of it.
 DRAWS = 2000
+#: Least seeds that tell of a spread.
+MIN_SEEDS = 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Spread:
     @classmethod
     def pooled(cls, spreads: Sequence["Spread"]) -> "Spread":
         """The mean over several methods' comparisons in the same directions, weighted by their
-        degrees of freedom."""
+        degrees of freedom. It has as many as the most of one: the methods are compared with the same
+        runs of the baseline, whose spread is in all of them."""
         weights = np.array([spread.freedom for spread in spreads], dtype=np.float64)
         weights /= weights.sum()
         return cls(
@@ -93,7 +96,7 @@ class Spread:
             ),
             float(sum(w * spread.sentence for w, spread in zip(weights, spreads, strict=True))),
             min(spread.sentences for spread in spreads),
-            sum(spread.freedom for spread in spreads),
+            max(spread.freedom for spread in spreads),
         )
 
 
@@ -110,16 +113,25 @@ def power(
 
 
 def detectable(
-    observed: Sequence[Floats], resampled: Sequence[Floats], sentences: Sequence[int]
+    observed: Sequence[Floats],
+    resampled: Sequence[Floats],
+    sentences: Sequence[int],
+    tests: int = 1,
 ) -> float:
-    """The effect that a study like this one finds significant (uncorrected) with probability
-    :data:`POWER`; NaN where a direction has one seed, which says nothing of training, or one sentence. The
-    arguments are those of :func:`analysis.stats.hierarchical`."""
+    """The effect that a study like this one finds significant with probability :data:`POWER`, where
+    p-values are corrected over so many ``tests`` and no other one is lower; NaN where a direction has one
+    seed, which says nothing of training, or one sentence. The other arguments are those of
+    :func:`analysis.stats.hierarchical`."""
     seeds = [len(values) for values in observed]
-    if min(seeds) < 2 or min(sentences) < 2:
+    if min(seeds) < MIN_SEEDS or min(sentences) < 2:
         return float("nan")
     spread = Spread.of(observed, resampled, sentences)
-    return smallest_detectable(spread, seeds, spread.sentences)
+    return smallest_detectable(spread, seeds, spread.sentences, alpha=corrected(ALPHA, tests))
+
+
+def corrected(alpha: float, tests: int) -> float:
+    """What the smallest of several p-values must not exceed under Holm's correction."""
+    return alpha / max(1, tests)
 
 
 def smallest_detectable(
@@ -172,7 +184,7 @@ def _error_and_critical(
     """The true standard error of the mean effect, and the test's critical value in each draw of the
     variances over seeds, (DRAWS,)."""
     counts = np.broadcast_to(seeds, spread.seed.shape)  # (D,)
-    if counts.min() < 2:
+    if counts.min() < MIN_SEEDS:
         raise ValueError(f"expected at least 2 seeds, found {seeds}: one says nothing of training")
     scale = spread.sentences / sentences
     share = 1 / counts / len(counts) ** 2  # (D,)

@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.chapters.chapter import Figure
 from analysis.chapters.quality import RUN_COLUMNS, main_baseline
 from analysis.claims.verdicts import PLACEBO
-from analysis.power import detectable
+from analysis.power import MIN_SEEDS, detectable
 from analysis.runs.methods import label_of, ordered
 from analysis.stats import LEVEL, Floats, hierarchical, holm
 from analysis.style import (
@@ -27,8 +27,8 @@ from analysis.sums.pairing import couples, placebo_couples
 from analysis.sums.translations import Corpus
 
 Couple = tuple[ScoredRun, ScoredRun]
-#: Least seeds of a gain that is tested.
-MIN_SEEDS = 2
+#: In each direction, the runs of a method with the baseline's that they are compared with.
+Couples = Sequence[Sequence[Couple]]
 
 
 def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
@@ -37,10 +37,10 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
 
     The interval holds the error from sentences and, with several seeds, from training (see
     :func:`analysis.stats.hierarchical`); with one seed the latter is missing. ``*_p_holm`` is
-    corrected for the methods that stand beside each other in a direction with :data:`MIN_SEEDS` seeds or
-    more, and NaN for the others, whose p-value knows nothing of training; ``gain_over_*_seeds`` counts
-    the couples of runs with a baseline's run of their own (:func:`analysis.sums.pairing.couples`);
-    ``*_detectable`` is the smallest gain that these runs could tell from 0. ``length_ratio`` is a mean,
+    corrected for the methods that stand beside each other in a direction with two seeds or more, and NaN
+    for the others, whose p-value knows nothing of training; ``gain_over_*_seeds`` counts the couples of
+    runs with a baseline's run of their own (:func:`analysis.sums.pairing.couples`); ``*_detectable`` is
+    the smallest gain that these runs could tell from 0 after the correction. ``length_ratio`` is a mean,
     ``lenpen_low`` and ``lenpen_high`` are the least and the greatest length penalty of the runs' searches.
 
     The method ``placebo`` is each baseline's seeds against its own next ones: the spread between seeds,
@@ -57,9 +57,17 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
         groups.append(compared)
     for group in groups:
         methods = [{str(run.method) for run in item.direction.translated} for item in group]
-        for method in sorted(set.intersection(*methods)):
+        compared_with = {
+            method: {baseline: _couples(group, method, baseline) for baseline in options.baselines}
+            for method in sorted(set.intersection(*methods))
+        }
+        tests = {
+            baseline: sum(_seeds(own[baseline]) >= MIN_SEEDS for own in compared_with.values())
+            for baseline in options.baselines
+        }
+        for method, own in compared_with.items():
             for metric in group[0].corpus.metrics:
-                rows.append(_method_row(group, method, metric, options.baselines))
+                rows.append(_method_row(group, method, metric, own, tests))
         for metric in group[0].corpus.metrics:
             row = _placebo_row(group, metric, options.baselines)
             if any(row[f"gain_over_{baseline}_seeds"] for baseline in options.baselines):
@@ -102,8 +110,24 @@ class _Compared:
         return [run for run in self.direction.translated if str(run.method) == method]
 
 
+def _couples(group: Sequence[_Compared], method: str, baseline: str) -> Couples:
+    compared = method not in ("teacher", baseline)
+    return [
+        couples(item.runs(method), item.direction.translated, baseline) if compared else []
+        for item in group
+    ]
+
+
+def _seeds(found: Couples) -> int:
+    return min(map(len, found))
+
+
 def _method_row(
-    group: Sequence[_Compared], method: str, metric: str, baselines: Sequence[str]
+    group: Sequence[_Compared],
+    method: str,
+    metric: str,
+    compared_with: Mapping[str, Couples],
+    tests: Mapping[str, int],
 ) -> dict[str, Any]:
     scores = [[item.score(run, metric) for run in item.runs(method)] for item in group]
     over_seeds = _seed_means(
@@ -124,13 +148,8 @@ def _method_row(
         "lenpen_low": min(penalties, default=np.nan),
         "lenpen_high": max(penalties, default=np.nan),
     }
-    for baseline in baselines:
-        compared = method not in ("teacher", baseline)
-        pairs = [
-            couples(item.runs(method), item.direction.translated, baseline) if compared else []
-            for item in group
-        ]
-        row |= _gain(group, pairs, baseline, metric)
+    for baseline, found_couples in compared_with.items():
+        row |= _gain(group, found_couples, baseline, metric, tests[baseline])
     return row
 
 
@@ -147,7 +166,7 @@ def _placebo_row(
     row = _row(group, PLACEBO, metric) | dict.fromkeys(names, np.nan)
     for baseline in baselines:
         found = [placebo_couples(item.direction.translated, baseline) for item in group]
-        row |= _gain(group, found, baseline, metric)
+        row |= _gain(group, found, baseline, metric, tests=0)
         row |= {f"gain_over_{baseline}_{name}": np.nan for name in ("p", "detectable")}
         row["seeds"] = max(row["seeds"], row[f"gain_over_{baseline}_seeds"])
     return row
@@ -164,12 +183,12 @@ def _row(group: Sequence[_Compared], method: str, metric: str) -> dict[str, Any]
 
 
 def _gain(
-    group: Sequence[_Compared], found: Sequence[Sequence[Couple]], baseline: str, metric: str
+    group: Sequence[_Compared], found: Couples, baseline: str, metric: str, tests: int
 ) -> dict[str, Any]:
     prefix = f"gain_over_{baseline}"
     names = ("", "_low", "_high", "_p", "_detectable")
     row: dict[str, Any] = {f"{prefix}{name}": np.nan for name in names}
-    row[f"{prefix}_seeds"] = min(len(both) for both in found)
+    row[f"{prefix}_seeds"] = _seeds(found)
     if not row[f"{prefix}_seeds"]:
         return row
     observed, drawn = [], []
@@ -181,7 +200,7 @@ def _gain(
         )
     units = [item.corpus.resamples.units for item in group]
     estimate = hierarchical(observed, drawn, units)
-    smallest = detectable(observed, drawn, units)
+    smallest = detectable(observed, drawn, units, tests)
     values = (estimate.effect, estimate.low, estimate.high, estimate.p, smallest)
     return row | dict(zip([f"{prefix}{name}" for name in names], values, strict=True))
 

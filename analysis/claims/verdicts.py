@@ -66,7 +66,8 @@ def claims_table(
     tested too; ``directions`` names those that a row is made of, where some have no runs or no data for
     it. ``family`` says which p-values Holm's correction took together: those of all methods and
     claims of the scope ``all``, or those of all single directions; ``p_holm`` is NaN where a claim could
-    get no verdict.
+    get no verdict. ``detectable`` is the smallest effect that the test of a row finds four times in five,
+    after the correction (claim 2: above a loss of the margin, so it may be a loss itself).
 
     The placebo (:func:`analysis.sums.pairing.placebo_couples`) has rows of the same measures. Its mean is 0
     by construction, so it has no p-value and no verdict, and no row of what is measured beyond it.
@@ -143,7 +144,7 @@ def _rows(
         else:
             row.update(_estimate(measure, list(group.values()), options))
         if treatment == PLACEBO:
-            row |= {"p": np.nan, "detectable": np.nan}
+            row["p"] = np.nan
         rows.append(row)
     return rows
 
@@ -155,13 +156,14 @@ def _estimate(measure: Measure, group: Sequence[Sample], options: Options) -> di
     gain = hierarchical(effects, drawn, units)
     margin = options.margin if measure.margin is None else measure.margin
     base = float(np.mean([sample.base.mean() for sample in group]))
-    tested = gain
+    study, tested = (effects, drawn, units), gain
     if measure.non_inferior:
-        tested = hierarchical(
+        study = (
             [sample.effect + margin * sample.base for sample in group],
             [sample.drawn + margin * sample.base_drawn for sample in group],
             units,
         )
+        tested = hierarchical(*study)
     seeds = min(len(sample.effect) for sample in group)
     smallest = -margin * base if measure.non_inferior else margin * base
     reason = next((sample.bias for sample in group if sample.bias), "")
@@ -176,8 +178,9 @@ def _estimate(measure: Measure, group: Sequence[Sample], options: Options) -> di
         "low": gain.low,
         "high": gain.high,
         "relative_effect": gain.effect / base if base > 0 else np.nan,
-        "detectable": detectable(effects, drawn, units),
         "p": tested.p,
+        "study": study,
+        "shift": margin * base if measure.non_inferior else 0.0,
         "seeds": seeds,
         "sentences": sum(sentences),
         "tokens": sum(sample.tokens for sample in group),
@@ -200,7 +203,7 @@ def _deciding(rows: Sequence[dict[str, Any]]) -> Claims:
 
 
 def _correct(rows: Sequence[dict[str, Any]]) -> None:
-    """Give the rows that decide a claim its corrected p-value.
+    """Give each row what it could detect, and those that decide a claim its corrected p-value.
 
     A claim with a reason here, before anything is judged, is open whatever its p-value: it has none to
     correct, and the others do not pay for it.
@@ -217,6 +220,12 @@ def _correct(rows: Sequence[dict[str, Any]]) -> None:
         for group, corrected in zip(claims, holm(p_values), strict=True):
             for row in group:
                 row["p_holm"] = corrected
+                row["tests"] = int(np.isfinite(p_values).sum())
+    for row in rows:
+        if "study" in row and row["treatment"] != PLACEBO:
+            effects, drawn, units = row["study"]
+            smallest = detectable(effects, drawn, units, row.get("tests", 1))
+            row["detectable"] = smallest - row["shift"]
 
 
 def _judge(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

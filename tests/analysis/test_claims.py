@@ -17,6 +17,7 @@ from analysis.chapters.training import training_table
 from analysis.chapters.transitions import aligned, transition_table, transitions
 from analysis.claims.evidence import Evidence, easy_times, sentence_gains
 from analysis.claims.verdicts import PLACEBO, UNEQUAL, _correct, _verdict, claims_table
+from analysis.power import Spread, smallest_detectable
 from analysis.report.blocks import Table
 from analysis.report.content import claims_blocks, quality_blocks, scope_blocks
 from analysis.runs.files import read_json, sealed_json
@@ -284,6 +285,23 @@ def test_claims_without_a_verdict_do_not_cost_the_others_theirs() -> None:
     _correct([*sweep, *main])
     assert [row["p_holm"] for row in main] == pytest.approx([0.008, 0.03, 0.012, 0.02])
     assert np.isnan([row["p_holm"] for row in sweep]).all()
+
+
+def test_what_is_detectable_is_so_by_the_test_of_the_verdict() -> None:
+    """Corrected over the claims that can get a verdict; claim 2 from a loss of the margin."""
+    drawn = np.random.default_rng(1).normal(1.0, 0.2, (3, 500))
+    study = [np.array([0.9, 1.0, 1.2])], [drawn], [400]
+    row = {"treatment": "main", "scope": "all", "family": "all", "decides": True, "reason": ""}
+    row |= {"p": 0.01, "study": study, "shift": 0.0}
+    rows = [row | {"claim": 1}, row | {"claim": 2, "shift": 0.3}, row | {"claim": 3}]
+    open_one = row | {"claim": 4, "reason": "150 sentences", "p": 0.0}
+    beside = row | {"claim": 1, "decides": False}
+    _correct([*rows, open_one, beside])
+    spread = Spread.of(*study)
+    third, alone = (smallest_detectable(spread, 3, 400, alpha=0.05 / tests) for tests in (3, 1))
+    assert alone < third
+    found = [item["detectable"] for item in (*rows, open_one, beside)]
+    assert found == pytest.approx([third, third - 0.3, third, third, alone])
 
 
 def test_checkpoints_of_several_runs_are_drawn_together() -> None:

@@ -87,7 +87,8 @@ def test_parts_are_found_again() -> None:
     assert found.seed == pytest.approx(expected.seed, rel=0.3)
     assert found.interaction == pytest.approx(expected.interaction, rel=0.1)
     assert found.sentence == pytest.approx(expected.sentence, rel=0.1)
-    assert (found.sentences, found.freedom) == (200, 60 * 2 * 3)
+    # Of one comparison: those of several methods share the baseline's runs.
+    assert (found.sentences, found.freedom) == (200, 2 * 3)
 
 
 def test_prediction_for_other_numbers() -> None:
@@ -165,6 +166,16 @@ def test_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found is not None and f"**{found.smallest_detectable():.2f}**" in text
     # The table's cell for the runs as they are is the figure in bold.
     assert f"**{rows[0].split(' | ')[1]}**" in text
+    # The report corrects over the gains of fine-tuning and of the method, and over five claims.
+    assert "with Holm's correction over 2 tests" in text
+    assert "with Holm's correction over 5 tests" in text
+    alone = smallest_detectable(found.spread, 3, 60)
+    assert found.smallest_detectable() == smallest_detectable(found.spread, 3, 60, alpha=0.025)
+    plan.main([str(runs), "--resamples", "200", "--hypotheses", "1"])
+    text = capsys.readouterr().out
+    assert (
+        f"**{alone:.2f}** (power 80%, p at most 0.05, two-sided, one test, not corrected)" in text
+    )
 
 
 def test_a_report_and_a_plan_say_the_same(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +191,11 @@ def test_a_report_and_a_plan_say_the_same(runs: Path, monkeypatch: pytest.Monkey
     kl = plan.kl_pilot(directions, "word_kd")
     own = claims["measure"] == "KL on hard tokens (nats)"
     (shown,) = claims.loc[own & (claims["treatment"] == "se_kd_blend"), "detectable"]
-    # The test counts the sentences that have a hard token, the plan all of them.
-    assert kl is not None and shown == pytest.approx(kl.smallest_detectable(), rel=0.01)
+    # The test counts the sentences that have a hard token, the plan all of them. So few sentences have no
+    # verdict, and no correction.
+    assert kl is not None and kl.hypotheses == 5
+    alone = smallest_detectable(kl.spread, 3, kl.spread.sentences)
+    assert shown == pytest.approx(alone, rel=0.01)
 
 
 def test_detectable_with_other_numbers_of_seeds() -> None:
@@ -200,6 +214,7 @@ def test_detectable_with_other_numbers_of_seeds() -> None:
     [
         (["--power", "1.2"], "--power: expected a number between 0 and 1, found 1.2"),
         (["--power", "0.04"], "expected more than --alpha"),
+        (["--hypotheses", "0"], "--hypotheses: expected at least 1, found 0"),
         (["--kl-effect", "-1"], "--kl-effect: expected a number above 0, found -1.0"),
         (["--baseline", "jsd"], "expected a method with 2 seeds in every direction"),
     ],
