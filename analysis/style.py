@@ -176,10 +176,16 @@ def break_labels(drawn: Figure) -> bool:
 
 
 def row_mark(
-    axis: Axes, place: float, row: Mapping[Any, Any], name: str, look: Look, at_zero: bool
+    axis: Axes,
+    place: float,
+    row: Mapping[Any, Any],
+    name: str,
+    look: Look,
+    at_zero: bool,
+    hollow: bool = False,
 ) -> None:
     """The value ``name`` of a row of a table with its interval, at a height; at 0 for what the others are
-    compared with, and where a row has no value, words that say so."""
+    compared with, and where a row has no value, words that say so. A ``hollow`` one stands back."""
     value = 0.0 if at_zero else row[name]
     if pd.isna(value):
         inside = axis.get_yaxis_transform()
@@ -193,7 +199,8 @@ def row_mark(
         xerr=None if at_zero else np.abs(reach),
         fmt=look.marker,
         color=look.colour,
-        elinewidth=0.9,
+        markerfacecolor="white" if hollow else look.colour,
+        elinewidth=0.4 if hollow else 0.9,
         capsize=1.8,
     )
 

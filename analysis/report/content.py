@@ -221,7 +221,8 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
         ]
         blocks.append(
             "Means over seeds; gains with the 95 % interval that holds training and sentences, and p with "
-            "Holm's correction over the methods of a direction. The placebo is each baseline's seeds against "
+            "Holm's correction over the methods of a direction that have several seeds; with one the interval "
+            "holds sentences only, and there is no p. The placebo is each baseline's seeds against "
             "its own next ones: its mean is 0 by construction, and its interval shows the spread between seeds."
         )
         pooled = [row for row in rows if row["direction"] == "all"]
@@ -287,6 +288,8 @@ def _over(row: dict[Any, Any], baseline: str) -> str:
     if np.isnan(row[prefix]):
         return ""
     shown = interval(row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"], 2)
+    if row[f"{prefix}_seeds"] == 1:
+        return f"{shown}, one seed: sentences only"
     corrected = p_value(row[f"{prefix}_p_holm"], equals="= ")
     return f"{shown}, p {corrected}" if corrected else shown
 

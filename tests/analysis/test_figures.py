@@ -114,6 +114,7 @@ def test_a_method_without_a_partner_is_not_drawn_at_zero(drawn: Drawn) -> None:
             "mean": [20.0, 21.0, 22.0], "gain_over_word_kd": [np.nan, 1.0, np.nan],
             "gain_over_word_kd_low": [np.nan, 0.5, np.nan],
             "gain_over_word_kd_high": [np.nan, 1.5, np.nan], "gain_over_finetune": np.nan,
+            "gain_over_word_kd_seeds": [0, 3, 0],
         }
     )  # fmt: skip
     (axis,) = drawn(methods.draw_methods, table)
@@ -125,13 +126,19 @@ def test_a_method_without_a_partner_is_not_drawn_at_zero(drawn: Drawn) -> None:
 def test_the_mean_of_the_directions_comes_last(drawn: Drawn) -> None:
     rows = [
         {"direction": direction, "method": method, "metric": "BLEU", "mean": 20.0,
-         "gain_over_word_kd": gain, "gain_over_word_kd_low": gain, "gain_over_word_kd_high": gain}
-        for direction in ("all", "de-en", "en-de")
+         "gain_over_word_kd": gain, "gain_over_word_kd_low": gain, "gain_over_word_kd_high": gain,
+         "gain_over_word_kd_seeds": seeds}
+        for direction, seeds in (("all", 1), ("de-en", 1), ("en-de", 3))
         for method, gain in (("word_kd", np.nan), ("se_kd_blend", 1.0))
     ]  # fmt: skip
     panels = drawn(methods.draw_methods, pd.DataFrame(rows).assign(gain_over_finetune=np.nan))
     titles = [axis.get_title() for axis in panels if axis.axison]
     assert titles == ["de-en", "en-de", "mean of the directions"]
+    # A gain of one seed does not look as sure as one of three.
+    marks = [axis.containers[-1].lines for axis in panels if axis.axison]
+    filled = [mark.get_markerfacecolor() != "white" for mark, _, _ in marks]
+    widths = [line.get_linewidth()[0] for _, _, (line,) in marks]
+    assert filled == [False, True, False] and widths[0] == widths[2] < widths[1]
 
 
 def test_a_direction_with_a_log_alone_has_its_panel(drawn: Drawn) -> None:

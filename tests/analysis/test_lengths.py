@@ -162,6 +162,8 @@ def test_a_gain_is_certain_by_the_corrected_p_in_words_as_in_latex() -> None:
     one = results_table(certain.assign(seeds=1, gain_over_word_kd_seeds=1), "word_kd")
     assert "dagger" not in one and "one training seed" in one
     assert "dagger" not in results_table(certain, "seq_kd")
+    alone = certain.assign(gain_over_word_kd_seeds=1).to_dict("records")[0]
+    assert content._over(alone, "word_kd") == "0.50 [0.10, 0.90], one seed: sentences only"
     several = pd.concat([certain, certain.assign(method="word_kd", seeds=2)])
     assert "over 2 to 3 training seeds" in results_table(several, "word_kd")
 
