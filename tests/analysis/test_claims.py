@@ -319,6 +319,7 @@ def test_sentence_gains_by_hand(demo: Path) -> None:
     ((run, other),) = Evidence.of(direction, "se_kd_student", "word_kd").couples
     gain, better, length, score = sentence_gains(direction, run, other)
     assert direction.tokens is not None and direction.corpus is not None
+    assert direction.resamples is not None
     own, base = (
         read_columns(demo / name / "tokens/test/100.parquet", ["kl"])["kl"].astype(float)
         for name in ("se_kd", "word_kd")
@@ -344,8 +345,28 @@ def test_sentence_gains_by_hand(demo: Path) -> None:
     lowest = np.argsort(gain)[: sizes[0]]
     assert table["kl_gain"][0] == pytest.approx(gain[lowest].mean())
     assert table["chrf_gain"][0] == pytest.approx(better[lowest].mean())
-    expected = better[lowest].std(ddof=1) / np.sqrt(sizes[0])
+    weights = np.concatenate(list(direction.resamples.blocks()))[:, lowest]
+    drawn = weights @ better[lowest] / weights.sum(axis=1)
+    expected = drawn.std(ddof=1) * np.sqrt(len(gain) / (len(gain) - 1))
     assert table["chrf_gain_error"][0] == pytest.approx(expected)
+    assert expected == pytest.approx(better[lowest].std() / np.sqrt(sizes[0]), rel=0.3)
+
+
+def test_the_same_sentences_of_another_seed_make_no_error_smaller(demo: Path) -> None:
+    options = Options(resamples=100)
+    one = sentence_table(load(demo, options)[0], options)
+    for name in ("finetune", "word_kd", "se_kd"):
+        shutil.copytree(demo / name, demo / f"{name}2")
+        record, _ = read_json(demo / f"{name}2" / "run.json")
+        (demo / f"{name}2" / "run.json").write_bytes(sealed_json(record | {"seed": 2}))
+    both = sentence_table(load(demo, options)[0], options).set_index("method")
+    values = ["sentences", "chrf_gain_error"]
+    assert (both.loc["se_kd_student", "seeds"] == 2).all()
+    assert both.loc["se_kd_student", values].to_numpy() == pytest.approx(one[values].to_numpy())
+    # What chance gives stands beside it: here nothing, the baseline's runs are the same.
+    assert len(both.loc[PLACEBO]) == 10 and not both.loc[PLACEBO, ["kl_gain", "chrf_gain"]].any(
+        axis=None
+    )
 
 
 def test_transitions_and_times_by_hand(demo: Path) -> None:
