@@ -26,7 +26,7 @@ TEACHER = "teacher"
 
 
 def sizes_table(directions: Sequence[Direction]) -> pd.DataFrame:
-    """One row a run with translations: direction, method, training ``sentences``, seed, BLEU, chrF.
+    """One row a run with translations: direction, method with its variant, training ``sentences``, seed, BLEU, chrF.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def sizes_table(directions: Sequence[Direction]) -> pd.DataFrame:
                 )
             row = {
                 "direction": direction.name,
-                "method": run.method.id,
+                "method": str(run.method),
                 "sentences": run.run.sentences,
                 "seed": run.seed,
             }

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.claims.across import across_runs
 from analysis.claims.evidence import CORRELATION_MARGIN, MEASURES, Evidence, Measure, Sample
 from analysis.claims.relation import relation_table
 from analysis.power import detectable
@@ -97,7 +96,6 @@ def claims_table(
                 continue
             samples = {item.direction.name: measure.sample(item) for item in group}
             rows.extend(_rows(treatment, measure, samples, options))
-        rows.extend(_row(treatment, 4, "all", options) | found for found in across_runs(group))
     _correct(rows)
     for row in rows:  # after the correction, because it follows from what was measured
         if row["treatment"] in unequal and row["claim"] in (1, 2, 3) and not row["reason"]:

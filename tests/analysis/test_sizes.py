@@ -7,6 +7,8 @@ import pytest
 from conftest import WriteRun
 
 from analysis import sizes, transfer
+from analysis.sums.direction import Options
+from analysis.sums.loading import load
 
 
 def test_a_line_per_method(
@@ -38,6 +40,20 @@ def test_a_line_per_method(
     results = pd.read_csv(Path(roots[0]) / "report/tables/results.csv")
     own = table[table["sentences"] == 2000]
     assert sorted(own["BLEU"]) == pytest.approx(sorted(results["BLEU"]))
+
+
+def test_variants_of_a_method_have_lines_of_their_own(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path, "finetune", "finetune", data={"sentences": 2000})
+    for gamma, seeds in ((0.5, (1, 2)), (0.9, (1,))):
+        for seed in seeds:
+            write_run(
+                tmp_path, f"se.{gamma}.{seed}", "se_kd_target", seed=seed,
+                hyperparameters={"gamma": gamma}, data={"sentences": 2000},
+            )  # fmt: skip
+    directions, _ = load(tmp_path, Options(resamples=2))
+    table = sizes.sizes_table(directions)
+    usual = ["finetune", "se_kd_target", "se_kd_target"]
+    assert table["method"].tolist() == [*usual, "se_kd_target (gamma=0.9)"]
 
 
 def test_a_record_without_sentences_is_named(tmp_path: Path, write_run: WriteRun) -> None:
