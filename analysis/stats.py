@@ -30,6 +30,7 @@ class Resamples:
     Attributes
     ----------
     units : how many sentences, or documents, are drawn
+    unit : (S,) the number of each sentence's unit
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class Resamples:
         documents: NDArray[np.integer] | None = None,
     ) -> None:
         self.sentences = sentences
-        self.units = sentences if documents is None else int(documents.max()) + 1
+        self.unit = np.arange(sentences) if documents is None else documents
+        self.units = int(self.unit.max(initial=-1)) + 1
         self._counts = np.zeros((count, sentences), dtype=np.uint8)  # (B, S)
         for row in self._counts:  # one at a time stays in the processor's cache
             drawn = np.bincount(rng.integers(self.units, size=self.units), minlength=self.units)

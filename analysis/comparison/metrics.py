@@ -12,7 +12,7 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
 
 from analysis.comparison.systems import Corpus
-from analysis.stats import Floats, Resamples, holm, interval
+from analysis.stats import Floats, Resamples, holm
 from analysis.terminal import progress, warn
 
 #: Elements of a block of trials in memory.
@@ -142,12 +142,12 @@ def compare_systems(
             units = {name: corpus.by_unit(own) for name, own in measure.statistics.items()}
             drawn = {name: measure.scores(draws.sums(own)) for name, own in units.items()}
             for system in corpus.systems:
-                low, high = interval(drawn[system])
+                low, high = corpus.interval(drawn[system])
                 row = {"system": system, "metric": measure.name, "score": measure.score(system)}
                 scores.append(row | {"low": float(low), "high": float(high)})
             p_values = []
             for against, system in couples:
-                low, high = interval(drawn[system] - drawn[against])
+                low, high = corpus.interval(drawn[system] - drawn[against])
                 rng = np.random.default_rng([seed, corpus.units])
                 p_values.append(_randomised(measure, units[system], units[against], trials, rng))
                 pairs.append(

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.special
 from numpy.typing import NDArray
 
 from analysis.runs.errors import UserError
 from analysis.runs.languages import Tokenizer, bleu_tokenizer, installed_tokenizer
 from analysis.runs.texts import read_lines
-from analysis.stats import Floats
+from analysis.stats import LEVEL, Floats, interval
+from analysis.terminal import warn
 
 #: A language whose tokenizer fits a script, by the first word of its letters' Unicode names.
 _SCRIPTS = {
@@ -30,6 +32,8 @@ _SCRIPTS = {
 }
 #: Share of kana among the letters above which a text is Japanese; most of the others may be Han.
 _KANA = 0.1
+#: Documents of which fewer make a bootstrap rough.
+FEW_DOCUMENTS = 20
 #: Lines that are looked at to find the script.
 _LOOKED_AT = 1000
 
@@ -76,6 +80,19 @@ class Corpus:
     def units(self) -> int:
         """How many units are resampled, U."""
         return int(self.unit.max()) + 1
+
+    def interval(self, resampled: Floats) -> tuple[Floats, Floats]:
+        """The percentile interval of what was resampled, (B, ...). Few documents make a bootstrap too
+        narrow: it is widened about its middle as much as the t-interval of a mean of so many is wider than
+        the normal one without n / (n - 1)."""
+        low, high = interval(resampled)
+        if self.documents:
+            n, quantile = self.units, 0.5 + LEVEL / 2
+            wider = np.sqrt(n / (n - 1)) * scipy.special.stdtrit(n - 1, quantile)
+            wider /= scipy.special.ndtri(quantile)
+            middle, half = (low + high) / 2, wider * (high - low) / 2
+            low, high = middle - half, middle + half
+        return low, high
 
     def by_unit(self, values: Floats) -> Floats:
         """Sums over the sentences of each unit, of (S, ...) values (U, ...)."""
@@ -125,6 +142,11 @@ def load_corpus(
             raise UserError(
                 f"{documents}: expected the document of each sentence, a name a line, found one "
                 "document; leave --documents out, or name at least two"
+            )
+        if unit.max() + 1 < FEW_DOCUMENTS:
+            warn(
+                f"{documents}: {unit.max() + 1} documents; the bootstrap of fewer than {FEW_DOCUMENTS} is "
+                "rough, and the intervals are widened"
             )
     texts = [first, *(aligned(path) for path in references[1:])]
     return Corpus(

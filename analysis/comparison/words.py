@@ -11,7 +11,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from analysis.comparison.metrics import Measure
 from analysis.comparison.systems import Corpus
-from analysis.stats import Floats, Resamples, interval, ratio
+from analysis.stats import Floats, Resamples, ratio
 
 Words = list[str]
 
@@ -161,8 +161,8 @@ def accuracy_table(
         f, f_drawn = _f(sums), _f(drawn.reshape(resamples, len(names), 3))
         if system == corpus.baseline:
             base, base_drawn = f, f_drawn
-        low, high = interval(f_drawn)
-        gain_low, gain_high = interval(f_drawn - base_drawn)
+        low, high = corpus.interval(f_drawn)
+        gain_low, gain_high = corpus.interval(f_drawn - base_drawn)
         for i, name in enumerate(names):
             right, own_words, reference_words = sums[i]
             row = {

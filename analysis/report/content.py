@@ -280,7 +280,9 @@ def mean_sd(row: dict[Any, Any]) -> str:
 def _gain(row: dict[Any, Any], baseline: str) -> str:
     gain = row[f"BLEU_gain_over_{baseline}"]
     p = row[f"BLEU_p_bootstrap_over_{baseline}"]
-    return "" if np.isnan(gain) else f"{gain:+z.2f} (p = {p:.3f})"
+    if np.isnan(gain):
+        return ""
+    return f"{gain:+z.2f}" if np.isnan(p) else f"{gain:+z.2f} (p = {p:.3f})"
 
 
 def _over(row: dict[Any, Any], baseline: str) -> str:

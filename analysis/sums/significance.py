@@ -44,7 +44,8 @@ class Significance:
 
     Parameters
     ----------
-    corpus : what they are scored with
+    corpus : what they are scored with; where its resamples draw documents, so do these, and a trial
+        exchanges documents
 
     References
     ----------
@@ -53,24 +54,31 @@ class Significance:
 
     def __init__(self, corpus: Corpus) -> None:
         self._metrics = corpus.metrics
-        self._resamples = Resamples(corpus.sentences, TRIALS, np.random.default_rng(SEED))
+        # A sentence is a unit of its own where documents are not known, and the draws are sacreBLEU's.
+        unit, units = corpus.resamples.unit, corpus.resamples.units
+        self._several = units > 1
+        self._resamples = Resamples(corpus.sentences, TRIALS, np.random.default_rng(SEED), unit)
         draws = np.random.default_rng(SEED)
-        self._own = draws.integers(2, size=(TRIALS, corpus.sentences), dtype=bool).astype(np.uint8)
+        self._own = draws.integers(2, size=(TRIALS, units), dtype=bool).astype(np.uint8)[:, unit]
         self._drawn: dict[tuple[str, str], list[Any]] = {}
         for metric in self._metrics.values():  # what signatures say of the intervals
             metric.n_bootstrap, metric.seed = TRIALS, str(SEED)
 
     def score(self, run: ScoredRun, metric: str) -> Any:
         """sacreBLEU's score object, with the mean ``_mean`` of the resamples and half the width ``_ci`` of
-        their 95 % interval."""
+        their 95 % interval; NaN of one sentence, or document."""
         found = self._score(metric, _statistics(run, metric).sum(axis=0))
         found.estimate_ci(self._resampled(run, metric))
+        if not self._several:
+            found._mean = found._ci = float("nan")
         return found
 
     def compare(self, run: ScoredRun, baseline: ScoredRun, metric: str) -> PairedScores:
-        """A run against one of a baseline."""
+        """A run against one of a baseline; of one sentence, or document, the gain alone."""
         own, base = (_statistics(item, metric) for item in (run, baseline))
         gain = self._value(metric, own.sum(axis=0)) - self._value(metric, base.sum(axis=0))
+        if not self._several:
+            return PairedScores(gain, *[float("nan")] * 4)
         drawn, drawn_base = (
             np.array([score.score for score in self._resampled(item, metric)])
             for item in (run, baseline)
@@ -78,7 +86,7 @@ class Significance:
         low, high = interval(drawn - drawn_base)
         differences = np.abs(drawn - drawn_base)
         p_bootstrap = _compute_p_value(differences - differences.mean(), abs(gain))
-        # A trial gives each sentence's two translations to either of two pseudo-systems.
+        # A trial gives the two translations of each sentence, or document, to either of two pseudo-systems.
         first = base.sum(axis=0) + weighted_sums(self._own, own - base)  # (T, C)
         second = own.sum(axis=0) + base.sum(axis=0) - first
         scores, others = (

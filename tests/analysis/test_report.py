@@ -334,6 +334,8 @@ def test_one_document_gives_no_certainty(tmp_path: Path, no_figures: None) -> No
     assert set(judged["reason"]) == {"all sentences are of one document"}
     text = (out / "report.md").read_text()
     assert "BLEU, from one sentence or document, which says nothing of others." in text
+    results = pd.read_csv(out / "tables" / "results.csv")
+    assert results.filter(regex="_p_|_low$|_high$").isna().all(axis=None)
     assert "nan" not in text
     assert r"$^{\dagger}$" not in (out / "tables" / "results.tex").read_text()
 

@@ -1,6 +1,7 @@
 """sacreBLEU's intervals and tests from statistics that are extracted once."""
 
 import shutil
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +26,38 @@ def worse(lines: list[str], share: float, rng: np.random.Generator) -> list[str]
     ]
 
 
-@pytest.fixture
-def direction(tmp_path: Path, write_run: WriteRun) -> Direction:
+def loaded(root: Path, write_run: WriteRun, copies: int = 1) -> Direction:
+    """Two systems of 40 sentences, or of 40 documents that are copies of one sentence each."""
     rng = np.random.default_rng(7)
     references = [" ".join(rng.choice(WORDS, rng.integers(3, 12))) for _ in range(40)]
     for name, share in (("word_kd", 0.3), ("se_kd_blend", 0.29)):
         lines = worse(references, share, rng)
-        run = write_run(tmp_path, name, name, sentences=40)
+        run = write_run(root, name, name, sentences=40 * copies)
         shutil.rmtree(run / "tokens")
-        write_texts(run, "test", Texts(lines, references, None))
-    return load(tmp_path, Options(resamples=100))[0][0]
+        texts = ([line for line in side for _ in range(copies)] for side in (lines, references))
+        write_texts(run, "test", Texts(*texts, None))
+    documents = tuple(f"{number:02}" for number in range(40) for _ in range(copies))
+    options = Options(resamples=100, documents=documents if copies > 1 else ())
+    return load(root, options)[0][0]
+
+
+@pytest.fixture
+def direction(tmp_path: Path, write_run: WriteRun) -> Direction:
+    return loaded(tmp_path / "sentences", write_run)
+
+
+@pytest.mark.parametrize("name", ["BLEU", "chrF"])
+def test_documents_are_drawn_and_exchanged_as_wholes(
+    direction: Direction, tmp_path: Path, write_run: WriteRun, name: str
+) -> None:
+    """Copies of a sentence in one document are worth no more than the sentence."""
+    found = []
+    for item in (direction, loaded(tmp_path / "documents", write_run, copies=4)):
+        tests = Significance(item.corpus)
+        run, baseline = sorted(item.translated, key=lambda run: run.label)
+        score = tests.score(run, name)
+        found.append([*astuple(tests.compare(run, baseline, name)), score._mean, score._ci])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(("name", "plain"), [("BLEU", BLEU), ("chrF", CHRF)])
