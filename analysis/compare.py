@@ -8,7 +8,7 @@ sacreBLEU and compare-mt. The first system is the baseline. Every file may be gz
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sacrebleu.metrics.bleu import BLEU
@@ -17,11 +17,11 @@ from analysis.comparison.chapters import Results, findings
 from analysis.comparison.document import write_report
 from analysis.comparison.metrics import compare_systems, measure_systems
 from analysis.comparison.systems import Corpus, load_corpus, named_paths
-from analysis.comparison.words import cut, splitter
+from analysis.comparison.words import CutTexts, cut, splitter
 from analysis.neural import add_comet_option, load_comet, sentence_scores
 from analysis.report.folder import check_output, replace_report
 from analysis.runs.errors import UserError, one_line_errors
-from analysis.runs.texts import read_lines
+from analysis.runs.texts import each_line
 from analysis.stats import Floats
 from analysis.terminal import progress
 
@@ -113,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             target_lang=args.target_lang,
             tokenize=args.tokenize,
         )
-        training = None if args.train is None else read_lines(args.train)
         check_output(args.output)
+        texts = cut(corpus)
+        frequency = None
+        if args.train is not None:
+            frequency = word_frequency(each_line(args.train), corpus.tokenizer.name, texts)
         extra: dict[str, Mapping[str, Floats]] = {}
         if corpus.segment_scores:
             extra["segment score"] = corpus.segment_scores
@@ -123,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         measures = measure_systems(corpus, extra, args.ter)
         results = Results(
             corpus,
-            cut(corpus),
+            texts,
             measures,
             compare_systems(corpus, measures, args.resamples, args.trials, args.seed),
-            None if training is None else word_frequency(training, corpus.tokenizer.name),
+            frequency,
             args.resamples,
             args.trials,
             args.seed,
@@ -146,12 +149,14 @@ def comet_scores(corpus: Corpus, path: Path) -> dict[str, Floats]:
     }
 
 
-def word_frequency(lines: Sequence[str], tokenizer: str) -> Counter[str]:
-    """How often each word is in a text."""
+def word_frequency(lines: Iterable[str], tokenizer: str, texts: CutTexts) -> Counter[str]:
+    """How often each word of the references and systems is in a text."""
     split = splitter(tokenizer)
+    sides = (texts.reference, *texts.systems.values())
+    wanted = {word for side in sides for sentence in side for word in sentence}
     counts: Counter[str] = Counter()
     for line in progress(lines, desc="count words", unit="line"):
-        counts.update(split(line))
+        counts.update(filter(wanted.__contains__, split(line)))
     return counts
 
 

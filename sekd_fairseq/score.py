@@ -8,7 +8,7 @@ writes ``runs/NAME/tokens/<subset>/<updates>.parquet``, one row per reference to
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
@@ -31,10 +32,13 @@ from sekd_fairseq.datasets import TeacherDataset
 from sekd_fairseq.devices import default_device, half_precision
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.plugin import quiet_fairseq
-from sekd_fairseq.splits import load_split, too_long, train_targets
+from sekd_fairseq.splits import load_split, too_long, train_targets, training_part
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 from sekd_fairseq.teacher_cache.storage import split_folder
 from sekd_fairseq.versions import versions
+
+#: Tokens of a memory map, and sentences of another dataset, that are counted at a time.
+BLOCK, SENTENCES = 1 << 24, 10_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -200,14 +204,38 @@ def write_tokens(
 
 
 def train_frequencies(task: Any) -> NDArray[np.int64]:
-    """How often each token occurs in the training targets, all parts of all data directories, (V,);
-    the dictionary's own counts if there is no training split."""
+    """How often each token occurs in the training targets, all parts of all data directories, of each
+    directory those that ``--train-sentences`` took, (V,); the dictionary's own counts if there is no
+    training split."""
     dictionary = task.target_dictionary
     counts = np.zeros(len(dictionary), dtype=np.int64)
-    for targets in train_targets(task):
-        for index in range(len(targets)):
-            np.add.at(counts, targets[index].numpy(), 1)
+    # Checkpoints of earlier versions lack it.
+    wanted = getattr(task.cfg, "train_sentences", 0)
+    for parts in train_targets(task):
+        sizes = [len(targets) for targets in parts]
+        chosen = np.sort(training_part(sum(sizes), wanted)) if wanted else None
+        for first, targets in zip(np.cumsum([0, *sizes]), parts, strict=False):
+            own = None
+            if chosen is not None:
+                own = chosen[(chosen >= first) & (chosen < first + len(targets))] - first
+            for tokens in token_blocks(targets, own):
+                counts += np.bincount(tokens, minlength=len(counts))
     return counts if counts.any() else np.asarray(dictionary.count, dtype=np.int64)
+
+
+def token_blocks(
+    targets: Any, chosen: NDArray[np.int64] | None = None
+) -> Iterator[NDArray[np.integer]]:
+    """The tokens of all sentences of a dataset, or of those ``chosen``, many at a time."""
+    if chosen is None and isinstance(targets, MMapIndexedDataset):
+        # One after the other in the file, whole: a sentence at a time takes fifty times as long.
+        tokens = np.frombuffer(targets._bin_buffer, dtype=targets._index.dtype)
+        yield from (tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK))
+        return
+    numbers = np.arange(len(targets)) if chosen is None else chosen
+    for start in range(0, len(numbers), SENTENCES):
+        part = numbers[start : start + SENTENCES]
+        yield np.concatenate([targets[number].numpy() for number in part])
 
 
 def cache_record(cache: TeacherCache) -> dict[str, Any]:
@@ -228,7 +256,7 @@ def run_record(config: Any, model: Any, scoring: Scoring, step: int, task: Any) 
     criterion = OmegaConf.to_container(config.criterion, resolve=False)
     # Checkpoints of earlier versions lack it.
     sentences = getattr(config.task, "train_sentences", 0)
-    of_all = sum(map(len, train_targets(task)))
+    of_all = sum(len(targets) for parts in train_targets(task) for targets in parts)
     if config.criterion._name == "self_evolution_kd":
         criterion |= partners(config.criterion)
     return RunRecord(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from fairseq import utils
 from fairseq.data import Dictionary, FairseqDataset, data_utils, indexed_dataset
+from numpy.typing import NDArray
 
 from sekd_fairseq.errors import UserError
 
@@ -112,10 +113,11 @@ def read_whole(dataset: Any) -> None:
         dataset.prefetch(range(len(dataset)))
 
 
-def train_targets(task: Any) -> Iterator[FairseqDataset]:
-    """The targets of every part (``train``, ``train1``, ...) of every data directory of a task."""
+def train_targets(task: Any) -> Iterator[list[FairseqDataset]]:
+    """Of every data directory of a task the targets of its parts (``train``, ``train1``, ...)."""
     config = task.cfg
     for data in utils.split_paths(config.data):
+        parts = []
         for part in itertools.count():
             name = f"train{part or ''}"
             found = stored_as(
@@ -123,7 +125,14 @@ def train_targets(task: Any) -> Iterator[FairseqDataset]:
             )
             if found is None:
                 break
-            yield sentences_of(*found, task.target_dictionary)
+            parts.append(sentences_of(*found, task.target_dictionary))
+        yield parts
+
+
+def training_part(sentences: int, wanted: int) -> NDArray[np.int64]:
+    """The numbers of the sentences, of so many, that ``--train-sentences`` takes; the smaller part is within
+    the larger one."""
+    return np.random.default_rng(0).permutation(sentences)[:wanted]
 
 
 def load_split(task: Any, split: str, data: str) -> FairseqDataset:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,12 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, as they are, without their ends.
+    """The lines of a UTF-8 text file, as they are, without their ends: :func:`each_line`, all at once."""
+    return list(each_line(path))
+
+
+def each_line(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file, as they are, without their ends, one after the other.
 
     A line feed ends a line, with or without the carriage return of Windows before it, and nothing else
     does: ``str.splitlines`` and Python's text mode also cut at a carriage return, U+0085, U+2028 and the
@@ -28,19 +34,15 @@ def read_lines(path: Path) -> list[str]:
         The file cannot be read, or a line is not UTF-8.
     """
     packed = path if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
+    zipped = packed == path or (packed.exists() and not path.exists())
     try:
-        if packed == path or (packed.exists() and not path.exists()):
-            content = gzip.decompress(packed.read_bytes())
-        else:
-            content = path.read_bytes()
+        with gzip.open(packed) if zipped else path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                yield _decode(line.removesuffix(b"\n"), path, number)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: expected a text file, found none that can be read ({error}); check the path"
         ) from error
-    lines = content.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    return [_decode(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
 def read_references(path: Path) -> list[str]:

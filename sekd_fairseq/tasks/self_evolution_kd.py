@@ -32,7 +32,7 @@ from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
 from sekd_fairseq.settings import manifests_of
-from sekd_fairseq.splits import read_whole, readable
+from sekd_fairseq.splits import read_whole, readable, training_part
 from sekd_fairseq.tasks.configuration import (
     SelfEvolutionKDTaskConfig,
     check_options,
@@ -434,8 +434,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                     f"--train-sentences {wanted}: expected at most the {len(dataset)} sentences of "
                     f"{self.cfg.train_subset}"
                 )
-            chosen = np.random.default_rng(0).permutation(len(dataset))[:wanted]
-            indices = indices[np.isin(indices, chosen)]
+            indices = indices[np.isin(indices, training_part(len(dataset), wanted))]
         try:
             kept = super().filter_indices_by_size(
                 indices, dataset, max_positions, ignore_invalid_inputs

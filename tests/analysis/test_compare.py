@@ -1,7 +1,9 @@
 """Systems compared by plain text files: scores, tests, words."""
 
+import gzip
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest
 
+from analysis.compare import word_frequency
 from analysis.comparison.metrics import Comparison, compare_systems, measure_systems
 from analysis.comparison.systems import Corpus, choose_tokenizer, named_paths
 from analysis.comparison.words import (
@@ -25,6 +28,7 @@ from analysis.comparison.words import (
     repeats,
 )
 from analysis.runs.languages import Tokenizer
+from analysis.runs.texts import each_line
 
 REFERENCE = [
     "the cat sat on the mat .",
@@ -170,6 +174,17 @@ def test_holm_runs_over_the_pairs_of_a_metric() -> None:
     assert len(pairs) == 9
     for _, own in pairs.groupby("metric"):
         assert own["p_holm"].min() == pytest.approx(min(1, 3 * own["p"].min()))
+
+
+def test_words_are_counted_line_by_line(tmp_path: Path) -> None:
+    """Of the training text only the words that the references or the systems have."""
+    own = corpus({"base": ["the cat sat", "a dog"]}, [["the cat sat", "the dog"]])
+    path = tmp_path / "train.gz"
+    path.write_bytes(gzip.compress(b"the cat, the house\r\n\na dog\n"))
+    lines = each_line(path)
+    assert next(lines) == "the cat, the house"
+    found = word_frequency(each_line(path), "13a", cut(own))
+    assert found == {"the": 2, "cat": 1, "a": 1, "dog": 1}
 
 
 def test_words_by_training_frequency() -> None:

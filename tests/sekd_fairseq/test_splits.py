@@ -1,13 +1,16 @@
 """Data in every format that fairseq writes, in parts and in several directories."""
 
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
-from sekd_fairseq.splits import side_of
+from sekd_fairseq.score import train_frequencies
+from sekd_fairseq.splits import side_of, training_part
 from sekd_fairseq.teacher_cache import TeacherCache
 
 from .conftest import command, error_line, parameters, sentence_pairs, train, write_text
@@ -103,6 +106,22 @@ def test_frequencies_are_of_all_training_targets(
     lines = sum(path.read_text().count("\n") for path in files)
     for piece, frequency in zip(table["piece"], table["frequency"], strict=True):
         assert frequency == (lines if piece == "</s>" else words.count(piece))
+    # Of a student that was given a part of each directory, what is in these parts.
+    dictionary = Dictionary.load(str(data / "dict.de.txt"))
+    cfg = SimpleNamespace(
+        data=f"{data}:{second}", source_lang="en", target_lang="de", train_sentences=30
+    )
+    found = train_frequencies(SimpleNamespace(cfg=cfg, target_dictionary=dictionary))
+    first = files[0].read_text().splitlines()
+    rest = [line for path in files[1:] for line in path.read_text().splitlines()]
+    expected = Counter(
+        word
+        for part in (first, rest)
+        for number in training_part(len(part), 30)
+        for word in [*part[number].split(), "</s>"]
+    )
+    assert {word: found[dictionary.index(word)] for word in expected} == expected
+    assert found.sum() == expected.total() and expected["</s>"] == 60
 
 
 def test_splits_are_looked_for_before_the_teacher_runs(
