@@ -18,7 +18,7 @@ import scipy.optimize
 
 from analysis.comparison.words import brevity_penalty, repeats
 from analysis.markup import markdown_table, number, percent
-from analysis.neural import add_comet_option, load_comet, sentence_scores
+from analysis.neural import add_comet_option
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.methods import label_of, ordered
 from analysis.stats import ALPHA, Floats, hierarchical
@@ -57,9 +57,7 @@ class Score:
 Scores = Mapping[str, Score]
 
 
-def gap_table(
-    directions: Sequence[Direction], baseline: str = "finetune", comet: Any = None
-) -> pd.DataFrame:
+def gap_table(directions: Sequence[Direction], baseline: str = "finetune") -> pd.DataFrame:
     """One row a direction, method and metric; of several directions also their mean (``all``).
 
     ``closed`` is the share of the gap that a method has closed: its gain over the baseline's run of
@@ -69,7 +67,7 @@ def gap_table(
     translations with words three times in a row) are means over seeds.
     """
     usable = [direction for direction in directions if direction.corpus is not None]
-    scores = [score_runs(direction, comet) for direction in usable]
+    scores = [score_runs(direction) for direction in usable]
     groups = {direction.name: [place] for place, direction in enumerate(usable)}
     if len(usable) > 1:
         groups["all"] = list(range(len(usable)))
@@ -88,24 +86,18 @@ def gap_table(
     return pd.DataFrame(rows)
 
 
-def score_runs(direction: Direction, comet: Any = None) -> dict[str, Scores]:
-    """Scores by metric, of every run with translations; COMET where a model is given, of the runs
-    whose source text is known."""
+def score_runs(direction: Direction) -> dict[str, Scores]:
+    """Scores by metric, of every run with translations."""
     corpus = direction.corpus
     assert corpus is not None
-    found: dict[str, dict[str, Score]] = {metric: {} for metric in METRICS}
+    found: dict[str, dict[str, Score]] = {metric: {} for metric in corpus.metrics}
     for run in progress(direction.translated, desc=f"score {direction.name}", unit="run"):
         assert run.translations is not None
-        for metric in corpus.metrics:
-            found[metric][run.label] = Score(
+        for metric, scores in found.items():
+            scores[run.label] = Score(
                 corpus.corpus_score(run.translations, metric),
                 corpus.resampled_scores(run.translations, metric),
             )
-        texts = run.translations.texts
-        if comet is not None and texts.sources is not None:
-            own = sentence_scores(comet, texts.sources, texts.hypotheses, texts.references)
-            sums = corpus.resamples.sums(np.stack([own, np.ones_like(own)], axis=1))
-            found["COMET"][run.label] = Score(float(own.mean()), sums[:, 0] / sums[:, 1])
     return dict(found)
 
 
@@ -288,9 +280,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if args.csv is not None and not args.csv.parent.is_dir():
             raise UserError(f"--csv: expected a file in a directory, found no {args.csv.parent}")
-        comet = None if args.comet is None else load_comet(args.comet)
-        directions, _ = load(args.runs, Options(subset=args.subset, resamples=args.resamples))
-        table = gap_table(directions, args.baseline, comet)
+        options = Options(subset=args.subset, resamples=args.resamples)
+        directions, _ = load(args.runs, options, args.comet)
+        table = gap_table(directions, args.baseline)
         if table.empty:
             raise UserError(
                 f"{args.runs}: expected runs with translations of {args.subset!r}, found none"

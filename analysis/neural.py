@@ -3,15 +3,13 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
+from sacrebleu.metrics.base import Score
 
 from analysis.runs.errors import UserError
 from analysis.stats import Floats
-from analysis.sums.direction import Direction, Options
-from analysis.terminal import progress
 
 
 def add_comet_option(out: argparse.ArgumentParser) -> None:
@@ -55,23 +53,36 @@ def sentence_scores(
     return 100 * np.asarray(model.predict(data, progress_bar=False).scores, np.float64)
 
 
-def add_comet(
-    results: pd.DataFrame, directions: Sequence[Direction], model: Any, options: Options
-) -> pd.DataFrame:
-    """The results with the columns ``COMET`` (in hundredths), ``COMET_low`` and ``COMET_high``, a
-    95 % bootstrap interval over sentences; NaN for runs without source text."""
-    found: dict[str, tuple[float, float, float]] = {}
-    for direction in directions:
-        for run in progress(direction.translated, desc=f"COMET {direction.name}"):
-            assert run.translations is not None
-            texts = run.translations.texts
-            if texts.sources is None:
-                continue
-            scores = sentence_scores(model, texts.sources, texts.hypotheses, texts.references)
-            rng = np.random.default_rng([options.seed, len(scores)])
-            drawn = rng.integers(0, len(scores), (options.resamples, len(scores)))
-            low, high = np.percentile(scores[drawn].mean(axis=1), [2.5, 97.5])
-            found[run.label] = float(scores.mean()), float(low), float(high)
-    missing = (np.nan, np.nan, np.nan)
-    columns = zip(*(found.get(label, missing) for label in results["run"]), strict=True)
-    return results.assign(**dict(zip(("COMET", "COMET_low", "COMET_high"), columns, strict=True)))
+class NamedModel(NamedTuple):
+    """A COMET model, as :func:`load_comet` gives it, and what to call it."""
+
+    name: str
+    model: Any
+
+
+class Comet:
+    """COMET as a metric of a test set, with what this package uses of sacreBLEU's metrics: its statistics
+    are additive over sentences, and it scores sums of them.
+
+    Parameters
+    ----------
+    model : with its name, for the signature
+    sources, references : of the test set
+    """
+
+    def __init__(
+        self, model: NamedModel, sources: Sequence[str], references: Sequence[str]
+    ) -> None:
+        self._model, self._sources, self._references = model, sources, references
+
+    def _extract_corpus_statistics(self, hypotheses: Sequence[str], references: None) -> Floats:
+        """The score of each sentence, and how many it is, (S, 2)."""
+        found = sentence_scores(self._model.model, self._sources, hypotheses, self._references)
+        return np.stack([found, np.ones_like(found)], axis=1)
+
+    def _compute_score_from_stats(self, sums: Sequence[float]) -> Score:
+        return Score("COMET", float(sums[0] / sums[1]))
+
+    def get_signature(self) -> str:
+        """What was scored with what."""
+        return f"COMET|model:{self._model.name}|mean over sentences, in hundredths"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import neural
 from analysis.chapters import (
     difficulty,
     examples,
@@ -46,11 +45,8 @@ def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
     UserError
         Nothing below ``root`` can be compared.
     """
-    model = None if comet is None else neural.load_comet(comet)
-    directions, left_out = load(root, options)
+    directions, left_out = load(root, options, comet)
     results = quality.results_table(directions, options)
-    if model is not None and not results.empty:
-        results = neural.add_comet(results, directions, model, options)
     claims, relation = claims_table(directions, options)
     levels, gains = transfer.transfer_tables(directions, options)
     tables = {

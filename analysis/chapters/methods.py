@@ -57,6 +57,11 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
         groups.append(compared)
     for group in groups:
         methods = [{str(run.method) for run in item.direction.translated} for item in group]
+        metrics = [
+            name
+            for name in group[0].corpus.metrics
+            if all(name in item.corpus.metrics for item in group)
+        ]
         compared_with = {
             method: {baseline: _couples(group, method, baseline) for baseline in options.baselines}
             for method in sorted(set.intersection(*methods))
@@ -66,9 +71,9 @@ def methods_table(directions: Sequence[Direction], options: Options) -> pd.DataF
             for baseline in options.baselines
         }
         for method, own in compared_with.items():
-            for metric in group[0].corpus.metrics:
+            for metric in metrics:
                 rows.append(_method_row(group, method, metric, own, tests))
-        for metric in group[0].corpus.metrics:
+        for metric in metrics:
             row = _placebo_row(group, metric, options.baselines)
             if any(row[f"gain_over_{baseline}_seeds"] for baseline in options.baselines):
                 rows.append(row)

@@ -260,7 +260,8 @@ def quality_blocks(tables: Tables, drawn: Sequence[str]) -> list[Block]:
         "runs (approximate randomisation and chrF: `tables/results.csv`); they know nothing of seeds."
     )
     blocks += _figure("quality", drawn)
-    signatures = sorted({*results["BLEU_signature"], *results["chrF_signature"]})
+    found = results.filter(regex="_signature$").melt()["value"].dropna()
+    signatures = sorted(set(found))
     blocks.append("Signatures: " + ", ".join(f"`{item}`" for item in signatures))
     return blocks
 

@@ -84,6 +84,8 @@ def results_table(methods: pd.DataFrame, baseline: str) -> str:
                 _score(
                     of_method.loc[metric].to_dict(), name != "teacher" and best[metric], baseline
                 )
+                if metric in of_method.index
+                else ""
                 for metric in metrics
             ]
             first = of_method.iloc[0]

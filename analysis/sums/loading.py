@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.neural import Comet, NamedModel, load_comet
 from analysis.runs.errors import RecordError, UserError
 from analysis.runs.methods import Method
 from analysis.runs.run_record import LeftOut, Run, discover
@@ -55,15 +56,19 @@ class Found:
         self.texts.pop(run.label, None)
 
 
-def load(root: Path, options: Options) -> tuple[list[Direction], list[LeftOut]]:
-    """Find the runs of ``root``, leave out what does not fit, and read the rest.
+def load(
+    root: Path, options: Options, comet: Path | None = None
+) -> tuple[list[Direction], list[LeftOut]]:
+    """Find the runs of ``root``, leave out what does not fit, and read the rest; ``comet`` is a COMET model,
+    which is a metric then beside BLEU and chrF.
 
     Raises
     ------
     UserError
-        No run directory, none with token records or translations of the subset, or none whose token
-        records can be judged.
+        No run directory, none with token records or translations of the subset, none whose token
+        records can be judged, or no COMET.
     """
+    model = None if comet is None else NamedModel(comet.resolve().name, load_comet(comet))
     found, left_out = discover(root)
     methods = name_variants(found)
     groups: dict[str, list[Run]] = defaultdict(list)
@@ -95,7 +100,7 @@ def load(root: Path, options: Options) -> tuple[list[Direction], list[LeftOut]]:
     total = sum(len(item.steps) for item in gathered)
     with progress(total=total, desc="read token records", unit="run") as bar:
         for item in gathered:
-            directions.append(_read(item, methods, options, bar))
+            directions.append(_read(item, methods, options, bar, model))
             left_out.extend(item.left_out)
     if total and not any(direction.scored for direction in directions):
         reasons = "; ".join(f"{item.label}: {item.reason}" for item in left_out)
@@ -176,7 +181,13 @@ def _most_common(digests: Mapping[str, str], runs: Mapping[str, Run]) -> str | N
     return digests[best]
 
 
-def _read(found: Found, methods: Mapping[str, Method], options: Options, bar: Any) -> Direction:
+def _read(
+    found: Found,
+    methods: Mapping[str, Method],
+    options: Options,
+    bar: Any,
+    comet: NamedModel | None,
+) -> Direction:
     """Read the token records and the translations of a direction, each once."""
     runs = [ScoredRun(run, methods[run.label], found.steps.get(run.label)) for run in found.runs]
     tokens, drawn = found.tokens, None
@@ -195,11 +206,20 @@ def _read(found: Found, methods: Mapping[str, Method], options: Options, bar: An
         references = texts[first.label].references
         resamples = make_resamples(np.arange(len(references)), options)
         corpus = make_corpus(first, references, options.subset, resamples)
+        sources = next((item.sources for item in texts.values() if item.sources is not None), None)
+        if comet is not None and sources is not None:
+            metric = Comet(comet, sources, references)
+            corpus = replace(corpus, metrics={**corpus.metrics, "COMET": metric})
+        elif comet is not None:
+            warn(
+                f"{found.name}: no run has the source text (hyps/{options.subset}.src.txt), so no COMET"
+            )
+        quiet = comet is None  # BLEU and chrF take no time
         runs = [
             replace(run, translations=corpus.translations(texts[run.label]))
             if run.label in texts
             else run
-            for run in runs
+            for run in progress(runs, desc=f"COMET {found.name}", unit="run", disable=quiet)
         ]
     return Direction(found.name, tuple(runs), tokens, drawn, cuts, corpus)
 

@@ -13,7 +13,7 @@ from conftest import WriteRun
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
-from analysis import figures, style, transfer
+from analysis import figures, gap, style, transfer
 from analysis.chapters.quality import main_baseline
 from analysis.report import document
 from analysis.runs.simulated import write_study
@@ -274,7 +274,11 @@ def test_a_folder_that_is_no_report_is_never_replaced(demo: Path) -> None:
 
 
 def test_comet_where_it_is_installed(
-    demo: Path, tmp_path: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch
+    demo: Path,
+    tmp_path: Path,
+    no_figures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = tmp_path / "comet" / "checkpoints" / "model.ckpt"
     with pytest.raises(SystemExit, match="expected a COMET checkpoint, found no file"):
@@ -306,7 +310,22 @@ def test_comet_where_it_is_installed(
     row = table.loc["se_kd"]
     assert row["COMET"] == pytest.approx(mean)
     assert row["COMET_low"] < row["COMET"] < row["COMET_high"]
-    assert "COMET" in (demo / "report/report.md").read_text()
+    # It is tested as the other metrics are.
+    base = table.loc["word_kd", "COMET"]
+    assert row["COMET_gain_over_word_kd"] == pytest.approx(mean - base)
+    assert row["COMET_gain_over_word_kd_low"] < mean - base < row["COMET_gain_over_word_kd_high"]
+    assert 0 < row["COMET_p_randomisation_over_word_kd"] < 1
+    methods = pd.read_csv(demo / "report/tables/methods.csv").set_index(["method", "metric"])
+    assert methods.loc[("se_kd_student", "COMET"), "mean"] == pytest.approx(mean)
+    assert pd.notna(methods.loc[("se_kd_student", "COMET"), "gain_over_word_kd_p"])
+    text = (demo / "report/report.md").read_text()
+    assert "`COMET|model:comet|mean over sentences, in hundredths`" in text
+    assert (
+        f"| {mean:.2f} [" in text
+        and " & COMET & " in (demo / "report/tables/results.tex").read_text()
+    )
+    gap.main([str(demo), "--comet", str(model.parents[1]), "--resamples", "100"])
+    assert "| COMET | COMET gap closed |" in capsys.readouterr().out
 
 
 def test_package_imports_no_torch() -> None:
