@@ -237,6 +237,29 @@ def abreast(table: pd.DataFrame) -> int:
     return 1 if max(len(label_of(method)) for method in table["method"]) > 20 else 2
 
 
+def comparable(
+    table: pd.DataFrame, by: Sequence[str] = ("method",)
+) -> list[tuple[str, pd.DataFrame]]:
+    """A table in parts in which means over directions compare, each with its name for a title: the rows of
+    the directions that all methods (or groups of ``by``) have; without any, each direction alone. Names are
+    empty where there is one direction."""
+    groups = table.groupby(list(by))["direction"].agg(set)
+    directions = sorted(table["direction"].unique())
+    shared = sorted(set.intersection(*groups))
+    found = []
+    for part in [shared] if shared else [[name] for name in directions]:
+        name = f"mean of {', '.join(part)}" if len(part) > 1 else part[0]
+        rows = table[table["direction"].isin(part)]
+        found.append((name if len(directions) > 1 else "", rows))
+    return found
+
+
+def direction_mean(table: pd.DataFrame, by: str | Sequence[str], values: Any) -> Any:
+    """Means by group over the directions, which weigh the same however many runs they have."""
+    names = [by] if isinstance(by, str) else list(by)
+    return table.groupby(["direction", *names])[values].mean().groupby(names).mean()
+
+
 @contextmanager
 def direction_panels(
     table: pd.DataFrame, height: float, path: Path, columns: int = 2

@@ -11,7 +11,17 @@ import pandas as pd
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of
 from analysis.runs.run_record import Run
-from analysis.style import COLUMN, PAGE, Look, among, figure, hide, save
+from analysis.style import (
+    COLUMN,
+    PAGE,
+    Look,
+    among,
+    comparable,
+    direction_mean,
+    figure,
+    hide,
+    save,
+)
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import flatten
 
@@ -115,24 +125,31 @@ SYMBOLS = {"gamma": "Γ", "lambda_max": "λ_max", "beta": "β", "alpha": "α"}
 
 def draw_sensitivity(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """BLEU (without translations KL to the teacher) by the value of one hyper-parameter, the others as in
-    most runs, a panel each: means over directions and seeds, the runs as points; the broken line is
-    word-level KD. Values stand beside each other as they are, so no line joins them."""
+    most runs, a panel each: means over seeds, then over the directions that all values have (without such a
+    direction a panel each), the runs as points; the broken line is word-level KD. Values stand beside each
+    other as they are, so no line joins them."""
     measure = "BLEU" if table["BLEU"].notna().any() else "kl"
-    own = table[table["parameter"] != BASELINE]
-    parameters = sorted(own["parameter"].unique())
-    rows = -(-len(parameters) // 2)
-    width = COLUMN if len(parameters) == 1 else PAGE
+    own = table[table["parameter"] != BASELINE].astype({"value": str})
     shown = among(looks, own["method"])
-    with figure(width, 1.9 * rows, rows, min(2, len(parameters))) as (drawn, axes):
-        for axis, parameter in zip(axes, parameters, strict=False):
-            part = own[own["parameter"] == parameter].astype({"value": str})
-            values = sorted(part["value"].unique(), key=value_key)
+    panels = []
+    for parameter, part in own.groupby("parameter"):
+        scored = part.dropna(subset=measure)
+        parts = comparable(scored, by=("method", "value")) if len(scored) else [("", scored)]
+        panels += [(str(parameter), part, *item) for item in parts]
+    rows = -(-len(panels) // 2)
+    width = COLUMN if len(panels) == 1 else PAGE
+    with figure(width, 1.9 * rows, rows, min(2, len(panels))) as (drawn, axes):
+        for axis, (parameter, part, title, scored) in zip(axes, panels, strict=False):
+            over = set(scored["direction"]) or set(part["direction"])
+            values = sorted(set(part.loc[part["direction"].isin(over), "value"]), key=value_key)
             for index, (method, look) in enumerate(shown.items()):
-                runs = part[part["method"] == method].dropna(subset=measure)
+                runs = scored[scored["method"] == method]
                 aside = (index - (len(shown) - 1) / 2) * 0.5 / len(shown)
-                place = runs["value"].map(values.index) + aside
-                mean = runs[measure].groupby(place).mean()
-                axis.plot(place, runs[measure], ".", color=look.colour, markersize=2, alpha=0.6)
+                runs = runs.assign(place=runs["value"].map(values.index) + aside)
+                mean = direction_mean(runs, "place", measure)
+                axis.plot(
+                    runs["place"], runs[measure], ".", color=look.colour, markersize=2, alpha=0.6
+                )
                 axis.plot(
                     mean.index,
                     mean,
@@ -141,22 +158,25 @@ def draw_sensitivity(table: pd.DataFrame, path: Path, looks: Mapping[str, Look])
                     marker=look.marker,
                     label=label_of(method),
                 )
-            for value in set(values) - set(part.dropna(subset=measure)["value"]):
+            for value in set(values) - set(scored["value"]):
                 inside = axis.get_xaxis_transform()
                 axis.text(
                     values.index(value), 0.5, f"no {measure}", transform=inside, ha="center",
                     fontsize="small", color="0.4",
                 )  # fmt: skip
-            baseline = table.loc[table["parameter"] == BASELINE, measure].dropna()
-            if len(baseline):
-                axis.axhline(baseline.mean(), color="0.5", linewidth=0.7, linestyle=(0, (4, 2)))
+            baseline = table[(table["parameter"] == BASELINE) & table[measure].notna()]
+            level = baseline.groupby("direction")[measure].mean()
+            if over <= set(level.index):
+                mean = level[sorted(over)].mean()
+                axis.axhline(mean, color="0.5", linewidth=0.7, linestyle=(0, (4, 2)))
+            axis.set_title(title)
             axis.set_xticks(range(len(values)), values)
             axis.set_xlim(-0.5, len(values) - 0.5)
             axis.margins(y=0.1)
             axis.grid(axis="y", linewidth=0.3, color="0.85")
             axis.set_xlabel(SYMBOLS.get(parameter, parameter.replace("_", " ")))
             axis.set_ylabel("BLEU" if measure == "BLEU" else "KL(p‖q), nats")
-        hide(axes[len(parameters) :])
+        hide(axes[len(panels) :])
         axes[0].legend(loc="best")
         save(drawn, path)
 
@@ -165,5 +185,6 @@ FIGURE = Figure(
     "sensitivity",
     draw_sensitivity,
     "BLEU (without translations the KL to the teacher) by one hyper-parameter at a time, the others as in most "
-    "runs: means, and the runs as points; the broken line is the baseline.",
+    "runs: means over seeds and then over the directions that all values have, which stand above where there "
+    "are several, and the runs as points; the broken line is the baseline.",
 )

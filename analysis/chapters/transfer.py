@@ -6,12 +6,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from analysis.chapters.chapter import Figure
 from analysis.chapters.quality import RUN_COLUMNS
 from analysis.runs.methods import label_of
 from analysis.stats import Floats, interval, ratio
-from analysis.style import PAGE, Look, among, figure, hide, save
+from analysis.style import (
+    PAGE,
+    Look,
+    among,
+    comparable,
+    direction_mean,
+    figure,
+    hide,
+    save,
+)
 from analysis.sums.bucket_sums import METRICS, Partition, calibration_error
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import partner
@@ -237,53 +248,67 @@ PANELS = {
 
 
 def draw_transfer(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
-    """KL to the teacher by bucket and method, a panel a family; mean over directions and seeds, bars
-    are the mean of the runs' intervals."""
-    families = [family for family in PANELS if family in set(table["family"])]
-    with figure(PAGE, 1.75 * -(-len(families) // 2), -(-len(families) // 2), 2) as (drawn, axes):
-        for axis, family in zip(axes, families, strict=False):
-            part = table[table["family"] == family]
-            codes = _bucket_codes(part)
-            drawn_methods = among(looks, table["method"])
-            width = 0.8 / len(drawn_methods)
-            for index, (method, look) in enumerate(drawn_methods.items()):
-                own = part[part["method"] == method].assign(code=codes)
-                mean = own.groupby("code")[["kl", "kl_low", "kl_high"]].mean()
-                place = mean.index.to_numpy() + (index - (len(drawn_methods) - 1) / 2) * width
-                errors = np.abs(
-                    np.stack([mean["kl"] - mean["kl_low"], mean["kl_high"] - mean["kl"]])
-                )
-                axis.bar(
-                    place,
-                    mean["kl"],
-                    width,
-                    yerr=errors,
-                    color=look.colour,
-                    hatch=look.hatch,
-                    edgecolor="white" if index == 0 else "black",
-                    linewidth=0.3,
-                    error_kw={"elinewidth": 0.6, "capsize": 1.2},
-                    label=label_of(method),
-                )
-            names = part.assign(code=codes).drop_duplicates("code").sort_values("code")
-            labels = [_short(name) for name in names["bucket"]]
-            axis.set_xticks(range(len(labels)), labels)
-            for code in names.loc[names["tokens"] == 0, "code"]:
-                axis.annotate(
-                    "no\ntokens",
-                    (code, 0),
-                    ha="center",
-                    va="bottom",
-                    fontsize="x-small",
-                    color="0.4",
-                )
+    """KL to the teacher by bucket and method, a panel a family; mean over seeds, then over the directions
+    that all methods have, bars are the mean of the runs' intervals. Without such a direction easy and hard
+    tokens alone, a panel a direction."""
+    parts = comparable(table)
+    if len(parts) == 1:
+        ((over, part),) = parts
+        panels = [(family, "", part) for family in PANELS if family in set(part["family"])]
+    else:
+        over = ""
+        panels = [("difficulty", name, part) for name, part in parts]
+    methods = among(looks, table["method"])
+    rows = -(-len(panels) // 2)
+    with figure(PAGE, 1.75 * rows, rows, 2) as (drawn, axes):
+        if over:
+            drawn.suptitle(over)
+        for axis, (family, title, part) in zip(axes, panels, strict=False):
+            _draw_family(axis, part[part["family"] == family], methods)
+            axis.set_title(title)
             axis.set_xlabel(PANELS[family])
             axis.set_ylabel("KL(p‖q), nats")
-        hide(axes[len(families) :])
-        spare = axes[len(families)] if len(axes) > len(families) else axes[0]
-        handles, names_ = axes[0].get_legend_handles_labels()
-        spare.legend(handles, names_, loc="center" if len(axes) > len(families) else "upper left")
+        hide(axes[len(panels) :])
+        handles = [
+            Patch(facecolor=look.colour, hatch=look.hatch, edgecolor="black", linewidth=0.3)
+            for look in methods.values()
+        ]
+        spare = axes[len(panels)] if len(axes) > len(panels) else axes[0]
+        spare.legend(
+            handles,
+            [label_of(method) for method in methods],
+            loc="center" if len(axes) > len(panels) else "upper left",
+        )
         save(drawn, path)
+
+
+def _draw_family(axis: Axes, part: pd.DataFrame, methods: Mapping[str, Look]) -> None:
+    part = part.assign(code=_bucket_codes(part))
+    width = 0.8 / len(methods)
+    for index, (method, look) in enumerate(methods.items()):
+        own = part[part["method"] == method]
+        if own.empty:
+            continue
+        mean = direction_mean(own, "code", ["kl", "kl_low", "kl_high"])
+        place = mean.index.to_numpy() + (index - (len(methods) - 1) / 2) * width
+        axis.bar(
+            place,
+            mean["kl"],
+            width,
+            yerr=np.abs(np.stack([mean["kl"] - mean["kl_low"], mean["kl_high"] - mean["kl"]])),
+            color=look.colour,
+            hatch=look.hatch,
+            edgecolor="white" if index == 0 else "black",
+            linewidth=0.3,
+            error_kw={"elinewidth": 0.6, "capsize": 1.2},
+        )
+    names = part.drop_duplicates("code").sort_values("code")
+    labels = [_short(name) for name in names["bucket"]]
+    axis.set_xticks(range(len(labels)), labels)
+    for code in names.loc[names["tokens"] == 0, "code"]:
+        axis.annotate(
+            "no\ntokens", (code, 0), ha="center", va="bottom", fontsize="x-small", color="0.4"
+        )
 
 
 def _bucket_codes(part: pd.DataFrame) -> pd.Series:
@@ -306,7 +331,7 @@ def _short(bucket: str) -> str:
 FIGURE = Figure(
     "transfer",
     draw_transfer,
-    "KL to the teacher by bucket, mean over directions and seeds; bars are the mean of the runs' 95 % "
-    "intervals.",
+    "KL to the teacher by bucket, mean over seeds and then over the directions that all methods have, which "
+    "stand above where there are several; bars are the mean of the runs' 95 % intervals.",
     by_look=True,
 )

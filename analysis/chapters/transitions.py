@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of, ordered
-from analysis.style import COLUMN, PAGE, Look, figure, hide, save
+from analysis.style import COLUMN, PAGE, Look, comparable, figure, hide, save
 from analysis.sums.direction import Direction, Options
 
 STATES = ("easy", "hard")
@@ -59,29 +59,31 @@ def transitions(
 
 def draw_transitions(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> None:
     """How tokens move between easy and hard from each scored checkpoint to the next: a panel a
-    method, shares of all tokens, directions and seeds together."""
-    methods = ordered(table["method"])
-    columns = min(2, len(methods))
-    rows = -(-len(methods) // columns)
+    method, shares of all tokens of all seeds, mean over the directions that all methods have (without such
+    a direction a panel a direction too)."""
+    parts = comparable(table)
+    panels = [
+        (method, name, part[part["method"] == method])
+        for method in ordered(table["method"])
+        for name, part in parts
+        if method in set(part["method"])
+    ]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
     with figure(COLUMN if columns == 1 else PAGE, 1.7 * rows, rows, columns) as (drawn, axes):
-        for axis, method in zip(axes, methods, strict=False):
-            own = table[table["method"] == method].astype({"run": str})
+        if len(parts) == 1 and parts[0][0]:
+            drawn.suptitle(parts[0][0])
+        for axis, (method, name, own) in zip(axes, panels, strict=False):
             steps = aligned(
                 {
                     str(run): {*part["from_step"], *part["to_step"]}
-                    for run, part in own.groupby("run", sort=False)
+                    for run, part in own.astype({"run": str}).groupby("run", sort=False)
                 }
             )
             for place, (first, second) in enumerate(itertools.pairwise(steps)):
-                span = own[
-                    (own["from_step"] == own["run"].map(first))
-                    & (own["to_step"] == own["run"].map(second))
-                ]
-                tokens = span.groupby(["from", "to"])["tokens"].sum()
-                total = tokens.sum()
-                if total:
-                    share = {key: float(value) / total for key, value in tokens.items()}
-                    _flow(axis, place, share)
+                run = own["run"].astype(str)
+                between = (own["from_step"] == run.map(first)) & (own["to_step"] == run.map(second))
+                _flow(axis, place, mean_shares(own[between]))
             if len(steps) < 2:
                 axis.text(0.5, 0.5, "no two checkpoints\nthat all runs have", ha="center")
             axis.set_xticks(range(len(steps)), [_label(step.values()) for step in steps])
@@ -90,8 +92,8 @@ def draw_transitions(table: pd.DataFrame, path: Path, looks: Mapping[str, Look])
             axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
             axis.set_ylabel("tokens, %")
             axis.set_xlabel("updates")
-            axis.set_title(label_of(method))
-        hide(axes[len(methods) :])
+            axis.set_title(label_of(method) if len(parts) == 1 else f"{label_of(method)}, {name}")
+        hide(axes[len(panels) :])
         marks = [
             Patch(facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.3)
             for colour, hatch in FLOWS.values()
@@ -99,6 +101,13 @@ def draw_transitions(table: pd.DataFrame, path: Path, looks: Mapping[str, Look])
         names = [f"{before} to {after}" for before, after in FLOWS]
         drawn.legend(marks, names, loc="outside lower center", ncols=4, handlelength=1.2)
         save(drawn, path)
+
+
+def mean_shares(span: pd.DataFrame) -> dict[Any, float]:
+    """Of some runs' tokens the share that went from one state to another, mean over directions."""
+    tokens = span.groupby(["direction", "from", "to"])["tokens"].sum()
+    shares = tokens / tokens.groupby("direction").transform("sum")
+    return {key: float(value) for key, value in shares.groupby(["from", "to"]).mean().items()}
 
 
 def aligned(steps: Mapping[str, Collection[int]]) -> list[dict[str, int]]:
@@ -160,6 +169,7 @@ def _flow(axis: Axes, place: int, share: dict[Any, float]) -> None:
 FIGURE = Figure(
     "transitions",
     draw_transitions,
-    "Tokens that move between easy and hard from one scored checkpoint to the next.",
+    "Tokens that move between easy and hard from one scored checkpoint to the next: all seeds, mean over the "
+    "directions that all methods have, which stand above where there are several.",
     by_look=True,
 )

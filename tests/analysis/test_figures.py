@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from analysis import figures, style
-from analysis.chapters import methods, quality, sensitivity, training
+from analysis.chapters import methods, quality, sensitivity, training, transfer, transitions
 from analysis.comparison import drawings
 from analysis.runs.errors import UserError
 from analysis.style import COLUMN, PAGE, looks
@@ -24,7 +25,7 @@ Drawn = Callable[..., list[Axes]]
 def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Drawn:
     """Draws a table and gives its panels."""
     saved: list[Figure] = []
-    for module in (style, sensitivity):
+    for module in (style, sensitivity, transfer, transitions):
         monkeypatch.setattr(module, "save", lambda figure, path: saved.append(figure))
 
     def draw(function: Callable[..., None], table: pd.DataFrame) -> list[Axes]:
@@ -69,6 +70,68 @@ def test_settings_without_translations_show_the_distance(drawn: Drawn) -> None:
     (axis,) = drawn(sensitivity.draw_sensitivity, settings(BLEU=np.nan))
     assert axis.get_ylabel().startswith("KL(p‖q)")
     assert any(line.get_ydata().tolist() == [2.4, 2.0, 2.1] for line in axis.get_lines())
+
+
+def buckets(*runs: tuple[str, str, int, tuple[float, float]]) -> pd.DataFrame:
+    """KL on easy and hard tokens of runs: direction, method, seed, and the two."""
+    return pd.DataFrame(
+        {
+            "direction": direction, "method": method, "run": f"{direction}/{method}.{seed}",
+            "family": "difficulty", "bucket": bucket, "tokens": 100, "kl": kl, "kl_low": kl - 0.5,
+            "kl_high": kl + 0.5,
+        }
+        for direction, method, seed, values in runs
+        for bucket, kl in zip(("easy", "hard"), values, strict=True)
+    )  # fmt: skip
+
+
+def heights(axis: Axes) -> list[list[float]]:
+    """The bars of each method in a panel."""
+    bars = [group for group in axis.containers if isinstance(group, BarContainer)]
+    return [[bar.get_height() for bar in group] for group in bars]
+
+
+def test_methods_are_compared_over_the_directions_that_all_have(drawn: Drawn) -> None:
+    """Equal in de-en, a method that was not run in the easier cs-en does not look worse."""
+    runs = (
+        ("de-en", "word_kd", 1, (1.0, 4.0)),
+        ("cs-en", "word_kd", 1, (0.5, 2.0)),
+        ("de-en", "se_kd_target", 1, (1.0, 4.0)),
+    )
+    axis, _ = drawn(transfer.draw_transfer, buckets(*runs))
+    assert heights(axis) == [[1.0, 4.0], [1.0, 4.0]]
+    assert axis.figure.get_suptitle() == "de-en"
+
+
+def test_directions_weigh_the_same_however_many_runs_they_have(drawn: Drawn) -> None:
+    runs = [("de-en", "word_kd", seed, (1.0, 4.0)) for seed in (1, 2, 3)]
+    axis, _ = drawn(transfer.draw_transfer, buckets(*runs, ("cs-en", "word_kd", 1, (0.5, 2.0))))
+    assert heights(axis) == [[0.75, 3.0]]
+    assert axis.figure.get_suptitle() == "mean of cs-en, de-en"
+
+
+def test_methods_of_no_common_direction_have_panels_of_their_own(drawn: Drawn) -> None:
+    runs = ("de-en", "word_kd", 1, (1.0, 4.0)), ("cs-en", "se_kd_target", 1, (0.5, 2.0))
+    panels = drawn(transfer.draw_transfer, buckets(*runs))
+    assert [axis.get_title() for axis in panels] == ["cs-en", "de-en"]
+    assert [heights(axis) for axis in panels] == [[[0.5, 2.0]], [[1.0, 4.0]]]
+
+
+def test_settings_are_compared_over_the_directions_that_all_have(drawn: Drawn) -> None:
+    """A second direction, of higher scores, has one of three values."""
+    other = settings().query("value == 'exp'").assign(direction="cs-en", BLEU=60.0)
+    (axis,) = drawn(sensitivity.draw_sensitivity, pd.concat([settings(), other]))
+    means = next(line for line in axis.get_lines() if len(line.get_xdata()) == 3)
+    assert means.get_ydata().tolist() == [25.5, 21.5, 22.5] and axis.get_title() == "de-en"
+
+
+def test_moved_tokens_are_a_mean_over_directions() -> None:
+    rows = [
+        ("de-en", "easy", "hard", 100), ("de-en", "hard", "hard", 300),
+        ("cs-en", "easy", "hard", 30), ("cs-en", "hard", "hard", 10),
+    ]  # fmt: skip
+    span = pd.DataFrame(rows, columns=["direction", "from", "to", "tokens"])
+    assert transitions.mean_shares(span) == {("easy", "hard"): 0.5, ("hard", "hard"): 0.5}
 
 
 def scores(**changes: Any) -> pd.DataFrame:
