@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -124,7 +124,11 @@ def own_style(path: Path | None) -> Iterator[None]:
 
 @contextmanager
 def figure(
-    width: float, height: float, rows: int = 1, columns: int = 1
+    width: float,
+    height: float,
+    rows: int = 1,
+    columns: int = 1,
+    height_ratios: Sequence[float] | None = None,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure in the house style with its axes, row by row; closed afterwards."""
     own = _OWN.get() or {}
@@ -133,7 +137,9 @@ def figure(
     with matplotlib.rc_context(SETTINGS | sizes | own):
         width *= own.get("figure.figsize", [PAGE])[0] / PAGE
         height *= scale
-        drawn, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+        drawn, axes = plt.subplots(
+            rows, columns, figsize=(width, height), squeeze=False, height_ratios=height_ratios
+        )
         try:
             yield drawn, [axis for row in axes for axis in row]
         finally:
@@ -262,20 +268,24 @@ def direction_mean(table: pd.DataFrame, by: str | Sequence[str], values: Any) ->
 
 @contextmanager
 def direction_panels(
-    table: pd.DataFrame, height: float, path: Path, columns: int = 2
+    table: pd.DataFrame,
+    height: float | Callable[[pd.DataFrame], float],
+    path: Path,
+    columns: int = 2,
 ) -> Iterator[list[tuple[Axes, pd.DataFrame]]]:
-    """A figure with a panel of ``height`` inches for each direction, ``columns`` in a row: every panel
-    with its rows of the table, their mean last. It is saved when all are drawn."""
+    """A figure with a panel for each direction, ``columns`` in a row: every panel with its rows of the
+    table, their mean last. ``height``, in inches, may depend on these rows. It is saved when all are
+    drawn."""
     directions = sorted(table["direction"].unique(), key=lambda name: (name == "all", name))
-    rows = -(-len(directions) // columns)
+    parts = [table[table["direction"] == direction] for direction in directions]
+    each = [height(part) if callable(height) else height for part in parts]
+    heights = [max(each[start : start + columns]) for start in range(0, len(each), columns)]
     width = COLUMN if len(directions) == 1 < columns else PAGE
-    with figure(width, height * rows, rows, min(columns, len(directions))) as (drawn, axes):
+    across = min(columns, len(directions))
+    with figure(width, sum(heights), len(heights), across, heights) as (drawn, axes):
         for axis, direction in zip(axes, directions, strict=False):
             if len(directions) > 1:
                 axis.set_title("mean of the directions" if direction == "all" else direction)
         hide(axes[len(directions) :])
-        yield [
-            (axis, table[table["direction"] == direction])
-            for axis, direction in zip(axes, directions, strict=False)
-        ]
+        yield list(zip(axes, parts, strict=False))
         save(drawn, path)

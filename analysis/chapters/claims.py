@@ -18,7 +18,13 @@ TITLES = {
     4: "4. quality follows transfer",
     5: "5. hard turns easy sooner",
 }
-UNITS = {1: "nats", 2: "nats", 3: "nats", 4: "correlation beyond chance", 5: "share of training"}
+UNITS = {
+    1: "fall of KL, nats",
+    2: "fall of KL, nats",
+    3: "fall of KL, nats",
+    4: "correlation beyond chance",
+    5: "sooner by, share of training",
+}
 #: How the baseline's seeds against each other are drawn.
 CHANCE = Look("#777777", "x", "-", "")
 
@@ -27,10 +33,15 @@ def draw_claims(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> N
     """What decides each claim, a panel each: effect and interval of every method and of the placebo, by
     direction; above 0 is in the claim's favour."""
     table = table[table["decides"].astype(bool) & table["effect"].notna()]
-    claims = sorted(table["claim"].unique())
+    # What all directions show together stands there only if it is of several.
+    alone = ~table["directions"].astype(str).str.contains(" ")
+    table = table.assign(scope=table["scope"].mask(alone, table["directions"]))
+    table = table.drop_duplicates(["scope", "method", "claim"])
+    judged = table[table["method"] != PLACEBO]
+    claims = sorted(judged["claim"].unique())
     if not claims:
         return
-    scopes = sorted(set(table["scope"]) - {"all"}) + ["all"]
+    scopes = sorted(set(judged["scope"]), key=lambda name: (name == "all", name))
     treatments = [name for name in ordered(table["method"]) if name != PLACEBO] + [PLACEBO]
     columns = min(3, len(claims))
     rows = -(-len(claims) // columns)
@@ -55,7 +66,7 @@ def draw_claims(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> N
                         xerr=np.abs(reach),
                         fmt=look.marker,
                         color=look.colour,
-                        elinewidth=1.6 if scope == "all" else 0.9,
+                        elinewidth=1.6 if scope == scopes[-1] else 0.9,
                         capsize=1.5,
                     )
             axis.set_ylim(len(scopes) - 0.5, -0.5)
@@ -64,16 +75,16 @@ def draw_claims(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> N
             axis.set_xlabel(UNITS[claim])
             axis.locator_params(axis="x", nbins=5)  # labels of many digits would run together
         hide(axes[len(claims) :])
-        handles, names = [], []
+        handles, labels = [], []
         for treatment in treatments:
             look = CHANCE if treatment == PLACEBO else looks[treatment]
             (line,) = axes[0].plot([], [], look.marker, color=look.colour)
             handles.append(line)
-            names.append("placebo" if treatment == PLACEBO else label_of(treatment))
+            labels.append("placebo" if treatment == PLACEBO else label_of(treatment))
         if len(axes) > len(claims):
-            axes[-1].legend(handles, names, loc="center")
+            axes[-1].legend(handles, labels, loc="center")
         else:
-            drawn.legend(handles, names, loc="outside lower center", ncols=3)
+            drawn.legend(handles, labels, loc="outside lower center", ncols=3)
         save(drawn, path)
 
 

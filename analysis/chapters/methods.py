@@ -217,7 +217,10 @@ def draw_methods(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> 
     over = main_baseline(table, "gain_over_")
     if not over:
         return
-    height = 0.55 + 0.2 * max(table.groupby("direction").size())
+
+    def height(part: pd.DataFrame) -> float:
+        return 0.55 + 0.2 * len(part)
+
     with direction_panels(table, height, path, abreast(table)) as panels:
         for axis, part in panels:
             methods = ordered(part["method"])

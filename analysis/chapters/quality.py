@@ -103,7 +103,10 @@ def draw_quality(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) -> 
     over = main_baseline(table, "BLEU_gain_over_")
     value = f"BLEU_gain_over_{over}" if over else "BLEU"
     shown = table[table["method"] != "teacher"] if over else table
-    height = 0.5 + 0.17 * max(shown.groupby("direction").size())
+
+    def height(part: pd.DataFrame) -> float:
+        return 0.5 + 0.17 * len(part)
+
     with direction_panels(shown, height, path, abreast(shown)) as panels:
         for axis, part in panels:
             place = 0.0

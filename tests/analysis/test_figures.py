@@ -13,7 +13,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from analysis import figures, style
-from analysis.chapters import methods, quality, sensitivity, training, transfer, transitions
+from analysis.chapters import claims, methods, quality, sensitivity, training, transfer, transitions
 from analysis.comparison import drawings
 from analysis.runs.errors import UserError
 from analysis.style import COLUMN, PAGE, looks
@@ -25,7 +25,7 @@ Drawn = Callable[..., list[Axes]]
 def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Drawn:
     """Draws a table and gives its panels."""
     saved: list[Figure] = []
-    for module in (style, sensitivity, transfer, transitions):
+    for module in (style, claims, sensitivity, transfer, transitions):
         monkeypatch.setattr(module, "save", lambda figure, path: saved.append(figure))
 
     def draw(function: Callable[..., None], table: pd.DataFrame) -> list[Axes]:
@@ -202,6 +202,46 @@ def test_the_mean_of_the_directions_comes_last(drawn: Drawn) -> None:
     filled = [mark.get_markerfacecolor() != "white" for mark, _, _ in marks]
     widths = [line.get_linewidth()[0] for _, _, (line,) in marks]
     assert filled == [False, True, False] and widths[0] == widths[2] < widths[1]
+
+
+def test_panels_are_as_high_as_their_rows_need(drawn: Drawn) -> None:
+    rows = [
+        {"direction": direction, "method": f"se_kd_target (gamma={number / 100:.2f} and more)",
+         "metric": "BLEU", "mean": 20.0, "gain_over_word_kd": 1.0, "gain_over_word_kd_low": 0.5,
+         "gain_over_word_kd_high": 1.5, "gain_over_word_kd_seeds": 3}
+        for direction, count in (("de-en", 2), ("en-de", 12))
+        for number in range(count)
+    ]  # fmt: skip
+    first, second = drawn(
+        methods.draw_methods, pd.DataFrame(rows).assign(gain_over_finetune=np.nan)
+    )
+    assert first.figure.get_figheight() == pytest.approx(2 * 0.55 + 0.2 * 14)
+    assert second.bbox.height > 2 * first.bbox.height
+
+
+@pytest.mark.parametrize(
+    ("scopes", "shown"),
+    [
+        ({"all": "de-en"}, ["de-en"]),
+        ({"all": "de-en en-cs", "de-en": "de-en", "en-cs": "en-cs"}, ["de-en", "en-cs", "all"]),
+        ({"all": "en-cs", "en-cs": "en-cs"}, ["en-cs"]),
+    ],
+)
+def test_claims_of_one_direction_have_its_name(
+    drawn: Drawn, scopes: dict[str, str], shown: list[str]
+) -> None:
+    row = {
+        "method": "se_kd_blend",
+        "claim": 1,
+        "decides": True,
+        "effect": 0.2,
+        "low": 0.1,
+        "high": 0.3,
+    }
+    rows = [row | {"scope": scope, "directions": names} for scope, names in scopes.items()]
+    axis, *_ = drawn(claims.draw_claims, pd.DataFrame(rows))
+    assert [label.get_text() for label in axis.get_yticklabels()] == shown
+    assert axis.get_xlabel() == "fall of KL, nats"
 
 
 def test_a_direction_with_a_log_alone_has_its_panel(drawn: Drawn) -> None:
