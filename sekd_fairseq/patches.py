@@ -141,9 +141,10 @@ def resume_as_left() -> None:
     It does so whatever the settings are now: others are refused (:mod:`sekd_fairseq.settings`). It does so
     beside another process that writes the same checkpoints: that is refused (:mod:`sekd_fairseq.run_lock`).
     It looks at ``--max-update`` only after an update, so that each new start of a finished training
-    would make one more: that ends at once. ``--patience`` counts from nothing after each start: the count
-    is restored, and a training that ran out of patience has ended. And with ``--reset-dataloader``, for
-    other data, it goes on with the optimiser but not with what the criterion has learnt over updates.
+    would make one more: that ends at once, and one that has made more than so many updates is refused.
+    ``--patience`` counts from nothing after each start: the count is restored, and a training that ran out
+    of patience has ended. And with ``--reset-dataloader``, for other data, it goes on with the optimiser
+    but not with what the criterion has learnt over updates.
     """
     load = checkpoint_utils.load_checkpoint
     if getattr(load, "as_left", False):
@@ -168,6 +169,12 @@ def resume_as_left() -> None:
         with one_line_errors():
             loaded = _loaded(load, cfg, trainer, **kwargs)
         updates, last = trainer.get_num_updates(), trainer.cfg.optimization.max_update
+        if 0 < last < updates and not deliberate:
+            with one_line_errors():
+                raise UserError(
+                    f"{last_one}: expected at most --max-update {last} updates, found {updates}; give another "
+                    "--save-dir to train anew, or a larger --max-update"
+                )
         if 0 < last <= updates:
             logger.info("done training before: %d updates of --max-update %d", updates, last)
             raise SystemExit(0)

@@ -32,8 +32,16 @@ SECTIONS = {
 }
 #: Of other sections, these.
 SINGLE = {
-    "optimization": ("lr", "clip_norm", "sentence_avg"),
-    "dataset": ("max_tokens", "batch_size"),
+    "optimization": ("lr", "clip_norm", "sentence_avg", "skip_remainder_batch"),
+    "dataset": (
+        "max_tokens",
+        "batch_size",
+        "train_subset",
+        "valid_subset",
+        "combine_valid_subsets",
+    ),
+    "checkpoint": ("best_checkpoint_metric", "maximize_best_checkpoint_metric"),
+    "ema": ("store_ema", "ema_decay", "ema_start_update", "ema_update_freq"),
     "common": ("seed",),
 }
 #: How long, where and in which precision a training runs, where its files are, what it says.

@@ -1,23 +1,21 @@
-"""fairseq-train, which does not go on with a run under other settings than it was begun with, nor with
-one that another process trains.
+"""fairseq-train, which does not go on with a run that was begun with other data, another teacher or another
+student to start from, nor with one that another process trains.
 
     python scripts/pipeline/train.py RUN INPUT... -- ARGUMENTS OF FAIRSEQ-TRAIN
 
-fairseq goes on from ``RUN/checkpoints/checkpoint_last.pt`` whatever the options and the data are now. A
-run that has ended would then pass for one of the new settings, and one that was killed would be a
-mixture. The settings of a run's start are kept in ``RUN/settings.json``: its arguments, and a hash of each
-INPUT, a small file that changes with what it stands for: ``data.json``, the marks of the teacher's cache
-or of a student to start from. Without a checkpoint they are written anew.
+fairseq goes on from ``RUN/checkpoints/checkpoint_last.pt`` whatever these are now. A run that has ended
+would then pass for one of the new ones, and one that was killed would be a mixture. (Other options the
+plugin refuses, :mod:`sekd_fairseq.settings`.) What a run was begun with is kept in ``RUN/settings.json``: a
+hash of each INPUT, a small file that changes with what it stands for: ``data.json``, the marks of the
+teacher's cache or of a student to start from. Without a checkpoint it is written anew.
 """
 
 import argparse
-import difflib
 import hashlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from analysis.runs.files import DamagedFile, read_json, sealed_json
 from sekd_fairseq.errors import one_line_errors
@@ -37,45 +35,28 @@ def main() -> None:
     args = parser.parse_args(sys.argv[1:end])
     arguments = sys.argv[end + 1 :]
     with one_line_errors(), held(args.run):
-        check_settings(args.run, args.inputs, arguments)
+        check_inputs(args.run, args.inputs)
         os.execv(sys.executable, [sys.executable, "-m", "fairseq_cli.train", *arguments])
 
 
-def check_settings(run: Path, inputs: Sequence[Path], arguments: Sequence[str]) -> None:
-    """Write the settings of a run that begins; exit where one that is under way had others."""
+def check_inputs(run: Path, inputs: Sequence[Path]) -> None:
+    """Write what a run that begins is made from; exit where one that is under way was made from other."""
     hashes = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs}
-    # Where it runs is no setting: what a CPU began a GPU may end.
-    settings = {"inputs": hashes, "arguments": [word for word in arguments if word != "--cpu"]}
     path = run / "settings.json"
     if path.exists() and (run / "checkpoints" / "checkpoint_last.pt").exists():
         try:
-            before, _ = read_json(path)
+            settings, _ = read_json(path)
         except DamagedFile as error:
             sys.exit(f"error: {error}; delete the folder to train it anew")
-        if before != settings:
+        before = settings.get("inputs", {})
+        other = [name for name in {**before, **hashes} if before.get(name) != hashes.get(name)]
+        if other:
             sys.exit(
-                f"error: {run}: begun with other settings ({difference(before, settings)}); "
-                "delete the folder to train it anew, or give the configuration another name"
+                f"error: {run}: begun with other inputs (other now: {', '.join(other)}); delete the folder "
+                "to train it anew, or give the configuration another name"
             )
         return
-    path.write_bytes(sealed_json(settings))
-
-
-def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What is other now, in a few words."""
-    known = before.get("inputs", {})  # an earlier version kept them otherwise
-    parts = [
-        f"{path} has changed" for path, value in after["inputs"].items() if known.get(path) != value
-    ]
-    words = [side["arguments"] for side in (before, after)]
-    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        if kind != "equal":
-            # An option's name is the same where only its value differs.
-            start = 1 if a and words[0][a - 1].startswith("--") and kind == "replace" else 0
-            old, new = words[0][a - start : b], words[1][c - start : d]
-            parts.append(f"{' '.join(old) or 'without'} is now {' '.join(new) or 'left out'}")
-    return "; ".join(parts)
+    path.write_bytes(sealed_json({"inputs": hashes}))
 
 
 if __name__ == "__main__":

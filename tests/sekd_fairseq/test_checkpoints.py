@@ -47,6 +47,9 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(
     assert "--lr [0.005] is now [0.004]" in refused("--lr", "4e-3")
     assert "--alpha None is now 0.5" in refused("--alpha", "0.5")
     assert "--encoder-layers 2 is now 1" in refused("--encoder-layers", "1")
+    both = refused("--update-freq", "2", "--best-checkpoint-metric", "ppl")
+    assert "--best-checkpoint-metric loss is now ppl" in both
+    assert "times processes) [1] is now [2]" in both
     other = tmp_path / "other"
     command(
         "sekd_fairseq.build_cache", data, "--path", teacher, "--output", other, "--cpu", "--subset",

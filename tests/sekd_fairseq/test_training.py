@@ -233,6 +233,8 @@ def test_resumed_training_ends_as_one_that_was_never_stopped(
     # Started once more, it ends where it ended; fairseq would make another update each time.
     log = train(data, tmp_path / "resumed", *base, "--max-update", "14")
     assert "done training before: 14 updates" in log and '"num_updates": "15"' not in log
+    shorter = train(data, tmp_path / "resumed", *base, "--max-update", "13", check=False)
+    assert "expected at most --max-update 13 updates, found 14" in error_line(shorter)
     assert parameters(tmp_path / "resumed" / "checkpoint_last.pt").equal(whole)
 
 
