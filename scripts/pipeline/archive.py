@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch
 import yaml
 from PIL import Image
 from plan import Plan
+from progress import parse_line
 from records import keep_direction, restore_direction
 from snakemake.utils import update_config
 
@@ -120,15 +121,10 @@ def with_few_colours(figure: Path) -> None:
         image.convert("RGB").quantize(256).save(figure, optimize=True)
 
 
-def logged(log: Path) -> Iterator[dict[str, Any]]:
+def logged(log: Path) -> list[dict[str, Any]]:
     """The records in a log of a training."""
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line[line.index("{") :])
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "num_updates" in record:
-            yield record
+    records = map(parse_line, log.read_text(encoding="utf-8").splitlines())
+    return [record for record in records if record is not None]
 
 
 def seconds_of_training(log: Path) -> float:
