@@ -181,8 +181,8 @@ class Plan:
         if corpus.get("src") and not corpus.get("train") and len(directions) > 1:
             raise UserError(
                 "corpus: {src, tgt}: expected one direction, whose source language is that of src, found "
-                f"{', '.join(directions)}; expected corpus: {{train, valid, test}}, prefixes of files that "
-                "end in their languages"
+                f"{', '.join(directions)}; for several give corpus: {{train, valid, test}}, prefixes of files "
+                "that end in their languages"
             )
 
     def _check_methods(self) -> None:
