@@ -16,6 +16,7 @@ One file of more than 400 lines: the steps of the study, in the order in which t
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -35,6 +36,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ("--user-dir", ROOT / "sekd_fairseq", "--task", "self_evolution_kd")
 SUBSET = "test"
+#: Reads the commands' options as the commands do.
+CHECK = Path(__file__).with_name("check.py")
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,31 @@ def shell(words: Sequence[object]) -> str:
     return shlex.join(map(str, words))
 
 
+def commands_of(steps: Sequence[Step]) -> dict[str, list[str]]:
+    """Module and arguments of each command of Python, by step and module, as check.py reads them."""
+    found = {}
+    for step in steps:
+        for command in step.command.split(" && "):
+            match list(itertools.takewhile(">".__ne__, shlex.split(command))):
+                case [_, "-m", module, *words]:
+                    found[f"{step.name}, {module}"] = [module, *words]
+    return found
+
+
+def check_options(steps: Sequence[Step]) -> None:
+    """Exit where a command would refuse its options, some of them after hours."""
+    if commands := commands_of(steps):
+        done = subprocess.run(
+            [sys.executable, CHECK],
+            input=json.dumps(commands),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            sys.exit(f"error: {'; '.join(done.stdout.splitlines()) or done.stderr}")
+
+
 @dataclass
 class Running:
     """A step under way."""
@@ -386,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.plan:
         print("\n".join(f"{step.name}: {step.command}" for step in steps))
         return
+    check_options(Plan(args, config | {"seeds": config["seeds"][:1]}).steps())
     for folder in ("logs", "marks"):
         (plan.work / folder).mkdir(parents=True, exist_ok=True)
     expected = {kind: float(value) for kind, value in config["seconds"].items()}

@@ -12,9 +12,10 @@ from typing import Any
 import gpu_study
 import pytest
 import yaml
-from gpu_study import Plan, Scheduler, Step, merged, options, parse
+from check import mistakes
+from gpu_study import Plan, Scheduler, Step, commands_of, merged, options, parse
 
-from tests.sekd_fairseq.conftest import sentence_pairs, write_text
+from tests.sekd_fairseq.conftest import read_settings_once, sentence_pairs, write_text
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "scripts" / "configs" / "gemma-gpu.yaml"
@@ -62,6 +63,24 @@ def test_plan_of_the_gemma_study(arguments: list[str]) -> None:
     words = {"criterion": "cached_kd"}
     one = steps_of(arguments, seeds=[7], methods={"a": words, "b": None})
     assert list(one)[3:] == ["a.7", "a.7.judge", "teacher.judge"]
+
+
+def test_commands_are_read_before_the_first_step(arguments: list[str]) -> None:
+    methods = {
+        "a": {"criterion": "cached_kd", "divergance": "jsd"},
+        "b": {"criterion": "cached_kd"},
+    }
+    steps = steps_of([*arguments, "--cpu"], seeds=[1], methods=methods)
+    commands = commands_of(list(steps.values()))
+    assert list(commands)[:3] == [
+        "teacher, fairseq_cli.train", "start, fairseq_cli.train", "cache, sekd_fairseq.build_cache",
+    ]  # fmt: skip
+    assert len(commands) == 3 + 2 * (1 + 3) + 3
+    assert commands["b.1.judge, fairseq_cli.generate"][-1] == "--cpu"  # and no > FILE
+    read_settings_once()
+    ((message, parts),) = mistakes(commands).items()
+    assert "--divergance" in message and "--divergence" in message
+    assert parts == ["a.1, fairseq_cli.train"]
 
 
 def test_options_of_the_configuration() -> None:
