@@ -21,7 +21,7 @@ The output directory holds
     data.json                        counts, what was dropped and why, settings, fingerprint
 
 It is built under another name beside it and renamed when complete, so it is either whole or not
-there. One that an earlier call made is replaced, with what lies in it, other folders never. The
+there. One that an earlier call made is replaced, unless something else, as a cache, was put there. The
 same input gives the same output, byte for byte, but for fairseq's own log.
 """
 
@@ -29,11 +29,10 @@ import argparse
 import hashlib
 import io
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from typing import Any
 import sentencepiece
 
 from analysis.runs.errors import UserError, one_line_errors
+from analysis.runs.files import atomic_directory
 from analysis.terminal import split_list, warn
 from sekd_fairseq.parallel_text import Pair, read_pairs, repeated, split, without_leaks
 
@@ -50,6 +50,12 @@ SUBSETS = ("train", "valid", "test")
 SPACE = "\u2581"
 #: fairseq's symbol for padding.
 PAD = "<pad>"
+#: What an output holds, by path.
+WRITTEN = re.compile(
+    r"data\.json|sentencepiece\.(model|vocab)|pieces|bin"
+    r"|(pieces/)?(train|valid|test)\.[^./]+"
+    r"|bin/((train|valid|test)\.[^./]+\.[^./]+\.(bin|idx)|dict\.[^./]+\.txt|preprocess\.log)"
+)
 
 
 @dataclass(frozen=True)
@@ -239,7 +245,7 @@ def binarise(pieces: Path, destination: Path, settings: Settings, subsets: Itera
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary"]
     command += ["--source-lang", settings.source_lang, "--target-lang", settings.target_lang]
     if settings.vocabulary:
-        command += ["--srcdict", str(dictionary_of(settings.vocabulary))]
+        command += ["--srcdict", str(dictionary_file(settings.vocabulary))]
     for subset in subsets:
         command += [f"--{subset}pref", str(pieces / subset)]
     command += ["--destdir", str(destination), "--workers", "1"]
@@ -258,7 +264,7 @@ def fingerprint(directory: Path, languages: tuple[str, str], subsets: Iterable[s
     return digest.hexdigest()
 
 
-def dictionary_of(vocabulary: Path) -> Path:
+def dictionary_file(vocabulary: Path) -> Path:
     """The dictionary of a directory that an earlier call made; ``UserError`` where there is none."""
     found = sorted((vocabulary / "bin").glob("dict.*.txt"))
     if not found or not (vocabulary / "sentencepiece.model").is_file():
@@ -271,11 +277,21 @@ def dictionary_of(vocabulary: Path) -> Path:
 
 def check_output(output: Path) -> None:
     """Refuse to replace anything but what an earlier call made."""
-    made = (output / "sentencepiece.model").is_file() and (output / "bin").is_dir()
-    if output.exists() and not made and not (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not ((output / "sentencepiece.model").is_file() and (output / "bin").is_dir()):
         raise UserError(
             f"--output {output}: expected a new directory or one that this script made, found "
             "something else; choose another"
+        )
+    folders = (folder for folder in (output, output / "pieces", output / "bin") if folder.is_dir())
+    found = (path for folder in folders for path in sorted(folder.iterdir()))
+    others = [path for path in found if not WRITTEN.fullmatch(str(path.relative_to(output)))]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(
+            f"--output {output}: expected nothing but what an earlier call wrote, which is replaced, "
+            f"found {others[0]}{more}; move or delete that, or choose another"
         )
 
 
@@ -286,15 +302,11 @@ def prepare(
     settings: Settings,
     given_splits: bool = False,
 ) -> dict[str, Any]:
-    """Build the data directory under a temporary name and rename it to ``output``.
+    """Build the data directory ``output``, in place of one that is there already.
 
-    An ``output`` that is there already is replaced, of a link what it leads to. Returns the content of
-    ``data.json``.
+    Returns the content of ``data.json``.
     """
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with atomic_directory(output, replace=True) as building:
         prefix = building / "sentencepiece"
         if settings.vocabulary:
             for suffix in (".model", ".vocab"):
@@ -331,13 +343,7 @@ def prepare(
             },
         }
         (building / "data.json").write_text(json.dumps(summary, indent=2) + "\n")
-        building.chmod(0o755)  # mkdtemp makes it private; data are to be shared
-        if output.exists():
-            shutil.rmtree(output)
-        os.rename(building, output)
-        return summary
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    return summary
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -372,7 +378,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         type=Path,
         metavar="DIR",
-        help="new, or made by an earlier call, which is replaced with all that lies in it",
+        help="new, or made by an earlier call, which is replaced; refused where something else was put there",
     )
     parser.add_argument(
         "--vocabulary",
@@ -440,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     check_output(args.output)
     if args.vocabulary:
-        dictionary_of(args.vocabulary)  # before the work
+        dictionary_file(args.vocabulary)  # before the work
     text = text_of(args)
     subsets, dropped = text.load()
     summary = prepare(

@@ -66,19 +66,20 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Make a new directory so that ``path`` is whole or not there.
 
     It is filled under a temporary name beside it and renamed; on any error nothing is left. A link is
-    followed, so that the directory is where it leads.
+    followed, so that the directory is where it leads. With ``replace`` it takes the place of one that is
+    there, which until then stays as it is.
 
     Raises
     ------
     UserError
-        There is something at ``path`` already, other than an empty directory.
+        There is something at ``path`` already, other than an empty directory, and not ``replace``.
     """
     path = path.resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(
             f"{path}: expected a new directory, found one with files; delete it or name another"
         )
@@ -87,6 +88,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         made = Path(temporary) / "new"
         made.mkdir()
         yield made
+        if replace and path.exists():
+            os.rename(path, Path(temporary) / "old")
         os.rename(made, path)
 
 

@@ -1,6 +1,7 @@
 """Preparing text: nothing is lost, leaked or misaligned, and bad files end with one line."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def test_only_prepared_data_are_replaced(tmp_path: Path) -> None:
     for size in ("60", "61"):
         done = run(*given, *sizes, size, "--output", tmp_path / "out")
         assert done.returncode == 0, done.stderr
+    # What others put there is not deleted.
+    for place in ("cache/train/shard-00000.arrow", "bin/test1.en-de.en.bin"):
+        other = tmp_path / "out" / place
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("days of work")
+        done = run(*given, *sizes, "60", "--output", tmp_path / "out")
+        assert (
+            done.returncode == 1
+            and f"found {tmp_path}/out/{place.split('/train')[0]};" in done.stderr
+        )
+        assert other.read_text() == "days of work"
+        shutil.rmtree(tmp_path / "out" / "cache", ignore_errors=True)
 
 
 def test_a_link_for_an_output_is_followed(tmp_path: Path) -> None:
