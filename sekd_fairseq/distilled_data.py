@@ -17,8 +17,6 @@ repeat themselves without end, and the pairs of DATA are mixed in with ``--gold-
 """
 
 import argparse
-import itertools
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,14 +32,16 @@ from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.generated import printed, read_generated
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, check_same_rows
-from sekd_fairseq.mixed_data import write_indexed
 from sekd_fairseq.splits import (
     check_splits,
     dictionary_of,
     languages,
+    link_others,
+    parts_of,
     sentences_of,
     side_of,
     stored_as,
+    write_indexed,
 )
 from sekd_fairseq.translations import (
     SLACK,
@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(
         prog="python -m sekd_fairseq.distilled_data",
-        description="Copy a fairseq data directory with one split's targets replaced by a "
-        "teacher's translations, as sequence-level distillation wants it.",
+        description="Make a fairseq data directory with one split's targets replaced by a teacher's "
+        "translations, as sequence-level distillation wants it; the other files are links to DATA's.",
     )
     out.add_argument("data", type=Path, metavar="DATA", help="fairseq data directory")
     out.add_argument(
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = chosen_translations(args, dictionary, original, len(original))
     targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
     with atomic_directory(args.output) as folder:
-        copy_others(args.data, folder, [name])
+        link_others(args.data, folder, [name])
         if kind == "raw":  # as the source beside it is
             text = "".join(f"{' '.join(line.split())}\n" for line in lines)
             (folder / name).write_bytes(text.encode())
@@ -356,7 +356,7 @@ def write_more_text(
     stored = [stored_as(args.data, args.subset, *language_pair, side) for side in language_pair]
     written = [Path(one[0]).name for one in stored if one is not None]
     with atomic_directory(args.output) as folder:
-        copy_others(args.data, folder, written)
+        link_others(args.data, folder, written)
         for side, name in enumerate(written):
             of_side = [pair[side] for pair in pairs]
             write_indexed(folder / name, kind, of_side, len(dictionaries[side]))
@@ -374,8 +374,7 @@ def held_out_sentences(
     for side, dictionary in zip(language_pair, dictionaries, strict=True):
         seen: set[bytes] = set()
         for name in ("valid", "test"):
-            for part in itertools.count():
-                split = f"{name}{part or ''}"
+            for split in parts_of(name):
                 if stored_as(args.data, split, *language_pair, side) is None:
                     break
                 sentences = side_of(args.data, split, language_pair, side, dictionary)
@@ -387,15 +386,6 @@ def held_out_sentences(
 def key(sentence: torch.Tensor) -> bytes:
     """A sentence's tokens, to be found again."""
     return sentence.to(torch.int32).numpy().tobytes()
-
-
-def copy_others(data: Path, folder: Path, written: Sequence[str]) -> None:
-    """Copy a data directory but for the sides of a split that are written anew."""
-    for path in data.iterdir():
-        if path.is_dir():  # a language model's tokenizer
-            shutil.copytree(path, folder / path.name)
-        elif path.name not in written and path.stem not in written:
-            shutil.copy(path, folder)
 
 
 if __name__ == "__main__":

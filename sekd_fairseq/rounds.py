@@ -24,18 +24,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from analysis.runs.files import atomic_directory, atomic_write, sealed_json
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.mixed_data import link_data, training_side, write_part
 from sekd_fairseq.run_lock import held
-from sekd_fairseq.splits import check_splits, languages, stored_as
+from sekd_fairseq.splits import (
+    check_splits,
+    dictionary_of,
+    languages,
+    link_others,
+    stored_as,
+    training_side,
+    write_indexed,
+)
 from sekd_fairseq.teacher_cache.format import Manifest
 from sekd_fairseq.teacher_cache.storage import is_address, split_folder
 from sekd_fairseq.teachers.truncation import options_of
@@ -287,7 +296,8 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     own = settings.data if settings.by == "student" else settings.teacher_data
     if not sources.exists():
         with atomic_directory(sources) as made:
-            link_data(own, made)
+            source, target = languages(own, "train")
+            link_others(own, made, [f"train.{source}-{target}.{side}" for side in (source, target)])
             write_part(own, made, "train", chosen)
     output = folder / "translations.txt"
     if not output.exists():
@@ -313,7 +323,7 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     for made_data, gold in ((data, settings.data), (prompts, settings.teacher_data)):
         if not made_data.exists():
             with atomic_directory(made_data) as made:
-                link_data(gold, made, "train")
+                link_others(gold, made, [])
                 write_part(gold, made, GENERATED, chosen, targets)
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
@@ -328,7 +338,7 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     done = folder / "train.done"
     if not done.exists():
         print(f"{title}: training", flush=True)
-        train(settings, number, data, cache, save, student)
+        run("fairseq_cli.train", training_words(settings, number, data, cache, save, student))
         done.touch()
     return save / "checkpoint_last.pt", {
         "translations": len(chosen),
@@ -336,6 +346,24 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
         "tokens": int(sum(map(len, targets))),
         "not_the_first": changed,
     }
+
+
+def write_part(
+    data: Path,
+    folder: Path,
+    split: str,
+    chosen: NDArray[np.int64],
+    targets: Sequence[Tensor] | None = None,
+) -> None:
+    """Write sentences of the training set as a split, with their own targets or with others."""
+    source, target = languages(data, "train")
+    for language in (source, target):
+        sentences = training_side(data, language)
+        rows: Iterable[Tensor] = (sentences[int(i)] for i in chosen)
+        if language == target and targets is not None:
+            rows = targets
+        path = folder / f"{split}.{source}-{target}.{language}"
+        write_indexed(path, "mmap", rows, len(dictionary_of(data, language)))
 
 
 def translate(settings: Settings, sources: Path, student: Path, number: int, output: Path) -> None:
@@ -360,13 +388,6 @@ def build_cache(settings: Settings, data: Path, cache: Path) -> None:
     words += ["--temperature", str(manifest.temperature), *options_of(manifest.truncation)]
     words += ["--max-tokens", str(settings.max_tokens), *settings.device]
     run("sekd_fairseq.build_cache", words)
-
-
-def train(
-    settings: Settings, number: int, data: Path, cache: Path, save: Path, student: Path
-) -> None:
-    """A round's training."""
-    run("fairseq_cli.train", training_words(settings, number, data, cache, save, student))
 
 
 def training_words(

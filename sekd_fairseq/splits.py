@@ -2,7 +2,7 @@
 
 import glob
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from fairseq import utils
 from fairseq.data import Dictionary, FairseqDataset, data_utils, indexed_dataset
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sekd_fairseq.errors import UserError
 
@@ -80,6 +81,32 @@ def side_of(
     return sentences_of(*stored, dictionary)
 
 
+def training_side(data: Path, language: str) -> Any:
+    """One side of the training set, as fairseq's indexed dataset."""
+    return side_of(data, "train", languages(data, "train"), language, dictionary_of(data, language))
+
+
+def parts_of(split: str) -> Iterator[str]:
+    """What the parts are called that fairseq combines to a split: ``train``, ``train1``, ... without end."""
+    return (f"{split}{part or ''}" for part in itertools.count())
+
+
+def link_others(data: Path, folder: Path, written: Sequence[str]) -> None:
+    """Link all that a data directory holds but the sides of splits that are written anew, by the names of
+    their files without suffix."""
+    for path in data.iterdir():
+        if path.name not in written and path.stem not in written:
+            (folder / path.name).symlink_to(path.resolve())
+
+
+def write_indexed(path: Path, kind: str, sentences: Iterable[Tensor], vocab_size: int) -> None:
+    """Write one side of a split, PATH.bin and PATH.idx, in one of fairseq's formats."""
+    builder: Any = indexed_dataset.make_builder(f"{path}.bin", kind, vocab_size=vocab_size)
+    for sentence in sentences:
+        builder.add_item(sentence)
+    builder.finalize(f"{path}.idx")
+
+
 @contextmanager
 def readable(config: Any, data: str, split: str) -> Iterator[None]:
     """Within, a translation task's configuration lets fairseq read the format of a split's files.
@@ -118,8 +145,7 @@ def train_targets(task: Any) -> Iterator[list[FairseqDataset]]:
     config = task.cfg
     for data in utils.split_paths(config.data):
         parts = []
-        for part in itertools.count():
-            name = f"train{part or ''}"
+        for name in parts_of("train"):
             found = stored_as(
                 data, name, config.source_lang, config.target_lang, config.target_lang
             )

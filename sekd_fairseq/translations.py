@@ -14,8 +14,7 @@ from sekd_fairseq.errors import UserError
 from sekd_fairseq.generated import printed
 from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
-from sekd_fairseq.mixed_data import training_side
-from sekd_fairseq.splits import dictionary_of, languages
+from sekd_fairseq.splits import dictionary_of, languages, training_side
 
 #: Tokens that a translation may be longer than twice its reference, or its source.
 SLACK = 10

@@ -41,6 +41,7 @@ from synthetic_training import train as train_here
 
 from analysis.terminal import progress
 from sekd_fairseq.llm.vocabulary import Vocabulary
+from sekd_fairseq.splits import write_indexed
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,10 +107,8 @@ def prepare(source: Path, folder: Path, size: int) -> str:
         dictionary.save(str(folder / f"dict.{language}.txt"))
         name = f"train.{pair[0]}-{pair[1]}.{language}"
         old = indexed_dataset.make_dataset(str(source / name), "mmap")
-        builder: Any = indexed_dataset.make_builder(f"{folder / name}.bin", "mmap", vocab_size=size)
-        for i in range(min(SENTENCES, len(old))):
-            builder.add_item(old[i])
-        builder.finalize(f"{folder / name}.idx")
+        sentences = (old[i] for i in range(min(SENTENCES, len(old))))
+        write_indexed(folder / name, "mmap", sentences, size)
     symbols = dictionary.symbols
     Vocabulary(list(range(size)), "", None, hash_symbols(symbols)).save(folder)
     return f"{pair[0]}-{pair[1]}"

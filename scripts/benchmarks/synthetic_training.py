@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import fairseq_cli.train
 import numpy as np
 import torch
-from fairseq.data import Dictionary, indexed_dataset
+from fairseq.data import Dictionary
 from numpy.typing import NDArray
 
 import sekd_fairseq.tasks  # noqa: F401 (registers)
 from sekd_fairseq import build_cache
 from sekd_fairseq.llm.vocabulary import Vocabulary
+from sekd_fairseq.splits import write_indexed
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,10 +66,9 @@ def write_side(
 ) -> None:
     """One language of :func:`write_data`, each sentence with its end."""
     tokens = generator.choice(len(chances), int(sizes.sum()), p=chances) + dictionary.nspecial
-    builder: Any = indexed_dataset.make_builder(f"{path}.bin", "mmap", vocab_size=len(dictionary))
-    for sentence in np.split(tokens, sizes.cumsum()[:-1]):
-        builder.add_item(torch.tensor([*sentence, dictionary.eos()]))
-    builder.finalize(f"{path}.idx")
+    rows = np.split(tokens, sizes.cumsum()[:-1])
+    sentences = (torch.tensor([*row, dictionary.eos()]) for row in rows)
+    write_indexed(path, "mmap", sentences, len(dictionary))
 
 
 class Run(NamedTuple):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.data import Dictionary, indexed_dataset
+from fairseq.data import Dictionary
 
 from analysis.runs.errors import UserError
 from analysis.runs.files import hash_file
@@ -27,6 +27,7 @@ from sekd_fairseq.llm.vocabulary import (
     with_end,
 )
 from sekd_fairseq.parallel_text import Pair, read_aligned, repeated, without_leaks
+from sekd_fairseq.splits import write_indexed
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
 Tokens = list[list[int]]
@@ -159,14 +160,6 @@ def encode(
     return sources, targets
 
 
-def write_binary(path: Path, sentences: Tokens, size: int) -> None:
-    """One side of one split, under fairseq ids."""
-    builder: Any = indexed_dataset.make_builder(f"{path}.bin", "mmap", vocab_size=size)
-    for sentence in sentences:
-        builder.add_item(torch.tensor([*sentence, EOS], dtype=torch.int32))
-    builder.finalize(f"{path}.idx")
-
-
 class Kept:
     """What of the text could not be kept exactly, and where first."""
 
@@ -223,7 +216,8 @@ def write_directory(
         for side, sentences in enumerate(encoded[subset]):
             ids = [vocabulary.symbols(tokens, tokenizer) for tokens in sentences]
             path = folder / f"{subset}.{'-'.join(languages)}.{languages[side]}"
-            write_binary(path, ids, len(dictionary))
+            rows = (torch.tensor([*sentence, EOS], dtype=torch.int32) for sentence in ids)
+            write_indexed(path, "mmap", rows, len(dictionary))
             for pair, sentence in zip(pairs, ids, strict=True):
                 kept.add("unknown_tokens", sentence.count(UNK), subset, pair, side)
                 if side and EOS in sentence:

@@ -14,7 +14,7 @@ from sekd_fairseq.errors import UserError
 from sekd_fairseq.generated import printed
 from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import symbol_of
-from sekd_fairseq.mixed_data import link_data, training_side
+from sekd_fairseq.splits import link_others, training_side
 from sekd_fairseq.translations import joined_chrf, mean_chrf, nearest_to_references, with_an_end
 
 from .conftest import WORDS, binarise, command, error_line, sentence_pairs, write_text
@@ -242,7 +242,7 @@ def test_a_language_models_translations_are_chosen_by_their_text(
     distil(*words, "--output", tmp_path / "first")
     assert side(tmp_path / "first", "train", "de") == written
     (tmp_path / "part").mkdir()
-    link_data(llm_data, tmp_path / "part", "train")
+    link_others(llm_data, tmp_path / "part", [])
     path = generated(tmp_path / "out", lists)
     targets, changed = nearest_to_references(path, tmp_path / "part")
     assert [dictionary.string(one) for one in targets] == written and changed == len(lists)
