@@ -17,9 +17,9 @@ repeat themselves without end, and the pairs of DATA are mixed in with ``--gold-
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -30,7 +30,7 @@ from analysis.runs.files import atomic_directory
 from analysis.runs.texts import read_lines
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.generated import printed, read_generated
+from sekd_fairseq.generated import check_sentences, read_generated, read_nbest
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary, check_same_rows
 from sekd_fairseq.splits import (
     check_splits,
@@ -78,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--output", required=True, type=Path, metavar="DIR", help="new data directory")
     out.add_argument("--subset", default="train", help="the split (default: %(default)s)")
+    for side in ("source", "target"):
+        out.add_argument(
+            f"--{side}-lang",
+            metavar="CODE",
+            help="both, where the model translates in the other direction than the split's files are named",
+        )
     out.add_argument(
         "--nbest",
         type=int,
@@ -130,9 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     check_options(args)
     check_splits(str(args.data), [args.subset])
-    source, target = languages(args.data, args.subset)
-    stored = stored_as(args.data, args.subset, source, target, target)
-    assert stored is not None  # languages() has seen it
+    language_pair = languages_of(args)
+    target = language_pair[1]
+    stored = stored_as(args.data, args.subset, *language_pair, target)
+    assert stored is not None  # languages_of() has seen it
     name, kind = Path(stored[0]).name, stored[1]
     dictionary = dictionary_of(args.data, target)
     if kind == "huffman":
@@ -142,9 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     original = sentences_of(*stored, dictionary)
     if args.sources:
-        write_more_text(args, (source, target), kind, dictionary)
+        write_more_text(args, language_pair, kind, dictionary)
         return
-    lines = chosen_translations(args, dictionary, original, len(original))
+    texts = sentence_texts(args.data, args.subset, language_pair)
+    lines = chosen_translations(args, dictionary, texts, len(original))
     targets = [encode(line, dictionary, args.generated, i) for i, line in enumerate(lines)]
     with atomic_directory(args.output) as folder:
         link_others(args.data, folder, [name])
@@ -153,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             (folder / name).write_bytes(text.encode())
         else:
             write_indexed(folder / name, kind, targets, len(dictionary))
-    if stored_as(args.data, f"{args.subset}1", source, target, target):
+    if stored_as(args.data, f"{args.subset}1", *language_pair, target):
         warn(
             f"{args.output}: holds {args.subset}1 as it is, which fairseq-train adds to "
             f"{args.subset}; distil it with --subset {args.subset}1, or delete its files"
@@ -166,6 +174,54 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     tokens = sum(map(len, targets))
     print(f"{args.output}: {len(targets)} targets of {args.subset}, {tokens} tokens")
+
+
+def languages_of(args: argparse.Namespace) -> tuple[str, str]:
+    """Source and target language, from the names of the split's files or as they are given."""
+    if args.source_lang is None:
+        return languages(args.data, args.subset)
+    given = args.source_lang, args.target_lang
+    if stored_as(args.data, args.subset, *given, args.target_lang) is None:
+        raise UserError(
+            f"--source-lang {args.source_lang} --target-lang {args.target_lang}: expected the languages of "
+            f"{args.subset} in {args.data}, found {' and '.join(languages(args.data, args.subset))}"
+        )
+    return given
+
+
+def sentence_texts(
+    data: Path, split: str, language_pair: tuple[str, str], monolingual: bool = False
+) -> dict[str, Callable[[int], str]]:
+    """A split's sentences in pieces, by the prefix that fairseq-generate prints them with.
+
+    A language model's sources are prompts, which are not printed whole; of monolingual text it has the
+    sentence on the target side.
+    """
+    source, target = language_pair
+    if (data / FILE).is_file():
+        return {"T-": pieces_of(data, split, language_pair, target)}
+    sources = pieces_of(data, split, language_pair, source)
+    return {
+        "S-": sources,
+        "T-": sources if monolingual else pieces_of(data, split, language_pair, target),
+    }
+
+
+def pieces_of(
+    data: Path, split: str, language_pair: tuple[str, str], side: str
+) -> Callable[[int], str]:
+    """One side of a split: a sentence's pieces by its number."""
+    stored = stored_as(data, split, *language_pair, side)
+    if stored is None:
+        raise UserError(f"{data}: expected the {side} side of {split}, found none")
+    dictionary = dictionary_of(data, side)
+    sentences = sentences_of(*stored, dictionary)
+
+    def pieces(sentence: int) -> str:
+        text: str = dictionary.string(sentences[sentence])
+        return text
+
+    return pieces
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -191,6 +247,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(
             "--choose reference: --sources has none; expected --choose mbr, round-trip or scores"
         )
+    if (args.source_lang is None) != (args.target_lang is None):
+        raise UserError(
+            "--source-lang and --target-lang expect each other, found one of them alone"
+        )
     if args.gold_share is not None and not (args.sources and 0 < args.gold_share < 1):
         raise UserError(
             f"--gold-share: expected above 0 and below 1, with --sources, found {args.gold_share}"
@@ -198,22 +258,25 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def chosen_translations(
-    args: argparse.Namespace, dictionary: Dictionary, references: Any, count: int
+    args: argparse.Namespace,
+    dictionary: Dictionary,
+    texts: Mapping[str, Callable[[int], str]],
+    count: int,
 ) -> list[str]:
-    """One translation per sentence, in pieces."""
+    """One translation per sentence, in pieces, of those of ``texts`` (:func:`sentence_texts`)."""
     prefix = "H-"
     read, cut = readers(args.data, dictionary)
     if args.sentencepiece_model:
         prefix, cut = "D-", cutter(args.sentencepiece_model, dictionary)
+
+    def text_of(side: str, sentence: int) -> str:
+        return read(texts[side](sentence))
+
+    own = {side: functools.partial(text_of, side) for side in texts}
+    found = read_nbest(args.generated, prefix, count)
+    check_sentences(args.generated, own, count)
     if args.choose is None:
-        return [cut(line) for line in read_generated(args.generated, prefix, count)]
-    found = printed(read_lines(args.generated), prefix)
-    missing = sorted(set(range(count)) - set(found))
-    if missing or len(found) != count:
-        which = f"none of sentence {missing[0]}" if missing else f"sentence {max(found)} too"
-        raise UserError(
-            f"{args.generated}: expected translations of {count} sentences, found {which}"
-        )
+        return [cut(found[sentence][0]) for sentence in range(count)]
     fewest = min(found, key=lambda sentence: len(found[sentence]))
     if len(found[fewest]) < args.nbest:
         raise UserError(
@@ -222,18 +285,22 @@ def chosen_translations(
         )
     scores = read_scores(args.scores, found) if args.scores else None
     if args.back:
-        scores = round_trip(args.back, found, source_texts(args))
+        if "S-" not in texts:
+            raise UserError(
+                f"--choose round-trip: the sources of {args.sources or args.data} are a language model's "
+                "prompts; expected sentences, so take --choose mbr or scores"
+            )
+        scores = round_trip(args.back, found, texts["S-"])
     chosen = []
     for sentence in range(count):
-        texts = [cut(text) for text in found[sentence][: args.nbest]]
+        options = [cut(text) for text in found[sentence][: args.nbest]]
         if scores is not None:
             values = scores[sentence][: args.nbest]
         elif args.choose == "mbr":
-            values = mean_chrf([read(text) for text in texts])
+            values = mean_chrf([read(text) for text in options])
         else:
-            reference = read(dictionary.string(references[sentence]))
-            values = against_reference([read(text) for text in texts], reference)
-        chosen.append(texts[int(np.argmax(values))])  # of equals the model's best
+            values = against_reference([read(text) for text in options], own["T-"](sentence))
+        chosen.append(options[int(np.argmax(values))])  # of equals the model's best
     return chosen
 
 
@@ -275,31 +342,15 @@ def read_scores(path: Path, found: dict[int, list[str]]) -> dict[int, list[float
     return {sentence: [next(following) for _ in texts] for sentence, texts in found.items()}
 
 
-def source_texts(args: argparse.Namespace) -> list[str]:
-    """The sentences that were translated, in pieces."""
-    data = args.sources or args.data
-    if (data / FILE).is_file():
-        raise UserError(
-            f"--choose round-trip: the sources of {data} are a language model's prompts; expected "
-            "sentences, so take --choose mbr or scores"
-        )
-    source, target = languages(data, args.subset)
-    stored = stored_as(data, args.subset, source, target, source)
-    assert stored is not None  # beside its targets
-    dictionary = dictionary_of(data, source)
-    sentences = sentences_of(*stored, dictionary)
-    return [dictionary.string(sentences[i]) for i in range(len(sentences))]
-
-
 def round_trip(
-    path: Path, found: dict[int, list[str]], sources: Sequence[str]
+    path: Path, found: dict[int, list[str]], source: Callable[[int], str]
 ) -> dict[int, list[float]]:
     """chrF of each translation's translation back against the source, by sentence; ``found`` is in the
     order of the generated file, which is that of the sentences in ``path``."""
     expected = sum(map(len, found.values()))
     following = iter(read_generated(path, "H-", expected))
     return {
-        sentence: [joined_chrf(next(following), sources[sentence]) for _ in texts]
+        sentence: [joined_chrf(next(following), source(sentence)) for _ in texts]
         for sentence, texts in found.items()
     }
 
@@ -309,6 +360,12 @@ def write_more_text(
 ) -> None:
     """The data directory whose split is translated monolingual text, with gold pairs at a share."""
     source = language_pair[0]
+    further = f"{args.subset}1"
+    if stored_as(args.data, further, *language_pair, language_pair[1]):
+        raise UserError(
+            f"{args.data}: with --sources expected a split of one part, found {further} too, which "
+            f"fairseq-train would add to the result; name a data directory without {further}"
+        )
     dictionaries = [dictionary_of(args.data, side) for side in language_pair]
     theirs = dictionary_of(args.sources, source)
     if theirs.symbols != dictionaries[0].symbols:
@@ -324,7 +381,8 @@ def write_more_text(
     # A language model's source is a prompt; the sentence itself is repeated on the target side.
     sentence_side = language_pair[1] if (args.sources / FILE).is_file() else source
     sentences = side_of(args.sources, args.subset, language_pair, sentence_side, theirs)
-    lines = chosen_translations(args, dictionary, None, len(mono))
+    texts = sentence_texts(args.sources, args.subset, language_pair, monolingual=True)
+    lines = chosen_translations(args, dictionary, texts, len(mono))
     held_out = held_out_sentences(args, language_pair, dictionaries)
     pairs = []
     known = endless = 0

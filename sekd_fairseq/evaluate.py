@@ -12,11 +12,7 @@ it is, so that the analysis compares it.
 """
 
 import argparse
-import html
-import itertools
 import math
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,7 @@ from analysis.runs.run_record import LINES, RunRecord, read_run, write_run, writ
 from analysis.runs.texts import Texts, read_lines, read_references, write_texts
 from analysis.terminal import warn
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.generated import LABEL, printed, read_generated
+from sekd_fairseq.generated import LABEL, alike, letters, printed, read_generated
 
 
 def parser() -> argparse.ArgumentParser:
@@ -152,11 +148,9 @@ def check_texts(generated: Path, source: Path, reference: Path) -> None:
     UserError
         Names the first line that is another sentence's.
     """
-    output = read_lines(generated)
-    texts_of = {
-        prefix: {sentence: texts[0] for sentence, texts in printed(output, prefix).items()}
-        for prefix in ("S-", "T-")
-    }
+    texts_of: dict[str, dict[int, str]] = {"S-": {}, "T-": {}}
+    for prefix, sentence, text in printed(generated, *texts_of):
+        texts_of[prefix].setdefault(sentence, text)
     owners = {
         letters(text): f"{prefix}{sentence}"
         for prefix, texts in texts_of.items()
@@ -184,18 +178,6 @@ def check_texts(generated: Path, source: Path, reference: Path) -> None:
         if prefix == "S-" and 2 * len(other) > len(lines):
             raise UserError(f"{told}; expected the text of the data that were translated")
         warn(f"{told}; scored as they are (another translator's references?)")
-
-
-def letters(text: str) -> str:
-    """Letters and digits of a sentence: what tokenising, pieces and case leave alone."""
-    text = unicodedata.normalize("NFKC", html.unescape(text)).casefold()
-    return "".join(filter(str.isalnum, text.replace("<<unk>>", "").replace("<unk>", "")))
-
-
-def alike(text: str, printed: str) -> bool:
-    """Whether at least half of the pairs of letters of ``text`` stand in ``printed``."""
-    pairs, among = (Counter(itertools.pairwise(letters(side))) for side in (text, printed))
-    return 2 * (pairs & among).total() >= pairs.total()
 
 
 def score(hypotheses: list[str], references: list[str], target_lang: str) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from fairseq.data import Dictionary
 from numpy.typing import NDArray
 from sacrebleu.metrics import CHRF
 
-from analysis.runs.texts import read_lines
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.generated import printed
+from sekd_fairseq.generated import read_nbest
 from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.splits import dictionary_of, languages, training_side
@@ -82,12 +81,7 @@ def nearest_to_references(generated: Path, data: Path) -> tuple[list[torch.Tenso
     target = languages(data, "train")[1]
     dictionary, references = dictionary_of(data, target), training_side(data, target)
     read, cut = readers(data, dictionary)
-    found = printed(read_lines(generated), "H-")
-    if missing := sorted(set(range(len(references))) - set(found)):
-        raise UserError(
-            f"{generated}: expected {len(references)} translations, found none of sentence "
-            f"{missing[0]}; delete the file and translate again"
-        )
+    found = read_nbest(generated, "H-", len(references))
     targets, changed = [], 0
     for sentence, reference in enumerate(references):
         texts = [cut(text) for text in found[sentence]]

@@ -21,12 +21,13 @@ def test_a_students_probabilities(student: tuple[Path, str], data: Path, tmp_pat
     model = ctranslate2.Translator(str(tmp_path / "model"))
     pairs = [[side.split() for side in pair] for pair in sentence_pairs(13, seed=2)]
     found = model.score_batch(*map(list, zip(*pairs, strict=True)))
-    lines = command(
+    output = command(
         "fairseq_cli.generate", data, "--user-dir", ROOT / "sekd_fairseq", "--task", "self_evolution_kd",
         "--path", checkpoint, "--gen-subset", "test", "--score-reference", "--cpu",
-    ).splitlines()  # fmt: skip
-    bits = printed(lines, "P-")
+    )  # fmt: skip
+    (tmp_path / "out").write_text(output)
+    bits = {sentence: text for _, sentence, text in printed(tmp_path / "out", "P-")}
     assert sorted(bits) == list(range(len(pairs)))
     for sentence, one in enumerate(found):
-        expected = np.array(bits[sentence][0].split(), dtype=float)
+        expected = np.array(bits[sentence].split(), dtype=float)
         np.testing.assert_allclose(np.array(one.log_probs) / np.log(2), expected, atol=2e-4)

@@ -1,6 +1,8 @@
 """Translations chosen from N-best lists, and of monolingual text."""
 
 import itertools
+import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from sacrebleu.metrics import CHRF
 
 from sekd_fairseq.distilled_data import read_scores
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.generated import printed
+from sekd_fairseq.generated import read_generated, read_nbest, same_text
 from sekd_fairseq.llm.bpe import LanguageModelText
 from sekd_fairseq.llm.vocabulary import symbol_of
 from sekd_fairseq.splits import link_others, training_side
@@ -31,6 +33,17 @@ def generated(path: Path, lists: list[list[str]]) -> Path:
     return path
 
 
+def whole(path: Path, *sides: list[str]) -> Path:
+    """What fairseq-generate prints of sources, references and translations, all of it."""
+    with path.open("w") as stream:
+        for i, (source, target, text) in enumerate(zip(*sides, strict=True)):
+            stream.write(
+                f"S-{i}\t{source}\nT-{i}\t{target}\nH-{i}\t-1\t{text}\nD-{i}\t-1\t{text}\n"
+            )
+            stream.write(f"P-{i}\t{' '.join(['-0.1234'] * 20)}\n")
+    return path
+
+
 def side(data: Path, split: str, language: str) -> list[str]:
     """A split's sentences, as text."""
     dictionary = Dictionary.load(str(data / f"dict.{language}.txt"))
@@ -46,7 +59,7 @@ def distil(*words: object, check: bool = True) -> str:
 
 def test_lists_are_read_in_their_own_order(tmp_path: Path) -> None:
     path = generated(tmp_path / "out", [["a b", "c"], ["d"]])
-    found = printed(path.read_text().splitlines(), "H-")
+    found = read_nbest(path, "H-", 2)
     assert found == {0: ["a b", "c"], 1: ["d"]}
     (tmp_path / "scores").write_text("1\n2\n3\n")  # of d, a b, c
     assert read_scores(tmp_path / "scores", found) == {1: [1.0], 0: [2.0, 3.0]}
@@ -54,6 +67,55 @@ def test_lists_are_read_in_their_own_order(tmp_path: Path) -> None:
         (tmp_path / "scores").write_text(wrong)
         with pytest.raises(UserError, match="--scores"):
             read_scores(tmp_path / "scores", found)
+
+
+def test_translations_of_other_sentences_are_refused(
+    data: Path, llm_data: Path, tmp_path: Path
+) -> None:
+    sources, targets = side(data, "train", "en"), side(data, "train", "de")
+    path, words = tmp_path / "out", (data, "--generated", tmp_path / "out", "--output")
+
+    def refused(*options: object) -> str:
+        return error_line(distil(*words, tmp_path / "no", *options, check=False))
+
+    whole(path, sources[::-1], targets[::-1], targets[::-1])
+    first = next(i for i, text in enumerate(sources) if not same_text(text, sources[-1 - i]))
+    assert f"sentence {first} S-{first} {sources[-1 - first][:60]!r}, where" in refused()
+    # Of the other direction, which the data serve too.
+    whole(path, targets, sources, [f"{text} one" for text in sources])
+    assert "give --source-lang and --target-lang" in refused()
+    assert "expect each other" in refused("--source-lang", "de")
+    assert "found en and de" in refused("--source-lang", "de", "--target-lang", "fr")
+    distil(*words, tmp_path / "reverse", "--source-lang", "de", "--target-lang", "en")
+    assert side(tmp_path / "reverse", "train", "en") == [f"{text} one" for text in sources]
+    assert side(tmp_path / "reverse", "train", "de") == targets
+    # With unknown words, and in text instead of pieces.
+    text = [f"{line.replace('one', '<unk>').title()}." for line in sources]
+    whole(path, text, targets, targets)
+    distil(*words, tmp_path / "text")
+    # Several jobs that translated everything each.
+    printed = whole(path, sources, targets, targets).read_text()
+    path.write_text(printed + printed)
+    assert "found sentence 0 twice" in refused()
+    # A language model's prompts are not printed whole; the references tell.
+    found = side(llm_data, "train", "de")
+    text_of = LanguageModelText(llm_data, Dictionary.load(str(llm_data / "dict.de.txt"))).decode
+    shifted = [text_of(line) for line in found[1:] + found[:1]]
+    whole(path, ["Translate:"] * len(found), shifted, found)
+    line = error_line(distil(llm_data, *words[1:], tmp_path / "no", check=False))
+    assert " T-" in line and not (tmp_path / "no").exists()
+    whole(path, ["Translate:"] * len(found), [text_of(line) for line in found], found)
+    distil(llm_data, *words[1:], tmp_path / "llm")
+
+
+def test_a_large_output_is_not_held_in_memory(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(2000)]
+    path = whole(tmp_path / "out", texts, texts, texts)
+    tracemalloc.start()
+    assert read_generated(path, "H-", len(texts)) == texts
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 * len(texts)  # of all lines it would be twice as much
 
 
 def test_text_of_a_teacher_with_other_pieces_is_cut(tmp_path: Path) -> None:
@@ -194,6 +256,13 @@ def test_more_text_is_mixed_with_gold(data: Path, tmp_path: Path) -> None:
         )
     )
     assert "--choose mbr" in line
+    # What fairseq-train would add to the result.
+    parts = tmp_path / "parts"
+    shutil.copytree(data, parts)
+    for one in data.glob("train.*"):
+        shutil.copy(one, parts / one.name.replace("train.", "train1."))
+    line = error_line(distil(parts, *words[1:], "--output", tmp_path / "no", check=False))
+    assert f"{parts}: with --sources expected a split of one part, found train1 too" in line
     write_text(tmp_path / "other", "train", [("one", "eins")])
     other = binarise(tmp_path / "other", tmp_path / "few")
     line = error_line(
