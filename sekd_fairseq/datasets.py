@@ -13,6 +13,7 @@ from fairseq.data import (
     LanguagePairDataset,
     data_utils,
 )
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,10 +33,27 @@ def target_hashes(targets: FairseqDataset, pad: int) -> NDArray[np.uint64]:
     """Hash of every sentence of a target dataset, (n,) uint64 (see ``hash_targets``)."""
     hashes = [np.zeros(0, np.uint64)]
     for start in range(0, len(targets), HASH_CHUNK):
-        rows = [targets[i] for i in range(start, min(start + HASH_CHUNK, len(targets)))]
-        rows = [row[row.ne(pad)] for row in rows]
-        hashes.append(hash_targets(torch.cat(rows).numpy(), [len(row) for row in rows]))
+        end = min(start + HASH_CHUNK, len(targets))
+        tokens, lengths = mapped(targets, start, end)
+        if tokens is None or (tokens == pad).any():
+            rows = [targets[i] for i in range(start, end)]
+            rows = [row[row.ne(pad)] for row in rows]
+            tokens, lengths = torch.cat(rows).numpy(), np.array([len(row) for row in rows])
+        hashes.append(hash_targets(tokens, lengths))
     return np.concatenate(hashes)
+
+
+def mapped(
+    targets: FairseqDataset, start: int, end: int
+) -> tuple[NDArray[np.integer] | None, NDArray[np.int64]]:
+    """Tokens of sentences ``start`` to ``end``, one after the other as they lie in a memory-mapped file
+    (``--dataset-impl mmap``; None where there is none), and their lengths."""
+    if not isinstance(targets, MMapIndexedDataset):
+        return None, np.zeros(0, np.int64)
+    index = targets._index
+    lengths = index.sizes[start:end].astype(np.int64)
+    place = index._pointers[start]
+    return np.frombuffer(targets._bin_buffer, index.dtype, int(lengths.sum()), place), lengths
 
 
 class StableOrderDataset(BaseWrapperDataset):

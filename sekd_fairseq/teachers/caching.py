@@ -148,7 +148,7 @@ def measure_tail(
     if engine.outside is None or truncation.rule == "sample" or (directory / TAIL).exists():
         return
     dataset = split.dataset
-    readable = np.array([i for i in range(len(dataset)) if i not in split.skipped], np.int64)
+    readable = np.setdiff1d(np.arange(len(dataset)), list(split.skipped))
     mean = dataset.sizes[readable, 1].mean() if len(readable) else 1.0
     count = min(len(readable), max(1, int(TAIL_TOKENS / mean)))
     chosen = readable[np.unique(np.linspace(0, len(readable) - 1, count).astype(np.int64))]

@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fairseq.data import indexed_dataset
 
 from analysis.runs.files import atomic_write, read_json, sealed_json
+from sekd_fairseq import datasets
 from sekd_fairseq.errors import CacheError
+from sekd_fairseq.splits import write_indexed
 from sekd_fairseq.teacher_cache import TeacherCache, hash_targets
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import MANIFEST
@@ -26,6 +29,24 @@ def test_hash_depends_on_tokens_order_and_length() -> None:
     # The value is part of the format: a cache must be readable by later versions.
     assert hash_targets(np.array([4, 5, 2]), [3]).tolist() == [first]
     assert first == 1675194816700735391
+
+
+def test_hashes_of_a_memory_map_are_those_of_its_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "HASH_CHUNK", 4)
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(4, 50, length) for length in (3, 1, 7, 2, 5, 4, 1, 6, 2, 3)]
+    rows[5][[0, 2]] = 1  # padding, which is no token of a sentence
+    hashes = np.concatenate([hash_targets(row[row != 1], [(row != 1).sum()]) for row in rows])
+    assert len({*hashes}) == len(rows)
+    for size in (50, 100_000):  # of two and of four bytes a token
+        write_indexed(tmp_path / f"{size}", "mmap", map(torch.from_numpy, rows), size)
+        dataset = indexed_dataset.make_dataset(str(tmp_path / f"{size}"), "mmap")
+        assert datasets.target_hashes(dataset, pad=1).tolist() == hashes.tolist()
+        tokens, lengths = datasets.mapped(dataset, 8, 10)
+        assert tokens is not None and tokens.tolist() == [*rows[8], *rows[9]]
+        assert lengths.tolist() == [2, 3]
 
 
 def test_rows_are_distributions(cache: Path) -> None:
