@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if remote[1]:
         source = Path(args.source)
         for directory in split_directories(source):
-            place = (
-                args.destination if directory == source else f"{args.destination}/{directory.name}"
-            )
+            place = args.destination.rstrip("/")
+            if directory != source:
+                place = f"{place}/{directory.name}"
             copied += publish(directory, place)
     else:
         for place, name in remote_splits(args.source):

@@ -1,8 +1,11 @@
 """Reading a teacher cache: memory-mapped, by sentence, from any number of processes."""
 
+import errno
 import mmap
+import resource
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +78,14 @@ class _MappedShard:
             raise ValueError("the column target_hash does not match its checksum")
 
 
+def allow_open_files() -> None:
+    """Let this process have as many files open as it may: a shard that is mapped holds one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # some systems have a lower limit than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class TeacherCache(Sequence[CachedSentence]):
     """The cache of one split, by sentence number.
 
@@ -117,6 +128,7 @@ class TeacherCache(Sequence[CachedSentence]):
                 )
         if sum(shard.sentences for shard in manifest.shards) != manifest.sentences:
             raise CacheError(f"{directory}: the manifest's shards do not add up; build it again")
+        allow_open_files()
         return cls(directory, manifest)
 
     def __len__(self) -> int:
@@ -241,6 +253,12 @@ class TeacherCache(Sequence[CachedSentence]):
             try:
                 self._shards[index] = _MappedShard(path, shard, self.manifest.dtypes)
             except (OSError, ValueError, OverflowError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise CacheError(
+                        f"{path}: expected to open each of {len(self.manifest.shards)} shards, found "
+                        f"{len(self._shards)} open and no more allowed; raise the limit (ulimit -n), or build "
+                        "the cache with a larger --shard-sentences"
+                    ) from error
                 raise CacheError(
                     f"{path}: not a readable shard ({error}); restore it, or delete it and "
                     "manifest.json and run its build_cache command again"

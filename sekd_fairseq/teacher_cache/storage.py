@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.teacher_cache.format import MANIFEST, Manifest
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.tail import TAIL
+
+#: Beside an unfinished copy: the SHA-256 of the manifest that it is of.
+UPLOADING = "uploading"
 
 
 def is_address(place: str | Path) -> bool:
@@ -50,7 +53,8 @@ def fetched(url: str) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     directory = home / f"{url.rstrip('/').rsplit('/', 1)[-1]}-{digest[:16]}"
     with open(f"{directory}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # some file systems have no locks; then every process fetches
+            fcntl.flock(lock, fcntl.LOCK_EX)
         receive(url, directory, content)
     return directory
 
@@ -70,6 +74,8 @@ def manifest_bytes(url: str) -> bytes:
 def publish(directory: Path, url: str) -> int:
     """Copy one split's cache to an address; returns the bytes that were sent.
 
+    Files that a stopped copy of this cache left there are kept, those of another's are not.
+
     Raises
     ------
     CacheError
@@ -79,14 +85,16 @@ def publish(directory: Path, url: str) -> int:
     """
     manifest = TeacherCache.open(directory).manifest
     content = (directory / MANIFEST).read_bytes()
+    files = files_of(manifest, directory)
     sent = 0
     with storage(url) as (system, root):
-        if system.exists(f"{root}/{MANIFEST}"):
-            if system.cat_file(f"{root}/{MANIFEST}") != content:
-                raise CacheError(f"{url}: holds another cache; delete it or name another address")
-            return 0
+        complete = system.exists(f"{root}/{MANIFEST}")
+        if complete and system.cat_file(f"{root}/{MANIFEST}") != content:
+            raise CacheError(f"{url}: holds another cache; delete it or name another address")
         system.makedirs(root, exist_ok=True)
-        for name, digest in progress(files_of(manifest, directory), desc=f"to {url}", unit="file"):
+        if not complete:
+            _begin_upload(system, root, [name for name, _ in files], content)
+        for name, digest in progress(files, desc=f"to {url}", unit="file"):
             path = directory / name
             if digest is not None and hash_file(path) != digest:
                 raise CacheError(
@@ -98,8 +106,25 @@ def publish(directory: Path, url: str) -> int:
                 continue
             system.put_file(str(path), f"{root}/{name}")
             sent += size
-        system.pipe_file(f"{root}/{MANIFEST}", content)
-    return sent + len(content)
+        if not complete:
+            system.pipe_file(f"{root}/{MANIFEST}", content)
+            sent += len(content)
+        if system.exists(f"{root}/{UPLOADING}"):
+            system.rm_file(f"{root}/{UPLOADING}")
+    return sent
+
+
+def _begin_upload(system: Any, root: str, names: Sequence[str], content: bytes) -> None:
+    """Say what is being copied; where that is not what was copied before, delete what is in its place,
+    because files of two caches may be of one size."""
+    digest = hashlib.sha256(content).hexdigest().encode()
+    place = f"{root}/{UPLOADING}"
+    if system.exists(place) and system.cat_file(place) == digest:
+        return
+    for name in names:
+        if system.exists(f"{root}/{name}"):
+            system.rm_file(f"{root}/{name}")
+    system.pipe_file(place, digest)
 
 
 def fetch(url: str, directory: Path) -> int:
@@ -144,8 +169,8 @@ def receive(url: str, directory: Path, content: bytes) -> int:
                     ) from error
                 if digest is not None and hash_file(temporary) != digest:
                     raise CacheError(
-                        f"{url}/{name}: does not match its checksum; copy the cache there again from where it "
-                        "was built"
+                        f"{url}/{name}: does not match its checksum; delete that file and copy the cache there "
+                        "again from where it was built"
                     )
                 received += temporary.stat().st_size
         with arriving(directory / MANIFEST) as temporary:

@@ -1,17 +1,22 @@
 """Caches in object storage: whole there and whole back, whatever stops a copy."""
 
+import errno
+import fcntl
+import mmap
+import resource
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from analysis.runs.files import hash_file
 from sekd_fairseq import copy_cache
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.teacher_cache import SentenceColumns, TeacherCache, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import payload_dtypes
-from sekd_fairseq.teacher_cache.storage import fetch, publish, remote_splits, storage
+from sekd_fairseq.teacher_cache.storage import fetch, fetched, publish, remote_splits, storage
 from sekd_fairseq.teacher_cache.tail import write_tail
 
 pytest.importorskip("fsspec")
@@ -71,7 +76,7 @@ def address(request: pytest.FixtureRequest) -> str:
 
 def test_there_and_back(address: str, tmp_path: Path) -> None:
     train, valid = built(tmp_path / "here" / "train"), built(tmp_path / "here" / "valid", 1)
-    copy_cache.main([str(tmp_path / "here"), address])
+    copy_cache.main([str(tmp_path / "here"), f"{address}/"])
     assert [name for _, name in remote_splits(address)] == ["train", "valid"]
     copy_cache.main([address, str(tmp_path / "back")])
     for split in (train, valid):
@@ -89,23 +94,97 @@ def test_there_and_back(address: str, tmp_path: Path) -> None:
         fetch(f"{address}/train", other)
 
 
-def test_a_stopped_copy_goes_on(address: str, tmp_path: Path) -> None:
+def stopped(directory: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy one shard of a cache to an address."""
+
+    def hash_or_stop(path: Path) -> str:
+        if path.name == "shard-00001.arrow":
+            raise OSError("stopped")
+        return hash_file(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sekd_fairseq.teacher_cache.storage.hash_file", hash_or_stop)
+        with pytest.raises(UserError, match="stopped"):
+            publish(directory, url)
+
+
+def test_a_stopped_copy_goes_on(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = built(tmp_path / "train")
     url = f"{address}/train"
-    whole = publish(train, url)
-    with storage(url) as (system, root):  # as after a kill: a shard and the manifest are missing
-        system.rm_file(f"{root}/manifest.json")
-        system.rm_file(f"{root}/shard-00001.arrow")
+    stopped(train, url, monkeypatch)
     with pytest.raises(CacheError, match="expected a teacher cache"):
         fetch(url, tmp_path / "early")
-    size = (train / "shard-00001.arrow").stat().st_size
-    assert publish(train, url) == size + (train / "manifest.json").stat().st_size < whole
+    missing = ("shard-00001.arrow", "shard-00002.arrow", "tail.arrow", "manifest.json")
+    assert publish(train, url) == sum((train / name).stat().st_size for name in missing)
+    # A file that was deleted there, because it was damaged, is sent again.
+    with storage(url) as (system, root):
+        system.rm_file(f"{root}/shard-00001.arrow")
+    assert publish(train, url) == (train / "shard-00001.arrow").stat().st_size
     back = tmp_path / "back"
     fetch(url, back)
     (back / "manifest.json").unlink()
     (back / "shard-00002.arrow").write_bytes(b"half")
     fetch(url, back)
     assert content(back) == content(train)
+
+
+def test_a_copy_in_the_place_of_another_cache_begins_anew(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{address}/train"
+    one, two = built(tmp_path / "one" / "train"), built(tmp_path / "two" / "train", 1)
+    names = ("shard-00000.arrow", "tail.arrow")
+    assert all((one / name).stat().st_size == (two / name).stat().st_size for name in names)
+    stopped(one, url, monkeypatch)
+    # Of this cache alone is what lies there: not after another stop either, nor where it is not known.
+    stopped(two, url, monkeypatch)
+    publish(two, url)
+    fetch(url, tmp_path / "back")
+    assert content(tmp_path / "back") == content(two)
+    with storage(url) as (system, root):
+        system.rm_file(f"{root}/manifest.json")
+        assert not system.exists(f"{root}/uploading")
+    publish(one, url)
+    fetch(url, tmp_path / "again")
+    assert content(tmp_path / "again") == content(one)
+
+
+def test_a_file_system_without_locks_serves(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = built(tmp_path / "train")
+    publish(train, f"{address}/train")
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert content(fetched(f"{address}/train")) == content(train)
+
+
+def test_many_shards_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = built(tmp_path / "train")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        cache = TeacherCache.open(train)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    def too_many(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    cache[0]
+    monkeypatch.setattr(mmap, "mmap", too_many)
+    with pytest.raises(
+        CacheError, match=r"each of 3 shards, found 1 open .* \(ulimit -n\)"
+    ) as found:
+        cache.target_hashes()
+    assert "delete" not in str(found.value)
 
 
 def test_damage_is_seen(address: str, tmp_path: Path) -> None:
@@ -116,7 +195,7 @@ def test_damage_is_seen(address: str, tmp_path: Path) -> None:
         damaged = bytearray(system.cat_file(f"{root}/shard-00000.arrow"))
         damaged[len(damaged) // 2] ^= 1
         system.pipe_file(f"{root}/shard-00000.arrow", bytes(damaged))
-    with pytest.raises(CacheError, match=r"shard-00000.arrow: does not match"):
+    with pytest.raises(CacheError, match=r"shard-00000.arrow: does not match .* delete that file"):
         fetch(url, tmp_path / "back")
     assert not (tmp_path / "back" / "manifest.json").exists()
     assert not list((tmp_path / "back").glob("*00000*"))
