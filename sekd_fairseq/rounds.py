@@ -211,6 +211,11 @@ class Settings:
             raise UserError("expected the options of fairseq-train after --, found none")
         if own := [word for word in train if word.split("=")[0] in OWN_OPTIONS]:
             raise UserError(f"{own[0]}: is given to fairseq-train by this command; leave it out")
+        if any(word.split("=")[0] == "--train-sentences" for word in train):
+            raise UserError(
+                "--train-sentences: expected none, because a round trains on all references of DATA and on its "
+                "translations; binarise as many sentences as you want, and cache the teacher at these"
+            )
         device = tuple(f"--{name}" for name in ("fp16", "bf16", "cpu") if args.pop(name))
         args["teacher_data"] = args["teacher_data"] or args["data"]
         return cls(**args, device=device, train=train)

@@ -109,6 +109,10 @@ def test_refused(change: list[str], message: str, tmp_path: Path) -> None:
         rounds.Settings.of(
             [*arguments(tmp_path, tmp_path, tmp_path, tmp_path), "--max-update", "5"]
         )
+    with pytest.raises(UserError, match="--train-sentences: expected none"):
+        rounds.Settings.of(
+            [*arguments(tmp_path, tmp_path, tmp_path, tmp_path), "--train-sentences", "5"]
+        )
     assert np.isclose(
         rounds.Settings.of(arguments(tmp_path, tmp_path, tmp_path, tmp_path)).share, 0.25
     )
