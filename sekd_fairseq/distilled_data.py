@@ -37,12 +37,12 @@ from sekd_fairseq.splits import (
     dictionary_of,
     languages,
     link_others,
-    parts_of,
     sentences_of,
     side_of,
     stored_as,
     write_indexed,
 )
+from sekd_fairseq.teacher_cache.format import parts_of
 from sekd_fairseq.translations import (
     SLACK,
     against_reference,

@@ -24,7 +24,7 @@ from sekd_fairseq.llm.vocabulary import FILE, TOKENIZER, Vocabulary, check_same_
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import dictionary_of, languages, sentences_of, stored_as
 from sekd_fairseq.teacher_cache import TeacherCache
-from sekd_fairseq.teacher_cache.format import MANIFEST
+from sekd_fairseq.teacher_cache.format import MANIFEST, parts_of
 from sekd_fairseq.teacher_cache.storage import split_folder
 
 SPLITS = ("train", "valid", "test")
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
     def names(self, split: str) -> Iterator[str]:
         """The parts (``train``, ``train1``, ...) that a split has already."""
-        names = (f"{split}{number or ''}" for number in itertools.count())
+        names = parts_of(split)
         return itertools.takewhile(lambda name: self.stored(name, self.target) is not None, names)
 
 

@@ -17,8 +17,7 @@ from fairseq import utils
 from omegaconf import OmegaConf, open_dict
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.teacher_cache.format import MANIFEST, Manifest
-from sekd_fairseq.teacher_cache.storage import is_address, remote_manifest, remote_splits
+from sekd_fairseq.teacher_cache.storage import manifests_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,18 +103,6 @@ def remember_teacher(cfg: Any) -> None:
         with open_dict(cfg):
             names = map(os.path.basename, cfg.task.teacher_path.split(":"))
             cfg.task.teacher = ":".join(names)
-
-
-def manifests_of(root: str, split: str) -> list[Manifest]:
-    """Of the caches of every part (``train``, ``train1``, ...) of a split."""
-    names = (f"{split}{part or ''}" for part in itertools.count())
-    if is_address(root):
-        places = {name: place for place, name in remote_splits(root)}
-        known = itertools.takewhile(places.__contains__, names)
-        return [remote_manifest(places[name]) for name in known]
-    folders = (Path(root) / name for name in names)
-    whole = itertools.takewhile(lambda folder: (folder / MANIFEST).is_file(), folders)
-    return [Manifest.load(folder) for folder in whole]
 
 
 def plain(cfg: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The splits of a fairseq data directory: their files and formats, loading one, batches of its sentences."""
 
 import glob
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.teacher_cache.format import parts_of
 
 
 def check_splits(data: str, splits: Sequence[str]) -> None:
@@ -65,7 +65,27 @@ def sentences_of(path: str, kind: str, dictionary: Dictionary) -> Any:
     tokens from 1.
     """
     kind = "lazy" if kind == "cached" else kind
-    return indexed_dataset.make_dataset(path, kind, fix_lua_indexing=True, dictionary=dictionary)
+    found = indexed_dataset.make_dataset(path, kind, fix_lua_indexing=True, dictionary=dictionary)
+    check_places(found)
+    return found
+
+
+def check_places(sentences: Any) -> None:
+    """Refuse one side of a split, of one part or several, whose file of places is not that of its tokens.
+
+    Where one is cut short, or where several workers of fairseq-preprocess wrote more than 2 GiB without
+    the plugin (:func:`~sekd_fairseq.patches.merge_large_files`), other tokens would be read.
+    """
+    for part in getattr(sentences, "datasets", [sentences]):
+        if isinstance(part, indexed_dataset.MMapIndexedDataset) and len(part):
+            index = part._index
+            end = int(index._pointers[-1]) + int(index.sizes[-1]) * np.dtype(index.dtype).itemsize
+            if end != len(part._bin_buffer):
+                raise UserError(
+                    f"{part._path}.idx: expected sentences up to the end of {part._path}.bin, "
+                    f"{len(part._bin_buffer)} bytes, found the last to end at {end}; binarise again, more than "
+                    "2 GiB with fairseq-preprocess --user-dir sekd_fairseq or with --workers 1"
+                )
 
 
 def side_of(
@@ -84,11 +104,6 @@ def side_of(
 def training_side(data: Path, language: str) -> Any:
     """One side of the training set, as fairseq's indexed dataset."""
     return side_of(data, "train", languages(data, "train"), language, dictionary_of(data, language))
-
-
-def parts_of(split: str) -> Iterator[str]:
-    """What the parts are called that fairseq combines to a split: ``train``, ``train1``, ... without end."""
-    return (f"{split}{part or ''}" for part in itertools.count())
 
 
 def link_others(data: Path, folder: Path, written: Sequence[str]) -> None:
@@ -134,8 +149,11 @@ def readable(config: Any, data: str, split: str) -> Iterator[None]:
 
 
 def read_whole(dataset: Any) -> None:
-    """Read a dataset of the old format into memory, so that every sentence can be had in any order and
-    by every loader worker (which would move the others' place in a file that they share)."""
+    """Make sure that every sentence of a split can be had, in any order and by every loader worker: of
+    the old format all are read into memory, because workers would move each other's place in a file that
+    they share; memory-mapped ones are where they are said to be (:func:`check_places`)."""
+    for sentences in (dataset.src, dataset.tgt):
+        check_places(sentences)
     if dataset.supports_prefetch:
         dataset.prefetch(range(len(dataset)))
 

@@ -96,6 +96,11 @@ def check_options(cfg: SelfEvolutionKDTaskConfig) -> None:
             "--num-batch-buckets: expected 0, because fairseq 0.12 cannot make buckets with "
             f"NumPy 2, found {cfg.num_batch_buckets}; they are for TPUs, leave the option out"
         )
+    if cfg.train_sentences and len(data) > 1:
+        raise UserError(
+            f"--train-sentences {cfg.train_sentences}: expected one data directory, of which so many are "
+            f"taken, found {len(data)} ({cfg.data}); binarise so much of each, and leave the option out"
+        )
     stored = paths(cfg.stored_difficulty)
     if stored and len(stored) != len(caches):
         raise UserError(

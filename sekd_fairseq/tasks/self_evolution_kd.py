@@ -1,5 +1,6 @@
 """The task ``self_evolution_kd``: translation whose batches carry cached teacher distributions."""
 
+import itertools
 import logging
 import math
 import os
@@ -31,8 +32,7 @@ from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
-from sekd_fairseq.settings import manifests_of
-from sekd_fairseq.splits import read_whole, readable, training_part
+from sekd_fairseq.splits import read_whole, readable, sentences_of, stored_as, training_part
 from sekd_fairseq.tasks.configuration import (
     SelfEvolutionKDTaskConfig,
     check_options,
@@ -40,8 +40,8 @@ from sekd_fairseq.tasks.configuration import (
     paths,
 )
 from sekd_fairseq.teacher_cache import TeacherCache
-from sekd_fairseq.teacher_cache.format import MANIFEST
-from sekd_fairseq.teacher_cache.storage import is_address, split_folder
+from sekd_fairseq.teacher_cache.format import MANIFEST, parts_of
+from sekd_fairseq.teacher_cache.storage import is_address, manifests_of, split_folder
 from sekd_fairseq.teachers.online import OnlineTeacher, TeacherLogits
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         self._tail_law: Tensor | None = None
         #: Prompts and translations of a language model, once a command needs text.
         self.text: LanguageModelText | None = None
+        self._knows_directories = False
         #: The longest source and target together that the model reads.
         self.joint_positions = math.inf
         if cfg.upsample_primary == -1:
@@ -122,7 +123,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
         root = roots[turn]
         dataset = self.datasets[split]
         parts = len(getattr(dataset.tgt, "datasets", [dataset.tgt]))
-        names = [split + (str(part) if part else "") for part in range(parts)]
+        names = list(itertools.islice(parts_of(split), parts))
         caches = [self._open_cache(root, name, turn) for name in names]
         if isinstance(self.criterion, DistillationCriterion):
             for cache in caches:
@@ -141,12 +142,40 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
             for cache in caches:
                 other.check_temperature(cache)
         self.datasets[split] = TeacherDataset(dataset, caches, where, difficulty)
+        if split == self.cfg.train_subset and not self._knows_directories:
+            self._check_other_directories(split, turn)
+            self._knows_directories = True
         logger.info(
             "teacher cache %s: %d sentences, %d tokens",
             os.path.join(root, split),
             sum(len(cache) for cache in caches),
             sum(cache.manifest.tokens for cache in caches),
         )
+
+    def _check_other_directories(self, split: str, turn: int) -> None:
+        """Look at the training sets of all data directories but one, and their caches: fairseq loads each
+        in an epoch of its own, long after the training began."""
+        languages = self.cfg.source_lang, self.cfg.target_lang
+        stored_difficulty = paths(self.cfg.stored_difficulty)
+        for other, (data, root) in enumerate(
+            zip(paths(self.cfg.data), paths(self.cfg.teacher_cache), strict=True)
+        ):
+            if other == turn:
+                continue
+            with readable(self.cfg, data, split):
+                pass  # it is there
+            for name in parts_of(split):
+                stored = stored_as(data, name, *languages, self.cfg.target_lang)
+                if stored is None:
+                    break
+                cache = self._open_cache(root, name, other)
+                self.datasets[split].check_temperature(cache)
+                where = f"{self.cfg.target_lang} side of {name} ({data})"
+                cache.check_length(len(sentences_of(*stored, self.tgt_dict)), where)
+                if isinstance(self.criterion, DistillationCriterion):
+                    self.criterion.check_cache(cache)
+                if stored_difficulty:
+                    StoredDifficulty(Path(stored_difficulty[other])).check_teacher(cache)
 
     def _open_cache(self, root: str, split: str, turn: int) -> TeacherCache:
         if not is_address(root) and not Path(root).is_dir():

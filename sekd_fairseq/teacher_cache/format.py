@@ -21,8 +21,9 @@ a damaged one can be refused, but not followed out of its bounds.
 """
 
 import hashlib
+import itertools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ def column_places(dtypes: Mapping[str, Any]) -> tuple[str, ...]:
 def shard_name(index: int) -> str:
     """File name of shard ``index``."""
     return f"shard-{index:05d}.arrow"
+
+
+def parts_of(split: str) -> Iterator[str]:
+    """What the parts are called that fairseq combines to a split, of data and of caches: ``train``,
+    ``train1``, ``train2`` and so on without end."""
+    return (f"{split}{part or ''}" for part in itertools.count())
 
 
 def hash_targets(

@@ -232,18 +232,22 @@ class TeacherCache(Sequence[CachedSentence]):
         where : str
             The data's name in the message.
         """
-        if len(hashes) != len(self):
-            raise CacheError(
-                f"{self.directory}: expected {len(self)} sentences (split "
-                f"{self.manifest.split!r}), found {len(hashes)} in {where}; build the cache again "
-                "for this data"
-            )
+        self.check_length(len(hashes), where)
         differs = np.flatnonzero(hashes != self.target_hashes())
         if len(differs):
             raise CacheError(
                 f"{self.directory}: target line {differs[0] + 1} of {where} is not the sentence "
                 f"that the cache was built from ({len(differs)} of {len(self)} lines differ); "
                 "build the cache again for this data"
+            )
+
+    def check_length(self, sentences: int, where: str) -> None:
+        """Refuse another number of target sentences than the cache was built from."""
+        if sentences != len(self):
+            raise CacheError(
+                f"{self.directory}: expected {len(self)} sentences (split "
+                f"{self.manifest.split!r}), found {sentences} in {where}; build the cache again "
+                "for this data"
             )
 
     def _shard(self, index: int) -> _MappedShard:

@@ -7,6 +7,7 @@ resumes. (fsspec's own caches of files know no checksums and keep half of a file
 
 import fcntl
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from analysis.runs.files import hash_file
 from analysis.terminal import progress
 from sekd_fairseq.errors import CacheError, UserError
-from sekd_fairseq.teacher_cache.format import MANIFEST, Manifest
+from sekd_fairseq.teacher_cache.format import MANIFEST, Manifest, parts_of
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.tail import TAIL
 
@@ -259,6 +260,17 @@ def manifest_of(content: bytes, url: str) -> Manifest:
             return Manifest.load(Path(folder))
         except CacheError as error:
             raise CacheError(str(error).replace(folder, url)) from error
+
+
+def manifests_of(root: str, split: str) -> list[Manifest]:
+    """Of the caches of every part (``train``, ``train1``, ...) of a split."""
+    if is_address(root):
+        places = {name: place for place, name in remote_splits(root)}
+        known = itertools.takewhile(places.__contains__, parts_of(split))
+        return [remote_manifest(places[name]) for name in known]
+    folders = (Path(root) / name for name in parts_of(split))
+    whole = itertools.takewhile(lambda folder: (folder / MANIFEST).is_file(), folders)
+    return [Manifest.load(folder) for folder in whole]
 
 
 def split_directories(place: str | Path) -> list[Path]:

@@ -12,7 +12,8 @@ import torch
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from analysis.runs.errors import stop_workers
+from analysis.runs.errors import UserError, stop_workers
+from sekd_fairseq.tasks.configuration import SelfEvolutionKDTaskConfig, check_options
 
 from .conftest import binarise, command, error_line, parameters, train, train_arguments
 from .training import LOGGED, SE_KD, logged, records
@@ -339,6 +340,17 @@ def test_sharded_combined_and_upsampled_data(
         train(f"{data}:{second}", tmp_path / "save2", *SE_KD, "--teacher-cache", cache, check=False)
     )
     assert "2 data directories" in line
+    # What is trained on in the second epoch is looked at before the first.
+    line = error_line(
+        train(
+            f"{data}:{second}", tmp_path / "save2", *SE_KD, "--teacher-cache", f"{cache}:{cache}",
+            check=False,
+        )
+    )  # fmt: skip
+    assert "expected 203 sentences (split 'train'), found 60 in de side of train" in line
+    config = SelfEvolutionKDTaskConfig(data=f"{data}:{second}", train_sentences=5)
+    with pytest.raises(UserError, match="--train-sentences 5: expected one data directory"):
+        check_options(config)
 
 
 def test_of_several_data_directories_no_loader_worker_outlives_its_epoch(data: Path) -> None:
