@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 from fairseq import checkpoint_utils, options
+from fairseq.data import indexed_dataset
 from fairseq.distributed import utils as fairseq_distributed
 from fairseq.models.ema import EMA
 from fairseq.ngram_repeat_block import NGramRepeatBlock
@@ -488,6 +489,24 @@ def _no_packed_sequences(position_ids: torch.Tensor) -> None:
     """transformers' ``find_packed_sequence_indices``, of rows of one sequence each."""
 
 
+@functools.cache
+def merge_large_files() -> None:
+    """Let several workers of fairseq-preprocess write more than 2 GiB.
+
+    The lengths of sentences that a worker wrote come back as NumPy integers of 32 bits, and so, since
+    NumPy 2, do their sums, the places of sentences in the file.
+    """
+    builder = indexed_dataset.MMapIndexedDatasetBuilder
+    merge = builder.merge_file_
+
+    @functools.wraps(merge)
+    def merge_exactly(self: Any, other: str) -> None:
+        merge(self, other)
+        self._sizes = [int(size) for size in self._sizes]
+
+    builder.merge_file_ = merge_exactly
+
+
 class Patch(NamedTuple):
     """One fix.
 
@@ -552,6 +571,11 @@ PATCHES = (
         attend_without_plans,
         "torch.backends.cuda",
         "cuDNN's attention compiles a plan for each new shape of batch, which takes longer than the update",
+    ),
+    Patch(
+        merge_large_files,
+        "MMapIndexedDatasetBuilder.merge_file_",
+        "fairseq-preprocess --workers writes wrong places of sentences beyond 2 GiB",
     ),
     Patch(
         shard_weights,

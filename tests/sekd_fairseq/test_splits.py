@@ -3,14 +3,17 @@
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
+from sekd_fairseq.errors import UserError
 from sekd_fairseq.score import train_frequencies
-from sekd_fairseq.splits import side_of, training_part
+from sekd_fairseq.splits import sentences_of, side_of, training_part, write_indexed
 from sekd_fairseq.teacher_cache import TeacherCache
 
 from .conftest import command, error_line, parameters, sentence_pairs, train, write_text
@@ -163,6 +166,33 @@ def test_a_part_that_is_not_distilled_is_said(text: Path, data: Path, tmp_path: 
         tmp_path / "distilled",
     )  # fmt: skip
     assert "holds train1 as it is" in printed
+
+
+def test_places_beyond_two_gibibytes(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        sentences = [torch.tensor([4, 5, 2]), torch.tensor([6, 2])]
+        write_indexed(tmp_path / name, "mmap", sentences, 100_000)
+    builder: Any = indexed_dataset.make_builder(f"{tmp_path}/all.bin", "mmap", vocab_size=100_000)
+    for name in ("first", "second"):
+        builder.merge_file_(str(tmp_path / name))
+    # As of many files: sums are not kept in the 32 bits of a length.
+    writer = indexed_dataset.MMapIndexedDataset.Index.writer(f"{tmp_path}/x.idx", np.int32)
+    with writer as index:
+        places = index._get_pointers([2**31 - 1, *builder._sizes])
+    assert places == [4 * (2**31 - 1) * (i > 0) + 4 * n for i, n in enumerate((0, 0, 3, 5, 8))]
+    assert all(type(size) is int for size in builder._sizes)
+    builder.finalize(f"{tmp_path}/all.idx")
+    dictionary = Dictionary()
+    found = sentences_of(f"{tmp_path}/all", "mmap", dictionary)
+    assert [found[i].tolist() for i in range(4)] == [[4, 5, 2], [6, 2], [4, 5, 2], [6, 2]]
+    # Where they were: the last sentence ends elsewhere than the file.
+    content = bytearray((tmp_path / "all.idx").read_bytes())
+    content[-8:] = (2**32 - 40).to_bytes(8, "little")
+    (tmp_path / "all.idx").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"all.idx: expected sentences up to the end of .*all.bin, 40"
+    ):
+        sentences_of(f"{tmp_path}/all", "mmap", dictionary)
 
 
 def test_the_old_format_has_the_tokens_of_the_new(text: Path, data: Path, tmp_path: Path) -> None:
