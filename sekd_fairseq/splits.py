@@ -70,6 +70,14 @@ def sentences_of(path: str, kind: str, dictionary: Dictionary) -> Any:
     return found
 
 
+def count_sentences(path: str, kind: str, dictionary: Dictionary) -> int:
+    """How many sentences one side of a split has; of memory-mapped ones the tokens are not read."""
+    if kind == "mmap":
+        index = indexed_dataset.index_file_path(path)
+        return len(indexed_dataset.MMapIndexedDataset.Index(index))
+    return len(sentences_of(path, kind, dictionary))
+
+
 def check_places(sentences: Any) -> None:
     """Refuse one side of a split, of one part or several, whose file of places is not that of its tokens.
 

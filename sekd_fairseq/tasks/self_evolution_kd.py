@@ -32,7 +32,7 @@ from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
 from sekd_fairseq.patches import BATCH_SIZE_MULTIPLE, collect_before_fork, patience_state
-from sekd_fairseq.splits import read_whole, readable, sentences_of, stored_as, training_part
+from sekd_fairseq.splits import count_sentences, read_whole, readable, stored_as, training_part
 from sekd_fairseq.tasks.configuration import (
     SelfEvolutionKDTaskConfig,
     check_options,
@@ -171,7 +171,7 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
                 cache = self._open_cache(root, name, other)
                 self.datasets[split].check_temperature(cache)
                 where = f"{self.cfg.target_lang} side of {name} ({data})"
-                cache.check_length(len(sentences_of(*stored, self.tgt_dict)), where)
+                cache.check_length(count_sentences(*stored, self.tgt_dict), where)
                 if isinstance(self.criterion, DistillationCriterion):
                     self.criterion.check_cache(cache)
                 if stored_difficulty:
