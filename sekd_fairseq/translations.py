@@ -11,7 +11,7 @@ from sacrebleu.metrics import CHRF
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.generated import read_nbest
-from sekd_fairseq.llm.bpe import LanguageModelText
+from sekd_fairseq.llm.text import LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.splits import dictionary_of, languages, training_side
 

@@ -528,12 +528,7 @@ class Plan:
     def generate_arguments(self, subset: str, detokenize: bool = True) -> list[str]:
         """Arguments of fairseq-generate."""
         chosen = {"beam": 4, "max-tokens": 6000, "log-format": "none", "gen-subset": subset}
-        data = self.config["data"]
-        if detokenize and self.language_model:
-            chosen |= {"bpe": "hf_tokenizer", "hf-tokenizer": data["tokenizer"]}
-            if data.get("gguf-file"):
-                chosen["hf-tokenizer-gguf-file"] = data["gguf-file"]
-        elif detokenize:
+        if detokenize and not self.language_model:  # whose data know their text
             chosen["remove-bpe"] = "sentencepiece"
         return [*self.task, *options(chosen | self.generation)]
 

@@ -26,8 +26,8 @@ from sekd_fairseq.datasets import (
 )
 from sekd_fairseq.devices import half_precision
 from sekd_fairseq.errors import CacheError, UserError, one_line_errors
-from sekd_fairseq.llm.bpe import HFTokenizerBPE, LanguageModelText
 from sekd_fairseq.llm.loading import remember_configuration
+from sekd_fairseq.llm.text import LanguageModelText
 from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.losses import TeacherTokens
 from sekd_fairseq.models.hf_causal_lm import HFCausalLM
@@ -262,15 +262,13 @@ class SelfEvolutionKDTask(TranslationTask):  # type: ignore[misc]
 
     @one_line_errors()
     def build_bpe(self, args: Any) -> Any:
-        """As fairseq's; data of a language model have their own, ``--bpe`` or not."""
-        bpe = super().build_bpe(args)
+        """As fairseq's; data of a language model have their own."""
         data = Path(paths(self.cfg.data)[0])
         if not (data / FILE).is_file():
-            return bpe
-        if bpe is not None and not isinstance(bpe, HFTokenizerBPE):
-            raise UserError(f"--bpe: expected none for a language model's data ({data})")
-        tokenizer = None if bpe is None else bpe.tokenizer
-        self.text = LanguageModelText(data, self.tgt_dict, tokenizer)
+            return super().build_bpe(args)
+        if given := getattr(args, "_name", None):
+            raise UserError(f"--bpe {given}: expected none for a language model's data ({data})")
+        self.text = LanguageModelText(data, self.tgt_dict)
         return self.text
 
     @one_line_errors()

@@ -86,9 +86,10 @@ def test_plans_of_the_large_studies(tmp_path: Path) -> None:
     assert jobs_of(out)["student"] == "12" and "corpus" not in jobs_of(out)
     for words in (
         "prepare_llm_data", "--teacher-shots 4", "import_hf gemma", "--prune-vocab",
-        "build_cache data/gemma/de-en/teacher", "--bpe hf_tokenizer",
+        "build_cache data/gemma/de-en/teacher",
     ):  # fmt: skip
         assert words in out
+    assert "--bpe" not in out and "--remove-bpe" not in out
     # The student reads other data than its teacher.
     assert out.count("-- data/gemma/de-en/bin") == 12
 

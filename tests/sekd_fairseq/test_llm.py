@@ -147,8 +147,7 @@ def test_teacher_cache_student_generation_and_export(
     student = tmp_path / "0" / "checkpoint_best.pt"
     generated = command(
         "fairseq_cli.generate", llm_data, *PLUGIN, "--path", student, "--gen-subset", "test",
-        "--cpu", "--beam", "3", "--max-len-b", "12", "--bpe", "hf_tokenizer", "--hf-tokenizer",
-        tokenizer, "--prefix-size", "1",
+        "--cpu", "--beam", "3", "--max-len-b", "12", "--prefix-size", "1",
     )  # fmt: skip
     lines = [line for line in generated.splitlines() if line.startswith("D-")]
     assert len(lines) == 9

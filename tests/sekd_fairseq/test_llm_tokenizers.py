@@ -10,6 +10,7 @@ import torch
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import Template
+from sekd_fairseq.llm.text import LanguageModelText
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.llm.vocabulary import build_vocabulary, symbol_of, token_of
 
@@ -203,6 +204,11 @@ def test_byte_level_tokenizer_and_few_shot_teacher(
     row = dictionary.index(symbol_of(end, tokenizer.pieces[end]))
     assert student.vocabulary_rows[[2, row]].tolist() == [eos, end]
     assert teacher.vocabulary_rows[[2, row]].tolist() == [end, eos]
+    # A translation is one line, whatever the model wrote before and after it.
+    text_of = LanguageModelText(data / "bin", dictionary)
+    line = "Straße  \u2028 zwei"
+    for written in (line, f"{line}\n\nTranslate from", f"\n{line}"):
+        assert text_of.decode(f"<s> {text_of.encode(written)} </s>") == line
     # A cache of the teacher serves the student.
     command(
         "sekd_fairseq.build_cache", data / "teacher", "--path", tmp_path / "teacher.pt",
@@ -229,16 +235,6 @@ def test_vocabulary_by_hand() -> None:
     assert build_vocabulary(pieces, (1, 2, 2, 0))[1] == rows
     assert build_vocabulary(pieces, (1, None, 2, 0), keep={5})[1] == [1, -1, 2, 0, 5]
     assert symbol_of(7, "12:x") == "7:12:x" and token_of("7:12:x") == 7
-
-
-def test_a_translation_is_one_line(bpe_folder: Path) -> None:
-    from sekd_fairseq.llm.bpe import HFTokenizerBPE, HFTokenizerConfig
-
-    bpe = HFTokenizerBPE(HFTokenizerConfig(hf_tokenizer=str(bpe_folder)))
-    text = "Straße  \u2028 zwei"
-    assert bpe.decode(bpe.encode(text)) == text
-    assert bpe.decode(bpe.encode(f"{text}\n\nTranslate from")) == text
-    assert bpe.decode(f"<s> {bpe.encode(chr(10) + text)} </s>") == text
 
 
 def test_templates() -> None:

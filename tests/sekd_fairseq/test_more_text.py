@@ -14,7 +14,7 @@ from sacrebleu.metrics import CHRF
 from sekd_fairseq.distilled_data import read_scores
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.generated import read_generated, read_nbest, same_text
-from sekd_fairseq.llm.bpe import LanguageModelText
+from sekd_fairseq.llm.text import LanguageModelText
 from sekd_fairseq.llm.vocabulary import symbol_of
 from sekd_fairseq.splits import link_others, training_side
 from sekd_fairseq.translations import joined_chrf, mean_chrf, nearest_to_references, with_an_end

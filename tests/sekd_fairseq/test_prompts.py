@@ -400,7 +400,6 @@ def test_interactive_translates_as_generate(
     )
     data = tmp_path / "moved"  # with all that is needed
     (first / "bin").rename(data)
-    named = ("--bpe", "hf_tokenizer", "--hf-tokenizer", folders[kind])
     shutil.rmtree(tokenizer)
     common = (*PLUGIN, "--path", tmp_path / "lm.pt", "--cpu", "--beam", "2", "--max-len-b", "9")
 
@@ -411,11 +410,10 @@ def test_interactive_translates_as_generate(
     generated = translations(command("fairseq_cli.generate", data, "--gen-subset", "test", *common))
     assert len(generated) == 10
     sentences = ("--input", text / "test.en", "--buffer-size", "3", "--batch-size", "2")
-    for more in ((), named) if kind == "llama" else ((),):
-        printed = command("fairseq_cli.interactive", data, *common, *sentences, *more)
-        assert translations(printed) == generated
+    printed = command("fairseq_cli.interactive", data, *common, *sentences)
+    assert translations(printed) == generated
     # Words that the corpus does not have are spelled in bytes.
-    from sekd_fairseq.llm.bpe import LanguageModelText
+    from sekd_fairseq.llm.text import LanguageModelText
 
     _, task = load(tmp_path / "lm.pt", data)
     source = LanguageModelText(data, task.target_dictionary).source("assistant Straße")
@@ -425,11 +423,9 @@ def test_interactive_translates_as_generate(
     assert "assistant Straße" in opened.decode([rows[i] for i in source[:-1]])
     if kind != "llama":
         return
-    wrong = (*named[:3], folders["chatml"])
-    line = error_line(
-        command("fairseq_cli.generate", data, "--gen-subset", "test", *common, *wrong, check=False)
-    )
-    assert "expected the tokenizer" in line
+    wrong = ("--gen-subset", "test", "--bpe", "sentencepiece", "--sentencepiece-model", "none")
+    line = error_line(command("fairseq_cli.generate", data, *common, *wrong, check=False))
+    assert "--bpe sentencepiece: expected none for a language model's data" in line
 
 
 def test_monolingual_text_gets_the_prompts_that_are_there(
@@ -439,7 +435,7 @@ def test_monolingual_text_gets_the_prompts_that_are_there(
 
     from sekd_fairseq import distilled_data, join_data, prepare_llm_data
     from sekd_fairseq.errors import UserError
-    from sekd_fairseq.llm.bpe import LanguageModelText
+    from sekd_fairseq.llm.text import LanguageModelText
 
     data, mono = tmp_path / "data", tmp_path / "mono"
     prepare(tokenizer, llm_text, data, "--teacher-shots", 2, "--prune-vocab")

@@ -1,58 +1,15 @@
-"""Text to a language model's symbols and back, for fairseq's commands.
+"""Text to a language model's symbols and back, for fairseq's commands, as its data have them."""
 
-:class:`LanguageModelText` is what the task uses for data of a language model; ``--bpe hf_tokenizer``
-is for other tasks.
-"""
-
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from fairseq.data.encoders import register_bpe
-from fairseq.dataclass import FairseqDataclass
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.prompts import Prompts
-from sekd_fairseq.llm.tokenizer import Tokenizer, load_tokenizer
-from sekd_fairseq.llm.vocabulary import NEW_ROW, TOKENIZER, Vocabulary, symbol_of, token_of
-
-
-@dataclass
-class HFTokenizerConfig(FairseqDataclass):
-    """Options of the encoder."""
-
-    hf_tokenizer: Optional[str] = field(  # noqa: UP045 (fairseq's parser needs Optional)
-        default=None,
-        metadata={
-            "help": "folder (or hub id) of a tokenizer, or a SentencePiece model file; data that "
-            "prepare_llm_data made have their own"
-        },
-    )
-    hf_tokenizer_gguf_file: Optional[str] = field(  # noqa: UP045
-        default=None, metadata={"help": "take the tokenizer of this GGUF file in --hf-tokenizer"}
-    )
-
-
-@register_bpe("hf_tokenizer", dataclass=HFTokenizerConfig)
-class HFTokenizerBPE:
-    """Symbols of :mod:`sekd_fairseq.llm.vocabulary`, separated by spaces."""
-
-    def __init__(self, cfg: HFTokenizerConfig) -> None:
-        if not cfg.hf_tokenizer:
-            raise UserError("--bpe hf_tokenizer expects --hf-tokenizer PATH, found none")
-        self.tokenizer = load_tokenizer(cfg.hf_tokenizer, cfg.hf_tokenizer_gguf_file)
-
-    def encode(self, text: str) -> str:
-        """Text to symbols."""
-        tokens = self.tokenizer.encode(text)
-        return " ".join(symbol_of(token, self.tokenizer.pieces[token]) for token in tokens)
-
-    def decode(self, symbols: str) -> str:
-        """Symbols to text, special ones left out; one line."""
-        tokens = [token for token in map(token_of, symbols.split()) if token >= 0]
-        return one_line(self.tokenizer.decode(tokens))
+from sekd_fairseq.llm.tokenizer import load_tokenizer
+from sekd_fairseq.llm.vocabulary import NEW_ROW, TOKENIZER, Vocabulary
 
 
 class LanguageModelText:
@@ -64,40 +21,21 @@ class LanguageModelText:
         A data directory of ``prepare_llm_data``.
     dictionary
         Its dictionary.
-    tokenizer
-        Instead of the directory's own copy.
     """
 
-    def __init__(
-        self, directory: Path, dictionary: Any, tokenizer: Tokenizer | None = None
-    ) -> None:
+    def __init__(self, directory: Path, dictionary: Any) -> None:
         self._dictionary = dictionary
         self._vocabulary = Vocabulary.load(directory, dictionary.symbols)
         if self._vocabulary.prompt is None:
             raise UserError(f"{directory}: expected data made of text, found none that says how")
-        if tokenizer is None:
-            folder = directory / TOKENIZER
-            if not folder.is_dir():
-                raise UserError(
-                    f"{folder}: expected the tokenizer that the data were made with, found none; "
-                    "give it with: --bpe hf_tokenizer --hf-tokenizer PATH"
-                )
-            tokenizer = load_tokenizer(str(folder))
-        else:
-            self._check(tokenizer, directory)
-        self._tokenizer = tokenizer
-        self._prompts = Prompts(self._vocabulary.prompt, tokenizer)
-
-    def _check(self, tokenizer: Tokenizer, directory: Path) -> None:
-        """``UserError`` for a tokenizer that the data were not made with."""
-        for symbol in self._dictionary.symbols:
-            token = token_of(symbol)
-            piece = "".join(tokenizer.pieces[token : token + 1])
-            if token >= 0 and symbol_of(token, piece) != symbol:
-                raise UserError(
-                    f"--hf-tokenizer: expected the tokenizer that {directory} was made with "
-                    f"({self._vocabulary.tokenizer}), found one without the token {symbol!r}"
-                )
+        folder = directory / TOKENIZER
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: expected the tokenizer that the data were made with, found none; restore it, or "
+                "make the data again with python -m sekd_fairseq.prepare_llm_data"
+            )
+        self._tokenizer = load_tokenizer(str(folder))
+        self._prompts = Prompts(self._vocabulary.prompt, self._tokenizer)
 
     def source(self, sentence: str) -> Tensor:
         """A sentence as the data have sources: its prompt, and the end that closes it; int64."""
