@@ -247,16 +247,14 @@ def comparable(
     table: pd.DataFrame, by: Sequence[str] = ("method",)
 ) -> list[tuple[str, pd.DataFrame]]:
     """A table in parts in which means over directions compare, each with its name for a title: the rows of
-    the directions that all methods (or groups of ``by``) have; without any, each direction alone. Names are
-    empty where there is one direction."""
+    the directions that all methods (or groups of ``by``) have; without any, each direction alone."""
     groups = table.groupby(list(by))["direction"].agg(set)
     directions = sorted(table["direction"].unique())
     shared = sorted(set.intersection(*groups))
     found = []
     for part in [shared] if shared else [[name] for name in directions]:
         name = f"mean of {', '.join(part)}" if len(part) > 1 else part[0]
-        rows = table[table["direction"].isin(part)]
-        found.append((name if len(directions) > 1 else "", rows))
+        found.append((name, table[table["direction"].isin(part)]))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
 
 from analysis.chapters.chapter import Figure
 from analysis.runs.methods import label_of
@@ -144,20 +145,15 @@ def draw_sensitivity(table: pd.DataFrame, path: Path, looks: Mapping[str, Look])
             values = sorted(set(part.loc[part["direction"].isin(over), "value"]), key=value_key)
             for index, (method, look) in enumerate(shown.items()):
                 runs = scored[scored["method"] == method]
+                if runs.empty:
+                    continue
                 aside = (index - (len(shown) - 1) / 2) * 0.5 / len(shown)
                 runs = runs.assign(place=runs["value"].map(values.index) + aside)
                 mean = direction_mean(runs, "place", measure)
                 axis.plot(
                     runs["place"], runs[measure], ".", color=look.colour, markersize=2, alpha=0.6
                 )
-                axis.plot(
-                    mean.index,
-                    mean,
-                    color=look.colour,
-                    linestyle="none",
-                    marker=look.marker,
-                    label=label_of(method),
-                )
+                axis.plot(mean.index, mean, color=look.colour, linestyle="none", marker=look.marker)
             for value in set(values) - set(scored["value"]):
                 inside = axis.get_xaxis_transform()
                 axis.text(
@@ -169,7 +165,7 @@ def draw_sensitivity(table: pd.DataFrame, path: Path, looks: Mapping[str, Look])
             if over <= set(level.index):
                 mean = level[sorted(over)].mean()
                 axis.axhline(mean, color="0.5", linewidth=0.7, linestyle=(0, (4, 2)))
-            axis.set_title(title)
+            axis.set_title(title if own["direction"].nunique() > 1 else "")
             axis.set_xticks(range(len(values)), values)
             axis.set_xlim(-0.5, len(values) - 0.5)
             axis.margins(y=0.1)
@@ -177,7 +173,11 @@ def draw_sensitivity(table: pd.DataFrame, path: Path, looks: Mapping[str, Look])
             axis.set_xlabel(SYMBOLS.get(parameter, parameter.replace("_", " ")))
             axis.set_ylabel("BLEU" if measure == "BLEU" else "KL(p‖q), nats")
         hide(axes[len(panels) :])
-        axes[0].legend(loc="best")
+        handles = [
+            Line2D([], [], color=look.colour, linestyle="none", marker=look.marker)
+            for look in shown.values()
+        ]
+        axes[0].legend(handles, [label_of(method) for method in shown], loc="best")
         save(drawn, path)
 
 

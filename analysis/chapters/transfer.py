@@ -261,7 +261,7 @@ def draw_transfer(table: pd.DataFrame, path: Path, looks: Mapping[str, Look]) ->
     methods = among(looks, table["method"])
     rows = -(-len(panels) // 2)
     with figure(PAGE, 1.75 * rows, rows, 2) as (drawn, axes):
-        if over:
+        if over and table["direction"].nunique() > 1:
             drawn.suptitle(over)
         for axis, (family, title, part) in zip(axes, panels, strict=False):
             _draw_family(axis, part[part["family"] == family], methods)

@@ -71,7 +71,7 @@ def draw_transitions(table: pd.DataFrame, path: Path, looks: Mapping[str, Look])
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     with figure(COLUMN if columns == 1 else PAGE, 1.7 * rows, rows, columns) as (drawn, axes):
-        if len(parts) == 1 and parts[0][0]:
+        if len(parts) == 1 and table["direction"].nunique() > 1:
             drawn.suptitle(parts[0][0])
         for axis, (method, name, own) in zip(axes, panels, strict=False):
             steps = aligned(

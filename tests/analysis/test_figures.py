@@ -55,7 +55,7 @@ def test_settings_are_not_joined_by_lines(drawn: Drawn) -> None:
     means = next(line for line in lines if len(line.get_xdata()) == 3)
     assert [label.get_text() for label in axis.get_xticklabels()] == ["exp", "linear", "step"]
     assert means.get_ydata().tolist() == [25.5, 21.5, 22.5]
-    assert axis.get_ylabel() == "BLEU"
+    assert axis.get_ylabel() == "BLEU" and axis.get_title() == ""
 
 
 def test_settings_without_a_score_are_named(drawn: Drawn) -> None:
@@ -123,6 +123,18 @@ def test_settings_are_compared_over_the_directions_that_all_have(drawn: Drawn) -
     (axis,) = drawn(sensitivity.draw_sensitivity, pd.concat([settings(), other]))
     means = next(line for line in axis.get_lines() if len(line.get_xdata()) == 3)
     assert means.get_ydata().tolist() == [25.5, 21.5, 22.5] and axis.get_title() == "de-en"
+
+
+def test_settings_of_methods_without_a_common_direction(drawn: Drawn) -> None:
+    """Each in its own; another hyper-parameter of one of them alone, of which a value has no score."""
+    other = settings(direction="cs-en", method="se_kd_target")
+    alone = settings(parameter="beta").replace({"BLEU": {24.0 + seed: np.nan for seed in (1, 2)}})
+    panels = drawn(sensitivity.draw_sensitivity, pd.concat([settings(), other, alone]))
+    assert [(axis.get_xlabel(), axis.get_title()) for axis in panels if axis.axison] == [
+        ("β", "de-en"), ("schedule", "cs-en"), ("schedule", "de-en"),
+    ]  # fmt: skip
+    names = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert names == ["SE-KD (blend)", "SE-KD (target)"]
 
 
 def test_moved_tokens_are_a_mean_over_directions() -> None:
