@@ -276,8 +276,8 @@ def rule(options: Options) -> list[str]:
         ),
         (
             f"The placebo is {baseline} against itself, each seed against the next and the last against "
-            "the first: its mean is 0 by construction and tests nothing, its interval shows the spread "
-            "between seeds. Claim 4 is the correlation beyond the one that it shows."
+            "the first: its mean is 0 by construction, but for tokens that differ from couple to couple, and "
+            "tests nothing; its interval shows the spread between seeds. Claim 4 is the correlation beyond the one that it shows."
         ),
         (
             f"supported: corrected p at most {ALPHA:.2f} and every deciding effect in the claim's favour "

@@ -129,8 +129,8 @@ def placebo_couples(runs: Sequence[R], baseline: str) -> list[tuple[R, R]]:
     """The runs of ``baseline``, each with the one of its next seed, the last with the first. None with
     fewer than two seeds.
 
-    Every run stands once on either side, so their differences cancel: the mean is 0 by construction,
-    and says nothing. The interval shows the spread between seeds, wider by sqrt(S / (S - 1)) than that of
+    Every run stands once on either side, so their differences cancel: the mean is 0 by construction (but
+    for tokens that differ from couple to couple), and says nothing. The interval shows the spread between seeds, wider by sqrt(S / (S - 1)) than that of
     two equal methods of S seeds.
     """
     by_seed = {run.seed: run for run in reversed(of_method(runs, baseline))}
