@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq import checkpoint_utils
-from fairseq.data.indexed_dataset import MMapIndexedDataset
 from msgspec.structs import replace
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
@@ -28,7 +27,7 @@ from analysis.terminal import warn
 from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits
 from sekd_fairseq.comparison import compare_split
 from sekd_fairseq.criterions.self_evolution_kd import partners
-from sekd_fairseq.datasets import TeacherDataset
+from sekd_fairseq.datasets import TeacherDataset, mapped
 from sekd_fairseq.devices import default_device, half_precision
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.plugin import quiet_fairseq
@@ -37,8 +36,8 @@ from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols
 from sekd_fairseq.teacher_cache.storage import split_folder
 from sekd_fairseq.versions import versions
 
-#: Tokens of a memory map, and sentences of another dataset, that are counted at a time.
-BLOCK, SENTENCES = 1 << 24, 10_000
+#: Sentences whose tokens are counted at a time.
+SENTENCES = 10_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -227,15 +226,13 @@ def token_blocks(
     targets: Any, chosen: NDArray[np.int64] | None = None
 ) -> Iterator[NDArray[np.integer]]:
     """The tokens of all sentences of a dataset, or of those ``chosen``, many at a time."""
-    if chosen is None and isinstance(targets, MMapIndexedDataset):
-        # One after the other in the file, whole: a sentence at a time takes fifty times as long.
-        tokens = np.frombuffer(targets._bin_buffer, dtype=targets._index.dtype)
-        yield from (tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK))
-        return
     numbers = np.arange(len(targets)) if chosen is None else chosen
     for start in range(0, len(numbers), SENTENCES):
         part = numbers[start : start + SENTENCES]
-        yield np.concatenate([targets[number].numpy() for number in part])
+        tokens = mapped(targets, start, start + len(part))[0] if chosen is None else None
+        if tokens is None:
+            tokens = np.concatenate([targets[number].numpy() for number in part])
+        yield tokens
 
 
 def cache_record(cache: TeacherCache) -> dict[str, Any]:
