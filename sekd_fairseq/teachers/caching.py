@@ -16,7 +16,13 @@ from sekd_fairseq.datasets import target_hashes
 from sekd_fairseq.errors import CacheError, UserError
 from sekd_fairseq.splits import load_split, token_batches, too_long
 from sekd_fairseq.teacher_cache.finish import finish_cache, missing_shards, shard_range
-from sekd_fairseq.teacher_cache.format import MANIFEST, hash_symbols, payload_dtypes, shard_name
+from sekd_fairseq.teacher_cache.format import (
+    MANIFEST,
+    Manifest,
+    hash_symbols,
+    payload_dtypes,
+    shard_name,
+)
 from sekd_fairseq.teacher_cache.reader import TeacherCache
 from sekd_fairseq.teacher_cache.tail import TAIL, write_tail
 from sekd_fairseq.teacher_cache.writer import write_shard
@@ -30,6 +36,8 @@ from sekd_fairseq.versions import versions
 
 #: In the folder of an unfinished build: what it is of.
 SETTINGS = "build.json"
+#: Shards of a large cache: each is an open file in all processes that read it.
+SHARDS = 500
 #: Tokens, about, from which a tail law is measured.
 TAIL_TOKENS = 5000
 
@@ -47,7 +55,7 @@ class Build:
     logprob_bits: int
     temperature: float
     max_tokens: int | None
-    shard_sentences: int
+    shard_sentences: int | None
     num_shards: int
     shard_id: int
     skip_too_long: bool
@@ -66,22 +74,21 @@ def build_split(engine: Engine, build: Build, split: str) -> TeacherCache | None
     hashes = target_hashes(dataset.tgt, engine.task.target_dictionary.pad())
     truncation = build.truncation(len(symbols))
     dtypes = payload_dtypes(len(symbols), build.logprob_bits, counts=bool(build.sample))
-    settings = {
+    settings: dict[str, Any] = {
         "split": split,
         "vocab_size": len(symbols),
         "dictionary_hash": hash_symbols(symbols),
         "dataset_hash": hash_of(hashes),
         "sentences": len(dataset),
-        "shard_sentences": build.shard_sentences,
+        "shard_sentences": build.shard_sentences or shard_size(directory, len(dataset)),
         "temperature": build.temperature,
         "truncation": truncation.record(),
         "teacher": engine.identity,
     }
     if cache := finished(directory, settings, dtypes):
         return cache
-    split_to_cache = Sentences(
-        dataset, hashes, too_long(dataset, engine.limits(), split, allow=build.skip_too_long)
-    )
+    skipped = too_long(dataset, engine.limits(), split, allow=build.skip_too_long)
+    split_to_cache = Sentences(dataset, hashes, skipped, settings["shard_sentences"])
     settings["teacher"] = begin(directory, settings, dtypes)["teacher"]
     measure_tail(engine, build, directory, split_to_cache, settings)
     shards = list(shard_range(settings)[build.shard_id :: build.num_shards])
@@ -98,11 +105,23 @@ def build_split(engine: Engine, build: Build, split: str) -> TeacherCache | None
 
 @dataclass(frozen=True)
 class Sentences:
-    """A split to cache: its dataset, the hash of each target, and which the teacher cannot read."""
+    """A split to cache: its dataset, the hash of each target, which the teacher cannot read, and how many
+    a shard holds."""
 
     dataset: Any
     hashes: NDArray[np.uint64]
     skipped: frozenset[int]
+    per_shard: int
+
+
+def shard_size(directory: Path, sentences: int) -> int:
+    """Sentences per shard where none are asked for: those of a build that was begun, or 10,000, and more
+    where these would make more than :data:`SHARDS`."""
+    if (directory / MANIFEST).exists():
+        return Manifest.load(directory).shard_sentences
+    if (directory / SETTINGS).exists():
+        return int(read_settings(directory)["shard_sentences"])
+    return max(10_000, -(-sentences // SHARDS))
 
 
 def build_shards(
@@ -117,7 +136,7 @@ def build_shards(
     dataset = split.dataset
     truncation = build.truncation(len(engine.task.target_dictionary))
     lengths = dataset.sizes[:, 1].astype(np.int64)
-    size = build.shard_sentences
+    size = split.per_shard
     spans = {index: np.arange(len(dataset))[index * size :][:size] for index in shards}
     total = int(sum(lengths[sentences].sum() for sentences in spans.values()))
     with progress(total=total, unit="tok", unit_scale=True, desc=directory.name) as bar:

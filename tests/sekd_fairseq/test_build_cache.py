@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.runs.files import sealed_json
 from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teachers.caching import SETTINGS, shard_size
 
 from .conftest import command, error_line, start_command, train
 
@@ -69,12 +71,21 @@ def test_stopped_build_goes_on_to_the_same_bytes(
     (partial / ".shard-00003.arrow.x.tmp").unlink()
     assert bytes_of(partial) == whole
     assert (partial / "shard-00001.arrow").stat().st_mtime_ns == kept
-    # Complete: nothing to do. With other settings: refused.
-    build(data, teacher, tmp_path / "cache", *options)
+    # Complete: nothing to do, in shards as large as they are. With other settings: refused.
+    build(data, teacher, tmp_path / "cache", "--top-k", "6", "--subset", "train")
+    assert bytes_of(partial) == whole
     line = error_line(
         build(data, teacher, tmp_path / "cache", "--top-k", "5", *options[2:], check=False)
     )
     assert "another truncation" in line and "--output" in line
+
+
+def test_a_large_cache_has_large_shards(tmp_path: Path) -> None:
+    sizes = [shard_size(tmp_path, sentences) for sentences in (9, 5_000_000, 5_000_001, 38_700_000)]
+    assert sizes == [10_000, 10_000, 10_001, 77_400]
+    # A build that was begun goes on with the shards that it has.
+    (tmp_path / SETTINGS).write_bytes(sealed_json({"shard_sentences": 700}))
+    assert shard_size(tmp_path, 38_700_000) == 700
 
 
 def test_ensemble_and_temperature(data: Path, teacher: Path, tmp_path: Path) -> None:
