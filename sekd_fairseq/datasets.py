@@ -177,16 +177,15 @@ class StoredDifficulty:
             ) from error
         self.path = path
         self.cache_fingerprint = records.teacher
-        self.tokens = records.token
         self.lengths = np.bincount(records.sentences[records.sentence])
+        self.hashes = hash_targets(records.token, self.lengths)
         self.ends = self.lengths.cumsum()
 
     def check_targets(self, hashes: NDArray[np.uint64], where: str) -> None:
         """Refuse records of other target sentences (:func:`target_hashes`)."""
-        found = hash_targets(self.tokens, self.lengths)
-        if not np.array_equal(found, hashes):
+        if not np.array_equal(self.hashes, hashes):
             raise UserError(
-                f"--stored-difficulty: {self.path} has {len(found)} sentences that are not the "
+                f"--stored-difficulty: {self.path} has {len(self.hashes)} sentences that are not the "
                 f"{len(hashes)} of {where}; run python -m sekd_fairseq.score on this split"
             )
 
