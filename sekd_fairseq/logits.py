@@ -42,14 +42,12 @@ def output_projection(model: Any) -> torch.nn.Linear | None:
     """The linear layer that turns ``model(..., features_only=True)`` into its logits, but for a cap on
     these (:func:`softcap`), if any.
 
-    None for a decoder that changes the logits afterwards, and a weight that is sharded over
-    processes.
+    None for a decoder that changes the logits afterwards.
     """
     decoder = model.decoder
     projection = getattr(decoder, "output_projection", None)
     plain = (
         isinstance(projection, torch.nn.Linear)
-        and projection.weight.dim() == 2
         and "features_only" in inspect.signature(decoder.forward).parameters
         and (
             getattr(decoder, "plain_projection", False)

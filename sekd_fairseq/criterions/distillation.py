@@ -40,7 +40,7 @@ from sekd_fairseq.losses.support import (
     whole_log_probs,
 )
 from sekd_fairseq.teacher_cache import TeacherCache
-from sekd_fairseq.teachers.online import DenseTeacher
+from sekd_fairseq.teachers.online import TeacherLogits
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         self,
         logits: Tensor,
         positions: Tensor,
-        teacher: TeacherTokens | DenseTeacher,
+        teacher: TeacherTokens | TeacherLogits,
         overwrite: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and sums to log at some positions of the logits; ``teacher`` is the
@@ -235,7 +235,7 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         Cross entropy is at temperature 1. The distillation loss is at the teacher's temperature T,
         times T^2, so that its gradient keeps its size (Hinton et al., 2015).
         """
-        if isinstance(teacher, DenseTeacher):
+        if isinstance(teacher, TeacherLogits):
             # Every token of the vocabulary is looked at, so a few positions at a time.
             def block_loss(logits: Tensor, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
                 student = whole_log_probs(logits, teacher.target[part])

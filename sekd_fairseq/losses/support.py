@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sekd_fairseq.losses import support_torch
 from sekd_fairseq.losses.divergences import NEG_INF
-from sekd_fairseq.losses.support_torch import Blocks, Reduced, blocks_of
+from sekd_fairseq.losses.support_torch import Reduced, blocks_of
 
 #: The widest support that the kernels take. They hold all of it, some twenty numbers a slot, in the
 #: registers of 128 threads; a whole vocabulary (``build_cache --top-k 0``) would not fit.
@@ -213,8 +214,8 @@ def kernels_for(logits: Tensor, ids: Tensor, name: str) -> Any:
 
 def body_for(logits: Tensor, ids: Tensor, weighted: bool = False) -> Any:
     """What has ``reduce`` and ``gradient`` for these logits: the kernels on a GPU, which know no
-    weights, else this module's class of blocks."""
-    return (None if weighted else kernels_for(logits, ids, "support_triton")) or Blocks
+    weights, else torch."""
+    return (None if weighted else kernels_for(logits, ids, "support_triton")) or support_torch
 
 
 def one_kernel(
@@ -242,7 +243,7 @@ class _SupportLogProbs(torch.autograd.Function):
         body = body_for(logits, ids, weighted=weights is not None)
         options = {} if weights is None else {"weights": weights}
         reduced = body.reduce(logits, rows, ids, valid, with_sum, temperature, **options)
-        ctx.save_for_backward(logits, weights, rows, ids, valid, *reduced)
+        ctx.save_for_backward(logits, weights, rows, ids, *reduced)
         ctx.options = (with_sum, temperature, overwrite)
         ctx.mark_non_differentiable(reduced.allowed, reduced.max_log_q)
         ctx.set_materialize_grads(True)
@@ -253,13 +254,12 @@ class _SupportLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_q: Tensor, grad_outside: Tensor, grad_sum: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        logits, weights, rows, ids, valid, *columns = ctx.saved_tensors
+        logits, weights, rows, ids, *columns = ctx.saved_tensors
         with_sum, temperature, overwrite = ctx.options
         gradient = body_for(logits, ids, weighted=weights is not None).gradient(
             logits,
             rows,
             ids,
-            valid,
             Reduced(*columns),
             grad_log_q,
             grad_outside,

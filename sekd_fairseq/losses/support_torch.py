@@ -29,69 +29,63 @@ class Reduced(NamedTuple):
     outside_log_sum: Tensor
 
 
-class Blocks:
-    """The passes in torch, a block of rows at a time."""
+def reduce(
+    logits: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    valid: Tensor,
+    with_sum: bool,
+    temperature: float,
+    weights: Tensor | None = None,
+) -> Reduced:
+    """Arguments of :func:`~sekd_fairseq.losses.support.support_log_probs`."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    parts: list[Reduced] = []
+    for part in blocks_of(logits, rows):
+        scratch = logits.index_select(0, rows[part]).to(dtype)
+        if temperature != 1.0:
+            scratch.div_(temperature)
+        parts.append(reduce_rows(scratch, ids[part], valid[part], with_sum, weights))
+    if not parts:
+        column = logits.new_zeros(0, dtype=dtype)
+        return Reduced(column.new_zeros(ids.shape), *[column] * 6)
+    return Reduced(*map(torch.cat, zip(*parts, strict=True)))
 
-    @staticmethod
-    def reduce(
-        logits: Tensor,
-        rows: Tensor,
-        ids: Tensor,
-        valid: Tensor,
-        with_sum: bool,
-        temperature: float,
-        weights: Tensor | None = None,
-    ) -> Reduced:
-        """Arguments of :func:`~sekd_fairseq.losses.support.support_log_probs`."""
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        parts: list[Reduced] = []
-        for part in blocks_of(logits, rows):
-            scratch = logits.index_select(0, rows[part]).to(dtype)
-            if temperature != 1.0:
-                scratch.div_(temperature)
-            parts.append(reduce_rows(scratch, ids[part], valid[part], with_sum, weights))
-        if not parts:
-            column = logits.new_zeros(0, dtype=dtype)
-            return Reduced(column.new_zeros(ids.shape), *[column] * 6)
-        return Reduced(*map(torch.cat, zip(*parts, strict=True)))
 
-    @staticmethod
-    def gradient(
-        logits: Tensor,
-        rows: Tensor,
-        ids: Tensor,
-        valid: Tensor,
-        reduced: Reduced,
-        grad_log_q: Tensor,
-        grad_outside: Tensor,
-        grad_sum: Tensor | None,
-        temperature: float,
-        overwrite: bool,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        """The gradient to the logits, (M, V) in their type; zero at other rows than ``rows``."""
-        grad = logits.detach() if overwrite else torch.empty_like(logits)
-        if rows.numel() < logits.size(0):
-            padding = torch.ones(logits.size(0), 1, dtype=torch.bool, device=logits.device)
-            grad.masked_fill_(padding.index_fill_(0, rows, False), 0.0)
-        for part in blocks_of(logits, rows):
-            scratch = logits.index_select(0, rows[part]).to(reduced.log_q.dtype)
-            if temperature != 1.0:
-                scratch.div_(temperature)
-            scratch = fill_gradient(
-                scratch,
-                ids[part],
-                valid[part],
-                Reduced(*(column[part] for column in reduced)),
-                grad_log_q[part],
-                grad_outside[part],
-                None if grad_sum is None else grad_sum[part],
-                weights,
-            )
-            if temperature != 1.0:
-                scratch.div_(temperature)
-            grad.index_copy_(0, rows[part], scratch.to(grad.dtype))
-        return grad
+def gradient(
+    logits: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    reduced: Reduced,
+    grad_log_q: Tensor,
+    grad_outside: Tensor,
+    grad_sum: Tensor | None,
+    temperature: float,
+    overwrite: bool,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The gradient to the logits, (M, V) in their type; zero at other rows than ``rows``."""
+    grad = logits.detach() if overwrite else torch.empty_like(logits)
+    if rows.numel() < logits.size(0):
+        padding = torch.ones(logits.size(0), 1, dtype=torch.bool, device=logits.device)
+        grad.masked_fill_(padding.index_fill_(0, rows, False), 0.0)
+    for part in blocks_of(logits, rows):
+        scratch = logits.index_select(0, rows[part]).to(reduced.log_q.dtype)
+        if temperature != 1.0:
+            scratch.div_(temperature)
+        scratch = fill_gradient(
+            scratch,
+            ids[part],
+            Reduced(*(column[part] for column in reduced)),
+            grad_log_q[part],
+            grad_outside[part],
+            None if grad_sum is None else grad_sum[part],
+            weights,
+        )
+        if temperature != 1.0:
+            scratch.div_(temperature)
+        grad.index_copy_(0, rows[part], scratch.to(grad.dtype))
+    return grad
 
 
 def blocks_of(logits: Tensor, rows: Tensor) -> list[slice]:
@@ -187,7 +181,6 @@ def weighted_support(log_q: Tensor, ids: Tensor, weights: Tensor | None) -> tupl
 def fill_gradient(
     scratch: Tensor,
     ids: Tensor,
-    valid: Tensor,
     reduced: Reduced,
     grad_log_q: Tensor,
     grad_outside: Tensor,
@@ -204,7 +197,8 @@ def fill_gradient(
         or bool((allowed < scratch.size(1)).any())  # rare, so looked for first
     ):
         forbidden = scratch.isinf()
-    grad_log_q = grad_log_q.masked_fill(~valid, 0.0)
+    unused = log_q == NEG_INF
+    grad_log_q = grad_log_q.masked_fill(unused, 0.0)
     spread = -(grad_log_q.sum(dim=1) + grad_outside)  # factor of q_v
     if grad_sum is not None:
         spread = spread - allowed * grad_sum
@@ -216,7 +210,7 @@ def fill_gradient(
     scratch.exp_().mul_(factor.unsqueeze(1))
     on_support = log_q.exp() * spread.unsqueeze(1) + grad_log_q
     scratch.scatter_(1, ids, 0.0)
-    scratch.scatter_add_(1, ids, on_support.masked_fill(~valid, 0.0))
+    scratch.scatter_add_(1, ids, on_support.masked_fill(unused, 0.0))
     if grad_sum is not None:
         if weights is None:
             scratch.add_(grad_sum.unsqueeze(1))

@@ -204,7 +204,7 @@ def reduce(
     with_sum: bool,
     temperature: float,
 ) -> Reduced:
-    """As :meth:`sekd_fairseq.losses.support_torch.Blocks.reduce`."""
+    """As :func:`sekd_fairseq.losses.support_torch.reduce`."""
     positions, slots = ids.shape
     log_q = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
     columns = torch.empty(6, positions, dtype=torch.float32, device=logits.device).unbind()
@@ -232,7 +232,6 @@ def gradient(
     logits: Tensor,
     rows: Tensor,
     ids: Tensor,
-    valid: Tensor,
     reduced: Reduced,
     grad_log_q: Tensor,
     grad_outside: Tensor,
@@ -241,7 +240,7 @@ def gradient(
     overwrite: bool,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """As :meth:`sekd_fairseq.losses.support_torch.Blocks.gradient`, times ``factor``, 0-d, if there is one."""
+    """As :func:`sekd_fairseq.losses.support_torch.gradient`, times ``factor``, 0-d, if there is one."""
     grad = logits.detach() if overwrite else torch.empty_like(logits)
     positions, slots = ids.shape
     every_row = positions == logits.size(0)

@@ -322,7 +322,6 @@ class _TokenLoss(torch.autograd.Function):
             logits,
             rows,
             ids,
-            ids,
             reduced,
             grad_log_q,
             grad_outside,

@@ -436,10 +436,6 @@ class HFCausalLM(FairseqEncoderDecoderModel):  # type: ignore[misc]
     @classmethod
     def build_model(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
         """Load pretrained weights, or make a model from a configuration."""
-        return cls._built(cfg, task)
-
-    @classmethod
-    def _built(cls, cfg: HFCausalLMConfig, task: Any) -> "HFCausalLM":
         take_rows_as_one_sequence()
         lm, rows = load_language_model(cfg, task)
         fresh = weights_in_checkpoint(cfg) or not cfg.hf_model

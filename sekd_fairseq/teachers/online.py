@@ -50,12 +50,12 @@ class OnlineTeacher:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """The teacher at ``N`` target tokens, whose logits are made for some of them at a time.
+    """The teacher's full distributions at ``N`` target tokens.
 
     Attributes
     ----------
     logits
-        Of each model of an ensemble, (n, V) for a slice of the tokens.
+        Of each model of an ensemble, in its type: (N, V), or what gives (n, V) for a slice of the tokens.
     target : (N,) int64
         Their reference tokens.
     """
@@ -64,25 +64,9 @@ class TeacherLogits:
     target: Tensor
 
     @torch.no_grad()
-    def __getitem__(self, part: slice) -> "DenseTeacher":
-        """The teacher at some of these tokens."""
-        return DenseTeacher([one[part] for one in self.logits], self.target[part])
-
-
-@dataclass(frozen=True)
-class DenseTeacher:
-    """Full distributions at ``N`` target tokens.
-
-    Attributes
-    ----------
-    logits
-        (N, V) in the teacher's type, of each model of an ensemble.
-    target : (N,) int64
-        Their reference tokens.
-    """
-
-    logits: list[Tensor]
-    target: Tensor
+    def __getitem__(self, part: slice) -> "TeacherLogits":
+        """The teacher at some of these tokens, its logits made."""
+        return TeacherLogits([one[part] for one in self.logits], self.target[part])
 
     @torch.no_grad()
     def tokens(self, part: slice) -> TeacherTokens:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.losses.support_torch import SCRATCH_ELEMENTS
+from sekd_fairseq.losses.support_torch import blocks_of
 from sekd_fairseq.teacher_cache.writer import SentenceColumns
 
 NEG_INF = float("-inf")
@@ -140,10 +140,8 @@ def truncate(
     uniform : (n, samples) float64
         Random numbers, for the rule ``sample``.
     """
-    step = max(1, SCRATCH_ELEMENTS.get(z.device.type, 2**24) // z.size(1))
     parts: dict[str, list[NDArray[Any]]] = {}
-    for start in range(0, z.size(0), step):
-        part = slice(start, start + step)
+    for part in blocks_of(z, target):
         draws = None if uniform is None else uniform[part].to(z.device)
         for name, values in _truncate(z[part], target[part], truncation, draws).items():
             parts.setdefault(name, []).append(values.cpu().numpy())
@@ -154,12 +152,11 @@ def truncate(
 def outside_mass(z: Tensor, target: Tensor, truncation: Truncation) -> Tensor:
     """What each token of the vocabulary has outside the supports of ``n`` tokens, summed over these;
     (V,) float32. Arguments as of :func:`truncate`."""
-    step = max(1, SCRATCH_ELEMENTS.get(z.device.type, 2**24) // z.size(1))
     found = z.new_zeros(z.size(1))
-    for start in range(0, z.size(0), step):
-        part, gold = z[start : start + step], target[start : start + step].unsqueeze(1)
-        p = part.softmax(dim=1)
-        ids, valid = _best(part, p, torch.ones_like(p[:, 0]), gold, truncation)
+    for part in blocks_of(z, target):
+        block, gold = z[part], target[part].unsqueeze(1)
+        p = block.softmax(dim=1)
+        ids, valid = _best(block, p, torch.ones_like(p[:, 0]), gold, truncation)
         found += p.scatter_(1, torch.where(valid, ids, gold), 0.0).sum(dim=0)
     return found
 
