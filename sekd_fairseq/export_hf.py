@@ -5,7 +5,8 @@
 Rows go back to the tokenizer's order, low-rank adapters are merged. Weights are written in half precision
 where that is all of them, as after a training with ``--bf16`` (which fairseq saves as float32). Tokens without a symbol
 (``--prune-vocab``, padding of the matrix) get their rows from ``--base``, the model that the student
-started from, or else zeros. ``AutoModelForCausalLM.from_pretrained(FOLDER)`` then loads it.
+started from (that of its training, if it is still there), or else the mean of all rows, which is never the best token.
+``AutoModelForCausalLM.from_pretrained(FOLDER)`` then loads it.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     """Write the folder."""
     # First, so that no two models are in memory.
     originals = vocabulary_parameters(pretrained(base, gguf)) if base else {}
-    (model,), _, task = load_models([checkpoint], data, torch.device("cpu"), base)
+    (model,), config, task = load_models([checkpoint], data, torch.device("cpu"), base)
     if not isinstance(model, HFCausalLM):
         raise UserError(f"{checkpoint}: expected a student of --arch hf_causal_lm, found another")
     Vocabulary.load(Path(data), task.target_dictionary.symbols)  # that they are a language model's
@@ -55,11 +56,24 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     lm = model.decoder.model
     if hasattr(lm, "merge_and_unload"):
         lm = lm.merge_and_unload()
+    if lacking := set(range(max(rows) + 1)).difference(
+        rows, range(len(originals.get("input", ())))
+    ):
+        start = config.model.hf_model
+        if start and Path(start).exists():
+            originals = vocabulary_parameters(pretrained(start, config.model.hf_gguf_file))
+        else:
+            print(
+                f"{output}: {len(lacking)} tokens have no symbol and get the mean of all rows, because the "
+                f"model that the student started from is not there ({start or 'trained from scratch'}); give "
+                "--base MODEL for their own",
+                file=sys.stderr,
+            )
     restore_rows(lm, rows, originals)
     lm.config.dtype = narrow(lm)
     tokenizer = load_tokenizer(str(Path(data) / TOKENIZER))
-    for config in filter(None, (lm.config, lm.generation_config)):
-        config.pad_token_id = tokenizer.specials[1]
+    for one in filter(None, (lm.config, lm.generation_config)):
+        one.pad_token_id = tokenizer.specials[1]
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
     lm.save_pretrained(output)
@@ -133,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--base",
         metavar="MODEL",
-        help="folder (or hub id) of the original model; of adapters the one that they were trained on, "
-        "if it has moved",
+        help="folder (or hub id) of the original model, if it is not where it was in training; of adapters "
+        "the one that they were trained on",
     )
     parser.add_argument("--base-gguf-file", metavar="FILE", help="a GGUF file in --base")
     args = parser.parse_args(argv)

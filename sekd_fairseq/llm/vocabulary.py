@@ -183,7 +183,7 @@ def restore_rows(lm: Any, rows: Sequence[int], originals: Mapping[str, Tensor]) 
     """The inverse of :func:`select_rows`: rows in the tokenizer's order.
 
     Tokens without a symbol get their rows from ``originals``, the :func:`vocabulary_parameters` of the
-    model that ``lm`` started from, or else zeros.
+    model that ``lm`` started from, or else the mean of all, whose logit is below the largest.
     """
     index = torch.tensor(rows)
     known = index >= 0
@@ -192,7 +192,7 @@ def restore_rows(lm: Any, rows: Sequence[int], originals: Mapping[str, Tensor]) 
         if side in originals:
             full = originals[side].detach().to(old.dtype, copy=True)
         else:
-            full = old.new_zeros(max(rows) + 1, *old.shape[1:])
+            full = old[known].mean(dim=0).repeat(max(rows) + 1, *[1] * (old.dim() - 1))
         full[index[known]] = old[known]
         return full
 

@@ -275,16 +275,21 @@ def test_pruned_vocabulary_is_restored(tokenizer: Path, llm_text: Path, tmp_path
     )  # fmt: skip
     model, _ = load(tmp_path / "save" / "checkpoint_last.pt", data)
     assert 259 <= len(model.vocabulary_rows) < len(pieces)
-    command(
-        "sekd_fairseq.export_hf", tmp_path / "save" / "checkpoint_last.pt", "--data", data, "--output",
-        tmp_path / "hf", "--base", source,
-    )  # fmt: skip
+    export = ("sekd_fairseq.export_hf", tmp_path / "save" / "checkpoint_last.pt", "--data", data)
+    command(*export, "--output", tmp_path / "hf")  # the others' rows are those of --hf-model
     ids = torch.arange(3, 40).unsqueeze(0)
     one, other = (
         transformers.AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits
         for path in (source, tmp_path / "hf")
     )
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    source.rename(tmp_path / "moved")
+    out = command(*export, "--output", tmp_path / "mean")
+    known = model.vocabulary_rows[model.vocabulary_rows >= 0]
+    assert f"{int(known.max()) + 1 - len(known)} tokens have no symbol" in out
+    command(*export, "--output", tmp_path / "based", "--base", tmp_path / "moved")
+    name = "model.safetensors"
+    assert (tmp_path / "based" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
 def test_bad_input_ends_with_one_line(
