@@ -13,7 +13,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from sekd_fairseq.errors import UserError
-from sekd_fairseq.llm.families import TOLERANCE, alone, apart
+from sekd_fairseq.llm.families import TOLERANCE, alone, apart, text_config
 from sekd_fairseq.llm.prompts import Prompts
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.llm.vocabulary import (
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 LORA_ALPHA = 16
 
 
-def pretrained(folder: str, gguf_file: str | None) -> Any:
+def pretrained(folder: str, gguf_file: str | None, revision: str | None = None) -> Any:
     """A pretrained causal language model in float32, with adapters that PEFT has saved merged into theirs.
 
     Raises
@@ -41,13 +41,16 @@ def pretrained(folder: str, gguf_file: str | None) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    options = {"gguf_file": gguf_file} if gguf_file else {}
+    given = {"gguf_file": gguf_file, "revision": revision}
+    options = {name: value for name, value in given.items() if value}
     try:
         if find_adapter_config_file(folder):
             return with_adapters(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **options
         )
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -60,15 +63,46 @@ def pretrained(folder: str, gguf_file: str | None) -> Any:
             f"--hf-model {folder}: expected all weights of {type(lm).__name__}, found none for "
             f"{len(missing)} ({', '.join(missing[:3])}); is it another kind of model, or are files missing?"
         )
+    return attending_rightly(lm)
+
+
+def attending_rightly(lm: Any) -> Any:
+    """A model whose attention is computed as its configuration says.
+
+    torch's attention knows no cap on the scores, which Gemma 2 has, and transformers leaves it out
+    in silence.
+    """
+    if getattr(text_config(lm), "attn_logit_softcapping", None):
+        lm.set_attn_implementation("eager")
     return lm
 
 
 def with_adapters(folder: str) -> Any:
-    """The model that a folder's adapters were trained on, the adapters merged into it."""
-    from peft import PeftConfig, PeftModel
+    """The model that a folder's adapters were trained on, the adapters merged into it.
 
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    return PeftModel.from_pretrained(pretrained(str(base), None), folder).merge_and_unload()
+    Raises
+    ------
+    UserError
+        Adapters that cannot be merged (of prompts).
+    """
+    from peft import PeftConfig, PeftModel, load_peft_weights
+
+    config = PeftConfig.from_pretrained(folder)
+    lm = pretrained(str(config.base_model_name_or_path), None, config.revision)
+    embedding = lm.get_input_embeddings()
+    name = next(name for name, module in lm.named_modules() if module is embedding)
+    own = load_peft_weights(folder, device="cpu").get(f"base_model.model.{name}.weight")
+    if (
+        own is not None and len(own) != embedding.num_embeddings
+    ):  # tokens were added for the training
+        lm.resize_token_embeddings(len(own), mean_resizing=False)
+    adapted: Any = PeftModel.from_pretrained(lm, folder)
+    if not hasattr(adapted, "merge_and_unload"):
+        raise UserError(
+            f"--hf-model {folder}: expected adapters that can be merged into a model's weights, as LoRA's, "
+            f"found {config.peft_type}; give the model that they were trained on"
+        )
+    return adapted.merge_and_unload()
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -118,7 +152,8 @@ def from_config(content: dict[str, Any], size: int) -> Any:
     text.vocab_size = size
     # No padding_idx: fairseq's mask keeps padding out, and a zero row would change the model.
     text.pad_token_id = config.pad_token_id = None
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    return attending_rightly(made)
 
 
 def keep_layers(lm: Any, count: int) -> None:

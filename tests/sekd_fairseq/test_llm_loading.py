@@ -16,7 +16,9 @@ from sekd_fairseq import export_hf, import_hf
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.families import telling_weights
 from sekd_fairseq.llm.loading import from_config, named_tensors
+from sekd_fairseq.llm.loading import pretrained as load_pretrained
 from sekd_fairseq.llm.tokenizer import load_tokenizer
+from sekd_fairseq.llm.vocabulary import restore_rows
 from sekd_fairseq.patches import apply_all
 
 from .language_models import COMMON, pretrained
@@ -60,6 +62,45 @@ def test_a_checkpoint_s_weights_are_not_drawn_first(tmp_path: Path, model_type: 
     tensors = dict(named_tensors(first.decoder.lm))
     for name, tensor in named_tensors(again.decoder.lm):
         assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "vaultgemma"])
+def test_caps_on_attention_scores_are_applied(tmp_path: Path, model_type: str) -> None:
+    """torch's attention leaves them out in silence."""
+    options = {**COMMON, "head_dim": 8, "query_pre_attn_scalar": 1, "attn_logit_softcapping": 0.5}
+    made = from_config({**options, "model_type": model_type}, 40).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(tmp_path)
+    loaded = load_pretrained(str(tmp_path), None).eval()
+    right, without = (
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation=how, dtype=torch.float32
+        )
+        for how in ("eager", "sdpa")
+    )
+    tokens = torch.arange(10).unsqueeze(0)
+    with torch.no_grad():
+        expected, *found = (lm(input_ids=tokens).logits for lm in (right, made, loaded))
+        assert not torch.allclose(without(input_ids=tokens).logits, expected, rtol=0.05)
+    for logits in found:
+        torch.testing.assert_close(logits, expected)
+
+
+def test_a_row_that_nothing_is_known_of_is_never_the_best() -> None:
+    """Rows of zeros won wherever all known logits were below 0, which softmax, and so no training, sees."""
+    config = transformers.LlamaConfig(**COMMON, vocab_size=20)
+    lm = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        features = lm.model(input_ids=tokens).last_hidden_state[0]
+        lm.lm_head.weight -= 10 * features.mean(dim=0)
+        assert (lm(input_ids=tokens).logits.amax(-1) < 0).any()
+        rows = torch.arange(0, 40, 2)
+        restore_rows(lm, rows.tolist(), {})
+        logits = lm(input_ids=rows[tokens]).logits[0]
+    assert logits.size(-1) == 39 and torch.isin(logits.argmax(-1), rows).all()
+    torch.testing.assert_close(logits[:, 1], logits[:, rows].mean(dim=-1))
 
 
 def test_weights_for_a_trial_take_little_memory(tmp_path: Path) -> None:
@@ -188,6 +229,26 @@ def test_a_folder_of_adapters_is_the_model_that_they_make(tmp_path: Path) -> Non
     ids = torch.arange(4, 14).unsqueeze(0)
     with torch.no_grad():
         torch.testing.assert_close(model.decoder.lm(ids).logits, adapted(ids).logits)
+
+
+def test_adapters_of_more_tokens_and_of_prompts(tmp_path: Path) -> None:
+    """Tokens of a chat are added to a model before its adapters are trained; prompts are no weights."""
+    peft = pytest.importorskip("peft")
+    llm_families.save_tiny("llama", tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(base, options).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(UserError, match=r"^--hf-model .*prompt: expected adapters .*PROMPT_TUNING"):
+        load_pretrained(str(tmp_path / "prompt"), None)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(base.config.vocab_size + 4, mean_resizing=False)
+    options = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(base, options).eval()
+    adapted.save_pretrained(tmp_path / "more")
+    ids = torch.arange(base.config.vocab_size - 5, base.config.vocab_size).unsqueeze(0)
+    with torch.no_grad():
+        found = load_pretrained(str(tmp_path / "more"), None).eval()(ids).logits
+        torch.testing.assert_close(found, adapted(ids).logits)
 
 
 def test_from_scratch_a_model_of_images_has_the_dictionary_s_vocabulary() -> None:
