@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +31,8 @@ from sekd_fairseq.parallel_text import Pair, read_aligned, repeated, without_lea
 from sekd_fairseq.splits import write_indexed
 from sekd_fairseq.teacher_cache.format import hash_symbols
 
-Tokens = list[list[int]]
+#: Of each sentence, 4 bytes a token.
+Tokens = list["array[int]"]
 SUBSETS = ("train", "valid", "test")
 #: The data directories: of the student's prompts, and of the teacher's.
 PROMPTS = ("bin", "teacher")
@@ -149,15 +151,21 @@ def choose_shots(subsets: dict[str, list[Pair]], count: int) -> list[Pair]:
 
 def encode(
     prompts: dict[str, Prompts], pairs: list[Pair], subset: str
-) -> tuple[dict[str, Tokens], Tokens]:
-    """Token ids of all prompts, by data directory, and of the translations."""
+) -> tuple[dict[str, Tokens], Tokens, int]:
+    """Token ids of all prompts, by data directory, and of the translations; and how many of these the
+    tokenizer joins with the student's prompt, so that they are encoded alone."""
     sources: dict[str, Tokens] = {name: [] for name in prompts}
     targets: Tokens = []
+    joined = 0
+    student = prompts["bin"]
     for source, target in progress(pairs, desc=subset, unit="pair"):
-        for name, maker in prompts.items():
-            sources[name].append(maker.tokens(source))
-        targets.append(prompts["bin"].translation(source, target))
-    return sources, targets
+        found = {name: maker.tokens(source) for name, maker in prompts.items()}
+        for name, tokens in found.items():
+            sources[name].append(array("i", tokens))
+        translation = student.continuation(source, target, found["bin"])
+        joined += not translation
+        targets.append(array("i", translation or student.tokenizer.encode(target)))
+    return sources, targets, joined
 
 
 class Kept:
@@ -242,12 +250,25 @@ class Encoded:
         By split: the prompts by data directory, and the translations.
     ends
         The token that ends a translation in each data directory, if any.
+    joined
+        How many translations the tokenizer would join with their prompts.
     """
 
     subsets: dict[str, list[Pair]]
     prompts: dict[str, Prompts]
     tokens: dict[str, tuple[dict[str, Tokens], Tokens]]
     ends: dict[str, int | None]
+    joined: int
+
+    def notes(self) -> list[str]:
+        """What people should know of the prompts."""
+        if not self.joined:
+            return []
+        return [
+            f"{self.joined:,} translations begin otherwise than the model would write them, because its "
+            "tokenizer joins the end of the prompt with them; let the template end in a line end, and "
+            "not in a space"
+        ]
 
     def used(self, tokenizer: Tokenizer) -> set[int]:
         """The tokens that this text and single bytes need."""
@@ -270,12 +291,16 @@ def encode_text(
         name: Prompts(replace(one, shots=shots[: settings.prompts[name].shots]), tokenizer)
         for name, one in templates.items()
     }
-    tokens = {subset: encode(prompts, pairs, subset) for subset, pairs in subsets.items()}
+    tokens, joined = {}, 0
+    for subset, pairs in subsets.items():
+        sources, targets, here = encode(prompts, pairs, subset)
+        tokens[subset] = (sources, targets)
+        joined += here
     ends = {
         name: maker.end(settings.prompts[name].end.replace("\\n", "\n"))
         for name, maker in prompts.items()
     }
-    return Encoded(subsets, prompts, tokens, ends)
+    return Encoded(subsets, prompts, tokens, ends, joined)
 
 
 def write_directories(
@@ -347,6 +372,7 @@ def prepare(settings: Settings, building: Path) -> tuple[dict[str, Any], list[st
         subsets[subset] = subsets[subset][: limit or None]
     text = encode_text(templates, settings, tokenizer, subsets, shots)
     kept = Kept(settings.place)
+    kept.notes += text.notes()
     dictionary, vocabularies = make_vocabularies(settings, tokenizer, text)
     write_directories(building, vocabularies, tokenizer, dictionary, text, kept)
     write_text(building, settings.languages, tokenizer, text, kept)
@@ -377,8 +403,8 @@ def prepare_monolingual(
         name: None if one.rows[EOS] == NEW_ROW else one.rows[EOS]
         for name, one in vocabularies.items()
     }
-    tokens = {"train": encode(prompts, pairs, "train")}
-    text = Encoded({"train": pairs}, prompts, tokens, ends)
+    sources, targets, joined = encode(prompts, pairs, "train")
+    text = Encoded({"train": pairs}, prompts, {"train": (sources, targets)}, ends, joined)
     kept = Kept(settings.place)
     write_directories(building, vocabularies, tokenizer, dictionary, text, kept)
     write_text(building, settings.languages, tokenizer, text, kept)

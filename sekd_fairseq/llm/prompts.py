@@ -98,7 +98,12 @@ class Prompts:
         characters and the translation's first to one token, which cannot be generated, those of
         the translation alone.
         """
-        return self._after(source, lambda mark: mark(target)) or self.tokenizer.encode(target)
+        return self.continuation(source, target) or self.tokenizer.encode(target)
+
+    def continuation(self, source: str, target: str, prompt: list[int] | None = None) -> list[int]:
+        """The tokens of a translation as the tokenizer goes on after the prompt (its :meth:`tokens`, if
+        they are known); none where it joins both."""
+        return self._after(source, lambda mark: mark(target), prompt)
 
     def end(self, text: str = "") -> int | None:
         """The token that ends a translation: ``text``, if that is given.
@@ -192,9 +197,11 @@ class Prompts:
             turns.append({"role": "assistant", "content": mark(tgt)})
         return [*turns, {"role": "user", "content": self._template.fill(mark(source))}]
 
-    def _after(self, source: str, text: Callable[[Mark], str]) -> list[int]:
+    def _after(
+        self, source: str, text: Callable[[Mark], str], prompt: list[int] | None = None
+    ) -> list[int]:
         """Tokens of what follows a prompt; none where its first is joined with the prompt's last."""
-        prompt = self.tokens(source)
+        prompt = prompt or self.tokens(source)
         both = self._encode(source, text)
         return both[len(prompt) :] if both[: len(prompt)] == prompt else []
 

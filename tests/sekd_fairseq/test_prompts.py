@@ -21,6 +21,7 @@ from tokenizers import (
     trainers,
 )
 
+from sekd_fairseq.llm.preparing import encode
 from sekd_fairseq.llm.prompts import DEFAULT, Prompts, PromptSettings
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.llm.vocabulary import Vocabulary
@@ -283,6 +284,12 @@ def test_an_example_shows_the_end_of_a_translation(tmp_path: Path) -> None:
     shown = [[*alone.tokens(src), *alone.translation(src, tgt), end] for src, tgt in shots]
     assert prompt == [token for one in shown for token in one] + alone.tokens("Ein Hund.")
     assert prompts.translation("Ein Hund.", "A dog runs.") == alone.translation("", "A dog runs.")
+    # A space at the end of a prompt belongs to the next word; such translations are counted.
+    spaced = Prompts(PromptSettings("de", "en", "{src} = "), opened)
+    pairs = [("Ein Hund rennt.", "dog runs."), ("Warum?", "?")]
+    _, targets, joined = encode({"bin": spaced}, pairs, "train")
+    assert joined == 1
+    assert [opened.decode(tokens.tolist()) for tokens in targets] == [tgt for _, tgt in pairs]
 
 
 @pytest.mark.parametrize("kind", [*MAKERS, "sentencepiece"])
