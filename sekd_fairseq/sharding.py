@@ -177,7 +177,6 @@ def check_sharding(trainer: Any) -> None:
         "--store-ema": cfg.ema.store_ema,
         "--use-bmuf": cfg.optimization.use_bmuf,
         "--zero-sharding": cfg.distributed_training.zero_sharding != "none",
-        "--load-checkpoint-on-all-dp-ranks": cfg.checkpoint.load_checkpoint_on_all_dp_ranks,
         f"--optimizer {cfg.optimizer._name}": not trainer._optimizer.supports_flat_params,
     }
     single = {weight.dtype for weight in trainer.model.module.parameters() if weight.requires_grad}
@@ -205,6 +204,7 @@ def shard_weights() -> None:
     wrap_or_shard.shards = True  # type: ignore[attr-defined]
     models.DistributedFairseqModel = wrap_or_shard
     build, consolidate = Trainer._build_optimizer, Trainer.consolidate_optimizer
+    load_checkpoint = Trainer.load_checkpoint
     clip = Trainer.clip_grad_norm
 
     @functools.wraps(build)
@@ -221,6 +221,13 @@ def shard_weights() -> None:
             load(model.scatter_optimizer(state), *args, **kwargs)
 
         self._optimizer.load_state_dict = load_part
+
+    @functools.wraps(load_checkpoint)
+    def load_parts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.model, ShardedModel):
+            # Every process maps the file and reads its parts; else the first sends all of it to all.
+            self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        return load_checkpoint(self, *args, **kwargs)
 
     @functools.wraps(consolidate)
     def consolidate_optimizer(self: Any) -> None:
@@ -242,6 +249,7 @@ def shard_weights() -> None:
         return self.optimizer.clip_grad_norm(clip_norm, aggregate_norm_fn=norm_of_all)
 
     Trainer._build_optimizer = build_optimizer
+    Trainer.load_checkpoint = load_parts
     Trainer.consolidate_optimizer = consolidate_optimizer
     Trainer.clip_grad_norm = clip_grad_norm
 
