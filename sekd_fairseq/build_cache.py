@@ -71,7 +71,11 @@ def parser() -> argparse.ArgumentParser:
 def add_precision(group: argparse._ActionsContainer) -> None:
     """The options of where and how a teacher runs."""
     half = group.add_mutually_exclusive_group()
-    half.add_argument("--fp16", action="store_true", help="run the teacher in float16 (GPU)")
+    half.add_argument(
+        "--fp16",
+        action="store_true",
+        help="run the teacher in float16 (GPU; default: single precision, with --engine vllm the model's own)",
+    )
     half.add_argument("--bf16", action="store_true", help="run the teacher in bfloat16 (GPU)")
     add_hf_model(group)
     group.add_argument("--cpu", action="store_true", help="do not use a GPU")
@@ -259,7 +263,8 @@ def engine_of(args: argparse.Namespace, build: Build) -> Engine:
                 "python -m sekd_fairseq.export_hf makes one of a checkpoint"
             )
         check_best_tokens(args.engine, build)
-        return VLLMEngine(args.path, args.data, dtype, build.top_k)
+        given = dtype if args.fp16 or args.bf16 else None
+        return VLLMEngine(args.path, args.data, given, build.top_k)
     check_best_tokens(args.engine, build)
     for name, low in (("parallel_requests", 1), ("retries", 0)):
         if getattr(args, name) < low:

@@ -11,11 +11,11 @@ from sekd_fairseq.teachers.best_tokens import BestTokensEngine
 
 
 class VLLMEngine(BestTokensEngine):
-    """A Hugging Face model that vLLM runs in this process."""
+    """A Hugging Face model that vLLM runs in this process, in ``dtype``, or as vLLM does with its own."""
 
     batch_tokens = 2**18  # vLLM schedules within a batch itself
 
-    def __init__(self, folder: str, data: str, dtype: torch.dtype, best: int) -> None:
+    def __init__(self, folder: str, data: str, dtype: torch.dtype | None, best: int) -> None:
         try:
             import vllm
         except ImportError as error:
@@ -23,7 +23,7 @@ class VLLMEngine(BestTokensEngine):
                 f"--engine vllm: expected vLLM, found none that imports ({error}); pip install vllm"
             ) from error
         super().__init__(data, "vllm")
-        name = str(dtype).removeprefix("torch.")
+        name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
         self._llm = vllm.LLM(model=folder, dtype=name, max_logprobs=best)
         self._ask = vllm.SamplingParams(max_tokens=1, prompt_logprobs=best, detokenize=False)
         weights = sorted(Path(folder).glob("*.safetensors"))
@@ -33,6 +33,9 @@ class VLLMEngine(BestTokensEngine):
             "arch": "vllm",
             "dtype": name,
         }
+
+    def written(self) -> None:
+        """Nothing is kept until then."""
 
     def positions(self) -> float:
         """Tokens that the model reads, prompt and translation together."""

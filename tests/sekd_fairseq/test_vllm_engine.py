@@ -41,7 +41,7 @@ def fake_vllm(folder: Path) -> ModuleType:
 
     class LLM:
         def __init__(self, model: str, dtype: str, max_logprobs: int) -> None:
-            assert model == str(folder) and dtype == "float32"
+            assert model == str(folder) and dtype == "auto"
             self.max_logprobs = max_logprobs
             self.model = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
             positions = self.model.config.max_position_embeddings
