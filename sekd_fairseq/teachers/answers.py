@@ -1,4 +1,4 @@
-"""Answers of a teacher's server, kept in a file until they are no longer needed."""
+"""Answers of a teacher's server, kept in a file until they are in the cache."""
 
 import json
 import sqlite3
@@ -16,6 +16,7 @@ class Answers:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._lock = threading.Lock()
+        self._used: set[str] = set()
         self._file = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
             self._file.execute("pragma journal_mode = wal")
@@ -32,6 +33,7 @@ class Answers:
     def get(self, key: str) -> Any | None:
         """The answer to a request, or None."""
         with self._lock:
+            self._used.add(key)
             row = self._file.execute(
                 "select answer from answers where request = ?", (key,)
             ).fetchone()
@@ -43,6 +45,16 @@ class Answers:
             self._file.execute(
                 "insert or replace into answers values (?, ?)", (key, json.dumps(answer))
             )
+
+    def forget_used(self) -> None:
+        """Delete the answers that were asked for since the last time; the file uses their place again."""
+        with self._lock:
+            self._file.execute("begin")
+            self._file.executemany(
+                "delete from answers where request = ?", [(key,) for key in self._used]
+            )
+            self._file.execute("commit")
+            self._used.clear()
 
     def forget(self) -> None:
         """Delete the file."""

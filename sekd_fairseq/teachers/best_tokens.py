@@ -78,6 +78,10 @@ class BestTokensEngine(ABC):
             for sentence, known, target in found
         }
 
+    @abstractmethod
+    def written(self) -> None:
+        """Called when all that :meth:`sentences` has given is in a shard."""
+
     def _by_symbol(self, known: Sequence[dict[int, float]]) -> list[dict[int, float]]:
         """The same by symbol of the dictionary, without tokens that have none."""
         return [

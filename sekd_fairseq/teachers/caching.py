@@ -156,6 +156,7 @@ def build_shards(
                 write_shard(directory, index, ordered, split.hashes[sentences], dtypes)
             except OSError as error:
                 raise UserError(f"{directory}: cannot write shard {index} ({error})") from error
+            engine.written()
 
 
 def measure_tail(

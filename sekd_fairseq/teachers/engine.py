@@ -35,6 +35,9 @@ class Engine(Protocol):
     ) -> dict[int, SentenceColumns]:
         """Truncated distributions of a batch, by sentence id."""
 
+    def written(self) -> None:
+        """Called when all that :meth:`sentences` has given is in a shard."""
+
     @property
     def outside(self) -> Callable[[dict[str, Any], Truncation, float], NDArray[np.float32]] | None:
         """What each token of the vocabulary has outside the supports, summed over a batch, (V,); None

@@ -20,7 +20,7 @@ class HTTPEngine(BestTokensEngine):
     data
         The data directory, made for a language model.
     answers
-        The file that keeps answers until the caches are built.
+        The file that keeps answers until their shards are written.
     """
 
     def __init__(
@@ -53,6 +53,10 @@ class HTTPEngine(BestTokensEngine):
     def best(self, texts: Sequence[tuple[list[int], int]]) -> list[Sequence[dict[int, float]]]:
         """Known log-probabilities by token at the last positions of some texts."""
         return list(self._server.ask(texts))
+
+    def written(self) -> None:
+        """Delete the shard's answers: they are some 30 kB a sentence."""
+        self._answers.forget_used()
 
     def forget(self) -> None:
         """Delete the answers: the caches have them now."""

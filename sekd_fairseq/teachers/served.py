@@ -183,13 +183,13 @@ class Server:
                 continue
             broken += response.status_code == 500
             if not known and broken == REFUSALS:
-                raise Refused(500, self._refusal(path, response))
+                raise Refused(self._refusal(path, response))
             if response.status_code in PASSING:
                 trouble = f"status {response.status_code}: {_short(response.text)}"
                 self._stopped.wait(_wanted_pause(response.headers.get("retry-after", "")))
                 continue
             if response.status_code != 200:
-                raise Refused(response.status_code, self._refusal(path, response))
+                raise Refused(self._refusal(path, response))
             try:
                 answer = response.json()
                 self._check_model(answer)
@@ -364,20 +364,12 @@ class Server:
 class Refused(UserError):
     """A status that says that the request itself is wrong."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class NotThisWay(UserError):
-    """An answer without what this protocol asks for."""
-
 
 def _tried(answer: dict[str, Any], way: Way, tokens: Sequence[int]) -> bool:
     try:
         way.positions(answer, tokens)
     except (BadAnswer, KeyError, IndexError, TypeError) as error:
-        raise NotThisWay(f"an answer without log-probabilities of the prompt ({error})") from error
+        raise UserError(f"an answer without log-probabilities of the prompt ({error})") from error
     return True
 
 

@@ -81,6 +81,9 @@ class TorchEngine:
             )
         return rows
 
+    def written(self) -> None:
+        """Nothing is kept until then."""
+
     def outside(
         self, sample: dict[str, Any], truncation: Truncation, temperature: float
     ) -> NDArray[np.float32]:
