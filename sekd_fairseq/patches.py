@@ -77,6 +77,7 @@ def allow_checkpoint_types() -> None:
     torch.serialization.add_safe_globals(list(CHECKPOINT_TYPES))
 
 
+@functools.cache
 def keep_checkpoints_whole() -> None:
     """Replace three functions of fairseq that a killed training, or its user, would suffer from.
 
@@ -88,8 +89,6 @@ def keep_checkpoints_whole() -> None:
     A checkpoint is also mapped into memory in place of read: what is not looked at, as the state of the
     optimiser where a model is only to translate or to score, is three times the model or more.
     """
-    if getattr(checkpoint_utils.load_checkpoint_to_cpu, "names_damage", False):
-        return
     checkpoint_utils.PathManager.copy = staticmethod(_copy_whole)
     load = checkpoint_utils.load_checkpoint_to_cpu
 
@@ -106,7 +105,6 @@ def keep_checkpoints_whole() -> None:
                     "or go on from another with --restore-file"
                 ) from error
 
-    load_or_name.names_damage = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint_to_cpu = load_or_name
     verify = checkpoint_utils.verify_checkpoint_directory
 
@@ -136,6 +134,7 @@ def _files_mapped() -> Iterator[None]:
         torch.load = load
 
 
+@functools.cache
 def resume_as_left() -> None:
     """Put right how fairseq goes on with a training.
 
@@ -148,8 +147,6 @@ def resume_as_left() -> None:
     but not with what the criterion has learnt over updates.
     """
     load = checkpoint_utils.load_checkpoint
-    if getattr(load, "as_left", False):
-        return
 
     @functools.wraps(load)
     def load_as_left(cfg: Any, trainer: Any, **kwargs: Any) -> Any:
@@ -192,7 +189,6 @@ def resume_as_left() -> None:
                 trainer.task.set_checkpoint_dict(state)
         return loaded
 
-    load_as_left.as_left = True  # type: ignore[attr-defined]
     checkpoint_utils.load_checkpoint = load_as_left
 
 
@@ -285,6 +281,7 @@ def check_precision(trainer: Any) -> None:
             )
 
 
+@functools.cache
 def train_in_half_precision() -> None:
     """Put right what fairseq does with two of its options.
 
@@ -294,8 +291,6 @@ def train_in_half_precision() -> None:
     """
     AMPOptimizer.step = _step_unscaled
     parse = options.parse_args_and_arch
-    if getattr(parse, "knows_gpus", False):
-        return
 
     @functools.wraps(parse)
     def parse_for_gpus(parser: Any, input_args: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -305,7 +300,6 @@ def train_in_half_precision() -> None:
             found.tpu = "--tpu" in (sys.argv if input_args is None else input_args)
         return parsed
 
-    parse_for_gpus.knows_gpus = True  # type: ignore[attr-defined]
     options.parse_args_and_arch = parse_for_gpus
 
 
@@ -315,6 +309,7 @@ def _step_unscaled(optimizer: AMPOptimizer) -> None:
     optimizer.scaler.update()
 
 
+@functools.cache
 def resume_in_full_precision() -> None:
     """Save the float32 weights that ``--bf16`` and ``--fp16`` update, and resume with them.
 
@@ -322,8 +317,6 @@ def resume_in_full_precision() -> None:
     below their last digit is lost.
     """
     save, load = FP16Optimizer.state_dict, FP16Optimizer.load_state_dict
-    if getattr(save, "keeps_weights", False):
-        return
 
     def weights(optimizer: Any) -> list[Any]:
         groups = optimizer.fp32_optimizer.optimizer.param_groups
@@ -362,10 +355,10 @@ def resume_in_full_precision() -> None:
                     weight.data.copy_(own)
         load(self, found, *args, **kwargs)
 
-    state_dict.keeps_weights = True  # type: ignore[attr-defined]
     FP16Optimizer.state_dict, FP16Optimizer.load_state_dict = state_dict, load_state_dict
 
 
+@functools.cache
 def count_whole_updates() -> None:
     """Let a process count all its tokens in the last update of an epoch.
 
@@ -375,8 +368,6 @@ def count_whole_updates() -> None:
     nothing of it (``counts_no_fillers``).
     """
     step = Trainer.train_step
-    if getattr(step, "counts_all", False):
-        return
 
     @functools.wraps(step)
     def train_step(self: Trainer, samples: list[Any], *args: Any, **kwargs: Any) -> Any:
@@ -384,7 +375,6 @@ def count_whole_updates() -> None:
             samples = sorted(samples, key=bool)
         return step(self, samples, *args, **kwargs)
 
-    train_step.counts_all = True  # type: ignore[attr-defined]
     Trainer.train_step = train_step
 
 
@@ -414,6 +404,7 @@ def _average_weights(ema: EMA, new_model: Any, updates: int | None = None) -> No
     ema.restore(averages, build_fp32_params=False)
 
 
+@functools.cache
 def forbid_repeats() -> None:
     """Let ``--no-repeat-ngram-size`` see the tokens so far.
 
@@ -421,8 +412,6 @@ def forbid_repeats() -> None:
     written to, which is padding, and forbids nothing.
     """
     forbid = NGramRepeatBlock._no_repeat_ngram
-    if getattr(forbid, "sees_tokens", False):
-        return
 
     @functools.wraps(forbid)
     def forbid_after(
@@ -430,7 +419,6 @@ def forbid_repeats() -> None:
     ) -> Any:
         return forbid(self, tokens[:, : step + 1], lprobs, bsz, beam_size, step)
 
-    forbid_after.sees_tokens = True  # type: ignore[attr-defined]
     NGramRepeatBlock._no_repeat_ngram = forbid_after
 
 

@@ -189,10 +189,9 @@ def check_sharding(trainer: Any) -> None:
             )
 
 
+@functools.cache
 def shard_weights() -> None:
     """Let fairseq's trainer train a model that the task has marked (``shard_weights``)."""
-    if getattr(models.DistributedFairseqModel, "shards", False):
-        return
     wrap = models.DistributedFairseqModel
 
     @functools.wraps(wrap)
@@ -201,7 +200,6 @@ def shard_weights() -> None:
             return ShardedModel(model, device)
         return wrap(args, model, process_group, device)
 
-    wrap_or_shard.shards = True  # type: ignore[attr-defined]
     models.DistributedFairseqModel = wrap_or_shard
     build, consolidate = Trainer._build_optimizer, Trainer.consolidate_optimizer
     load_checkpoint = Trainer.load_checkpoint
