@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         for place, name in remote_splits(args.source):
             copied += fetch(place, Path(args.destination) / name)
-    print(f"{args.destination}: {copied / 2**20:,.1f} MiB copied, every file checked")
+    print(f"{args.destination}: {copied / 2**20:,.1f} MiB copied and checked")
 
 
 if __name__ == "__main__":

@@ -97,14 +97,14 @@ def publish(directory: Path, url: str) -> int:
             _begin_upload(system, root, [name for name, _ in files], content)
         for name, digest in progress(files, desc=f"to {url}", unit="file"):
             path = directory / name
+            size = path.stat().st_size
+            if system.exists(f"{root}/{name}") and system.size(f"{root}/{name}") == size:
+                continue
             if digest is not None and hash_file(path) != digest:
                 raise CacheError(
                     f"{path}: does not match its checksum; restore it, or delete it and {MANIFEST} and run its "
                     "build_cache command again"
                 )
-            size = path.stat().st_size
-            if system.exists(f"{root}/{name}") and system.size(f"{root}/{name}") == size:
-                continue
             system.put_file(str(path), f"{root}/{name}")
             sent += size
         if not complete:
@@ -122,7 +122,7 @@ def _begin_upload(system: Any, root: str, names: Sequence[str], content: bytes) 
     place = f"{root}/{UPLOADING}"
     if system.exists(place) and system.cat_file(place) == digest:
         return
-    for name in names:
+    for name in {*names, TAIL}:  # not every cache has a tail law
         if system.exists(f"{root}/{name}"):
             system.rm_file(f"{root}/{name}")
     system.pipe_file(place, digest)
@@ -158,7 +158,7 @@ def receive(url: str, directory: Path, content: bytes) -> int:
             wanted.append((TAIL, None))
         for name, digest in progress(wanted, desc=f"from {url}", unit="file"):
             path = directory / name
-            if path.exists() and (digest is None or hash_file(path) == digest):
+            if digest is not None and path.exists() and hash_file(path) == digest:
                 continue
             with arriving(path) as temporary:
                 try:

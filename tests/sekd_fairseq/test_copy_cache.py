@@ -126,6 +126,7 @@ def test_a_stopped_copy_goes_on(
     fetch(url, back)
     (back / "manifest.json").unlink()
     (back / "shard-00002.arrow").write_bytes(b"half")
+    (back / "tail.arrow").write_bytes(b"of another cache")
     fetch(url, back)
     assert content(back) == content(train)
 
@@ -149,6 +150,12 @@ def test_a_copy_in_the_place_of_another_cache_begins_anew(
     publish(one, url)
     fetch(url, tmp_path / "again")
     assert content(tmp_path / "again") == content(one)
+    with storage(url) as (system, root):
+        system.rm_file(f"{root}/manifest.json")
+    (two / "tail.arrow").unlink()  # nor does a law stay that a cache does not have
+    publish(two, url)
+    fetch(url, tmp_path / "third")
+    assert content(tmp_path / "third") == content(two)
 
 
 def test_a_file_system_without_locks_serves(
