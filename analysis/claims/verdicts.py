@@ -234,7 +234,8 @@ def _judge(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         if treatment == PLACEBO:
             continue
         row["verdict"] = verdicts[scope, treatment, claim]
-        if claim == 2 and row["verdict"] == "supported" != verdicts[scope, treatment, 1]:
+        gained = verdicts[scope, treatment, 1] == "supported"
+        if claim == 2 and row["verdict"] == "supported" and not gained:
             row |= {"verdict": "inconclusive", "reason": NOTHING_GAINED}
     return pd.DataFrame(rows, columns=COLUMNS)
 

@@ -146,10 +146,9 @@ def claims_blocks(tables: Tables, options: Options) -> list[Block]:
         )
     blocks.extend(_partly_pooled(pooled))
     blocks.append(
-        "Effects above 0 are in the claim's favour. *Detectable* is the smallest effect that these runs would "
-        "tell from 0 four times in five, after Holm's correction (claim 2: from a loss of the margin). Each "
-        "direction alone: `tables/claims.csv`; the rule of the verdicts: "
-        "*How this was computed*."
+        "Effects above 0 are in the claim's favour. *Detectable* is the smallest effect that such runs would "
+        "detect with 80 % power, after Holm's correction (claim 2: from a loss of the margin). Each direction "
+        "alone: `tables/claims.csv`; the rule of the verdicts: *How this was computed*."
     )
     return blocks
 

@@ -105,10 +105,7 @@ def _gain(methods: pd.DataFrame, row: Mapping[Any, Any], options: Options) -> st
     elif row[f"{prefix}_seeds"] < 2:
         found = f"{text}, from one seed, which says nothing of training again. "
     else:
-        found = (
-            f"{text}; with these runs, a gain of {row[f'{prefix}_detectable']:.1f} BLEU would be "
-            "told from none four times in five. "
-        )
+        found = f"{text}; such runs would detect a gain of {row[f'{prefix}_detectable']:.1f} BLEU with 80 % power. "
     baseline = lengths.get(options.baseline, np.nan)
     return found + _length(certain, lengths[row["method"]], baseline)
 
