@@ -16,14 +16,13 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from sekd_fairseq.checkpoints import load_models
 from sekd_fairseq.errors import UserError, one_line_errors
-from sekd_fairseq.llm.loading import left_in_single, pretrained
+from sekd_fairseq.llm.loading import narrow, pretrained
 from sekd_fairseq.llm.tokenizer import (
     HFTokenizer,
     SentencePieceTokenizer,
@@ -82,21 +81,6 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
         f"{output}: {sum(p.numel() for p in lm.parameters()):,} parameters, "
         f"{lm.config.get_text_config().vocab_size} rows"
     )
-
-
-def narrow(lm: Any) -> torch.dtype:
-    """Turn a model's weights into half precision if that changes none of them; returns their type.
-
-    Those that transformers leaves in single precision stay so.
-    """
-    for dtype in (torch.bfloat16, torch.float16):
-        single = {id(weight) for weight in left_in_single(lm, dtype)}
-        rest = [weight for weight in lm.parameters() if id(weight) not in single]
-        if all(weight.to(dtype).float().equal(weight) for weight in rest):
-            for weight in rest:
-                weight.data = weight.data.to(dtype)
-            return dtype
-    return torch.float32
 
 
 def export_tokenizer(tokenizer: Tokenizer, config: type, output: Path) -> None:

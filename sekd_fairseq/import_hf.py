@@ -4,7 +4,8 @@
 
 ``build_cache``, ``score``, ``fairseq-generate`` and ``--teacher-path`` then take it like any other
 checkpoint. DATA was made for its tokenizer by ``prepare_llm_data``; the reverse is
-``export_hf``.
+``export_hf``. Weights in half precision stay so; a symbol that the model has no token for gets a row that is rounded as
+they are.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from omegaconf import OmegaConf
 from analysis.runs.files import atomic_write
 from sekd_fairseq.checkpoints import language_model_config
 from sekd_fairseq.errors import one_line_errors
+from sekd_fairseq.llm.loading import narrow
+from sekd_fairseq.llm.vocabulary import NEW_ROW, vocabulary_parameters
 from sekd_fairseq.plugin import quiet_fairseq
 
 
@@ -26,6 +29,11 @@ def import_model(folder: str, gguf: str | None, data: str, output: Path) -> int:
     gguf_options = ["--hf-gguf-file", gguf] if gguf else []
     cfg = language_model_config(data, "--hf-model", folder, *gguf_options)
     model = tasks.setup_task(cfg.task).build_model(cfg.model)
+    lm, new = model.decoder.model, model.vocabulary_rows == NEW_ROW
+    for matrix in vocabulary_parameters(lm).values():
+        # Both half precisions have these values.
+        matrix.data[new] = matrix.data[new].half().bfloat16().float()
+    narrow(lm)
     checkpoint = {
         "args": None,
         "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),

@@ -233,6 +233,21 @@ def left_in_single(lm: Any, dtype: torch.dtype) -> list[Tensor]:
     return left
 
 
+def narrow(lm: Any) -> torch.dtype:
+    """Turn a model's weights into half precision if that changes none of them; returns their type.
+
+    Those that transformers leaves in single precision stay so.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        single = {id(weight) for weight in left_in_single(lm, dtype)}
+        rest = [weight for weight in lm.parameters() if id(weight) not in single]
+        if all(weight.to(dtype).float().equal(weight) for weight in rest):
+            for weight in rest:
+                weight.data = weight.data.to(dtype)
+            return dtype
+    return torch.float32
+
+
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Weights and buffers, those too that a checkpoint does not hold."""
     yield from module.named_parameters()

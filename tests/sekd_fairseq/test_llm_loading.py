@@ -263,7 +263,7 @@ def test_from_scratch_a_model_of_images_has_the_dictionary_s_vocabulary() -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_an_export_has_the_type_of_the_training(
+def test_checkpoints_and_exports_have_the_type_of_the_model(
     llm_data: Path, tokenizer: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     source = pretrained(tmp_path / "model", "qwen2", len(load_tokenizer(str(tokenizer)).pieces) + 3)
@@ -272,7 +272,7 @@ def test_an_export_has_the_type_of_the_training(
     checkpoint, out = tmp_path / "checkpoint.pt", tmp_path / "out"
     import_hf.main([str(source), "--data", str(llm_data), "--output", str(checkpoint)])
     weights = torch.load(checkpoint)["model"].values()
-    assert {weight.dtype for weight in weights} == {torch.float32, torch.int64}  # whatever it was
+    assert {weight.dtype for weight in weights} == {dtype, torch.int64}
     export_hf.main(
         [str(checkpoint), "--data", str(llm_data), "--output", str(out), "--base", str(source)]
     )
