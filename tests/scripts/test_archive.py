@@ -119,7 +119,8 @@ def test_without_data_all_but_the_translations_is_judged(study: Path) -> None:
     shutil.rmtree("data")
     keep("restore")
     after = claims()
-    found = before.merge(after, on=["claim", "measure"], suffixes=("", "_after"))
+    keys = ["treatment", "scope", "claim", "measure"]
+    found = before.merge(after, on=keys, suffixes=("", "_after")).dropna(subset="verdict")
     assert len(found) and found["verdict"].eq(found["verdict_after"]).all()
 
 
