@@ -5,13 +5,14 @@
 CACHE holds the teacher over its own tokens, of TEACHER_DATA; DATA has the same sentences in the
 student's tokens.  Written is an ordinary cache over these (:mod:`sekd_fairseq.teachers.alignment` says
 how a distribution is carried over).  Sentences that are not one text in both get the reference alone,
-as those too long for a teacher do; how many, and how tokens were matched, is printed.
+as those too long for a teacher do; how many, and how tokens were matched, is printed.  Several
+processes share the work with ``--num-shards`` and ``--shard-id``, and an interrupted one resumes.
 """
 
 import argparse
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,18 @@ from sekd_fairseq.llm.vocabulary import FILE, NEW_ROW, TOKENIZER, Vocabulary
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import dictionary_of
 from sekd_fairseq.teacher_cache.description import describe
-from sekd_fairseq.teacher_cache.finish import missing_shards
-from sekd_fairseq.teacher_cache.format import hash_symbols, payload_dtypes
+from sekd_fairseq.teacher_cache.format import hash_symbols, payload_dtypes, shard_name
 from sekd_fairseq.teacher_cache.reader import CachedSentence, TeacherCache
 from sekd_fairseq.teacher_cache.storage import split_directories
 from sekd_fairseq.teacher_cache.writer import SentenceColumns, write_shard
 from sekd_fairseq.teachers.alignment import END, Known, Pieces, Reader, carry_over, spans
-from sekd_fairseq.teachers.caching import begin, finish, finished, hash_of
+from sekd_fairseq.teachers.caching import Part, add_part, begin, finish, finished, hash_of
 from sekd_fairseq.teachers.truncation import Truncation, best_columns, reference_alone
 
 #: The least log-probability that is no zero as a product of parts.
 LEAST = -600.0
+#: Sentences, of all of a split, from which it is found how many tokens carry a teacher.
+LOOKED_AT = 2000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="refuse where fewer of the student's tokens than this carry a teacher (default: %(default)s)",
     )
+    out.add_argument(
+        "--allow-implausible",
+        action="store_true",
+        help="finish a cache whose teacher is worse than the references' unigram frequencies",
+    )
+    add_part(out)
     return out
 
 
@@ -74,12 +82,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_fairseq()
     if not 0 <= args.min_share <= 1:
         raise UserError(f"--min-share: expected 0 to 1, found {args.min_share}")
+    part = Part.of(args)
     for directory in split_directories(args.cache):
         cache = TeacherCache.open(directory)
         split = cache.manifest.split
         teacher, student = (Side.open(data, split) for data in (args.data, args.student_data))
-        aligned = align(cache, teacher, student, args.output / split, args.min_share)
-        print(describe(aligned.directory, aligned.manifest), flush=True)
+        aligned = align(
+            cache,
+            teacher,
+            student,
+            args.output / split,
+            args.min_share,
+            part,
+            args.allow_implausible,
+        )
+        if aligned is not None:
+            print(describe(aligned.directory, aligned.manifest), flush=True)
 
 
 @dataclass
@@ -175,9 +193,19 @@ def text_of(tokenizer: Tokenizer) -> Any:
 
 
 def align(
-    cache: TeacherCache, teacher: Side, student: Side, directory: Path, min_share: float
-) -> TeacherCache:
-    """Write the aligned cache of one split; finished shards are kept.
+    cache: TeacherCache,
+    teacher: Side,
+    student: Side,
+    directory: Path,
+    min_share: float,
+    part: Part,
+    allow_implausible: bool,
+) -> TeacherCache | None:
+    """Write a part of the aligned cache of one split; finished shards are kept.
+
+    Returns
+    -------
+    The aligned cache; None while other parts have to finish.
 
     Raises
     ------
@@ -198,8 +226,12 @@ def align(
             f"{cache.directory}: expected the teacher's best tokens at temperature 1, found another cache; "
             "build it with --top-k or --top-p"
         )
-    share, ways = matched(teacher, student)
-    print(f"{directory}: {share:.2%} of the student's tokens carry a teacher; {ways}", flush=True)
+    looked_at = np.unique(np.linspace(0, len(cache) - 1, min(len(cache), LOOKED_AT)).astype(int))
+    share, ways = matched(teacher, student, looked_at)
+    of = "" if len(looked_at) == len(cache) else f" (of {len(looked_at):,} sentences)"
+    print(
+        f"{directory}: {share:.2%} of the student's tokens{of} carry a teacher; {ways}", flush=True
+    )
     if share < min_share:
         raise CacheError(
             f"{directory}: {share:.2%} of the student's tokens carry a teacher, expected {min_share:.0%} "
@@ -219,19 +251,16 @@ def align(
         "shard_sentences": manifest.shard_sentences,
         "temperature": 1.0,
         "truncation": manifest.truncation,
-        "teacher": {
-            **manifest.teacher,
-            "aligned_from": manifest.fingerprint,
-            "share": round(share, 6),
-        },
+        "teacher": {**manifest.teacher, "aligned_from": manifest.fingerprint},
     }
     if done := finished(directory, settings, dtypes):
         return done
     begin(directory, settings, dtypes)
     truncation = Truncation(**manifest.truncation)
     reader = Reader(teacher.pieces, student.pieces)
-    missing = missing_shards(directory, settings)
-    for index in progress(missing, desc=f"align {manifest.split}", unit="shard"):
+    for index in progress(part.shards(settings), desc=f"align {manifest.split}", unit="shard"):
+        if (directory / shard_name(index)).exists():
+            continue
         sentences = range(len(cache))[index * manifest.shard_sentences :][
             : manifest.shard_sentences
         ]
@@ -240,7 +269,7 @@ def align(
             tokens = student.sentences[sentence].tolist()
             rows.append(aligned_row(cache[sentence], tokens, reader, truncation))
         write_shard(directory, index, rows, student.hashes[list(sentences)], dtypes)
-    return finish(directory, settings, dtypes)
+    return finish(directory, settings, dtypes, part, allow_implausible)
 
 
 def aligned_row(
@@ -273,10 +302,11 @@ def known_tokens(row: CachedSentence) -> list[Known]:
     ]
 
 
-def matched(teacher: Side, student: Side) -> tuple[float, str]:
-    """The share of the student's tokens that are in a sentence of one text, and how tokens meet."""
+def matched(teacher: Side, student: Side, sentences: Iterable[int]) -> tuple[float, str]:
+    """Of these sentences the share of the student's tokens that are in one of one text, and how tokens
+    meet."""
     count: Counter[str] = Counter()
-    for sentence in range(len(student.sentences)):
+    for sentence in sentences:
         sides = teacher.texts(sentence), student.texts(sentence)
         size = len(sides[1])
         whole = [[text for text in side if text is not None] for side in sides]

@@ -10,7 +10,6 @@ several processes share one with ``--num-shards`` and ``--shard-id``, or under `
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import check_splits
 from sekd_fairseq.teacher_cache.description import describe
-from sekd_fairseq.teachers.caching import Build, build_split
+from sekd_fairseq.teachers.caching import Build, Part, add_part, build_split
 from sekd_fairseq.teachers.engine import Engine
 from sekd_fairseq.teachers.http import HTTPEngine
 from sekd_fairseq.teachers.torch import TorchEngine
@@ -147,21 +146,7 @@ def add_work(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="finish a cache whose teacher is worse than the references' unigram frequencies",
     )
-    group.add_argument(
-        "--num-shards",
-        type=int,
-        default=int(os.environ.get("WORLD_SIZE", 1)),
-        metavar="N",
-        help="share the work among N processes or jobs; each builds every N-th shard, and the one "
-        "that finishes last completes the cache (default: 1, or the processes of torchrun)",
-    )
-    group.add_argument(
-        "--shard-id",
-        type=int,
-        default=int(os.environ.get("RANK", 0)),
-        metavar="I",
-        help="which of these this is, from 0 (default: 0, or the rank under torchrun)",
-    )
+    add_part(group)
 
 
 def add_served(group: argparse._ActionsContainer) -> None:
@@ -200,12 +185,10 @@ def add_served(group: argparse._ActionsContainer) -> None:
 def build_of(args: argparse.Namespace) -> Build:
     """How the command line wants caches built; ``UserError`` on what is out of range or does not go
     together."""
-    for name in ("max_tokens", "shard_sentences", "num_shards"):
+    for name in ("max_tokens", "shard_sentences"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
-    if not 0 <= args.shard_id < args.num_shards:
-        raise UserError(f"--shard-id: expected 0 to {args.num_shards - 1}, found {args.shard_id}")
     if not args.temperature > 0:
         raise UserError(f"--temperature: expected above 0, found {args.temperature}")
     if len(utils.split_paths(args.data)) > 1:
@@ -217,7 +200,8 @@ def build_of(args: argparse.Namespace) -> Build:
         raise UserError("--sample and --top-k: expected one of them, found both")
     if args.top_p is None and args.top_p_floor is not None:
         raise UserError("--top-p-floor expects --top-p beside it, found none")
-    given = {field.name: getattr(args, field.name) for field in fields(Build)}
+    options = vars(args) | {"part": Part.of(args)}
+    given = {field.name: options[field.name] for field in fields(Build)}
     given["top_k"] = 32 if args.top_k is None else args.top_k
     given["top_p_floor"] = 2 if args.top_p_floor is None else args.top_p_floor
     build = Build(**given)

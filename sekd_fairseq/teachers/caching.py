@@ -1,7 +1,9 @@
 """Building the teacher cache of a split, shard by shard, so that an interrupted build resumes."""
 
+import argparse
 import hashlib
 import operator
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +45,58 @@ TAIL_TOKENS = 5000
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the processes that share a build: ``shard_id`` of ``num_shards``, from 0.
+
+    Raises
+    ------
+    UserError
+        There is no such part.
+    """
+
+    shard_id: int = 0
+    num_shards: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_shards < 1:
+            raise UserError(f"--num-shards: expected 1 or more, found {self.num_shards}")
+        if not 0 <= self.shard_id < self.num_shards:
+            expected = f"0 to {self.num_shards - 1}"
+            raise UserError(f"--shard-id: expected {expected}, found {self.shard_id}")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Part":
+        """Of the options of :func:`add_part`."""
+        return cls(args.shard_id, args.num_shards)
+
+    def shards(self, settings: dict[str, Any]) -> list[int]:
+        """The numbers of its shards."""
+        return list(shard_range(settings)[self.shard_id :: self.num_shards])
+
+
+def add_part(group: argparse._ActionsContainer) -> None:
+    """The options of a build that several processes share."""
+    group.add_argument(
+        "--num-shards",
+        type=int,
+        default=int(os.environ.get("WORLD_SIZE", 1)),
+        metavar="N",
+        help="share the work among N processes or jobs; each builds every N-th shard, and the one "
+        "that finishes last completes the cache (default: 1, or the processes of torchrun)",
+    )
+    group.add_argument(
+        "--shard-id",
+        type=int,
+        default=int(os.environ.get("RANK", 0)),
+        metavar="I",
+        help="which of these this is, from 0 (default: 0, or the rank under torchrun)",
+    )
+
+
+@dataclass(frozen=True)
 class Build:
-    """How the cache of every split is built; attributes are named as the options are."""
+    """How the cache of every split is built; attributes are named as the options are
+    (:class:`Part`'s too)."""
 
     data: str
     output: Path
@@ -56,8 +108,7 @@ class Build:
     temperature: float
     max_tokens: int | None
     shard_sentences: int | None
-    num_shards: int
-    shard_id: int
+    part: Part
     skip_too_long: bool
     allow_implausible: bool
 
@@ -91,16 +142,9 @@ def build_split(engine: Engine, build: Build, split: str) -> TeacherCache | None
     split_to_cache = Sentences(dataset, hashes, skipped, settings["shard_sentences"])
     settings["teacher"] = begin(directory, settings, dtypes)["teacher"]
     measure_tail(engine, build, directory, split_to_cache, settings)
-    shards = list(shard_range(settings)[build.shard_id :: build.num_shards])
+    shards = build.part.shards(settings)
     build_shards(engine, build, directory, shards, split_to_cache, dtypes)
-    missing = missing_shards(directory, settings)
-    if missing:
-        print(
-            f"{directory}: part {build.shard_id} of {build.num_shards} is built; shards of other "
-            f"parts are still missing ({len(missing)})"
-        )
-        return None
-    return finish(directory, settings, dtypes, build.allow_implausible)
+    return finish(directory, settings, dtypes, build.part, build.allow_implausible)
 
 
 @dataclass(frozen=True)
@@ -224,10 +268,18 @@ def finish(
     directory: Path,
     settings: dict[str, Any],
     dtypes: dict[str, np.dtype[Any]],
-    allow_implausible: bool = False,
-) -> TeacherCache:
-    """Close the cache whose shards are all there (:func:`finish_cache`), and forget the record of its
-    build."""
+    part: Part,
+    allow_implausible: bool,
+) -> TeacherCache | None:
+    """Close a cache whose shards are all there (:func:`finish_cache`), and forget the record of its
+    build; None, and a line that says so, while others have to finish."""
+    missing = missing_shards(directory, settings)
+    if missing:
+        print(
+            f"{directory}: part {part.shard_id} of {part.num_shards} is built; shards of other "
+            f"parts are still missing ({len(missing)})"
+        )
+        return None
     cache = finish_cache(directory, settings, dtypes, versions(), allow_implausible)
     (directory / SETTINGS).unlink(missing_ok=True)
     return cache

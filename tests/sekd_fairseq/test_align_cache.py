@@ -22,6 +22,7 @@ from sekd_fairseq.teacher_cache.format import payload_dtypes
 from sekd_fairseq.teacher_cache.reader import CachedSentence
 from sekd_fairseq.teacher_cache.storage import publish
 from sekd_fairseq.teachers.alignment import END, Pieces, Reader
+from sekd_fairseq.teachers.caching import Part
 from sekd_fairseq.teachers.truncation import Truncation
 
 from .conftest import binarise, command, error_line, sentence_pairs, train, write_text
@@ -191,10 +192,19 @@ def cache_of(folder: Path, teacher: str, p_gold: float, own: Side) -> TeacherCac
     return finish_cache(folder, settings, dtypes, {}, allow_implausible=True)
 
 
+WHOLE = Part()
+
+
+def align_part(
+    cache: TeacherCache, sides: tuple[Side, Side], output: Path, part: Part = WHOLE
+) -> TeacherCache | None:
+    return align_cache.align(cache, *sides, output, 0.5, part, allow_implausible=True)
+
+
 def test_killed_it_does_not_go_on_with_another_teachers_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs, ours = side("abc", [4, 5, 2]), side("bac", [5, 4, 2])
+    sides = theirs, _ = side("abc", [4, 5, 2]), side("bac", [5, 4, 2])
     first, second = (
         cache_of(tmp_path / name, name, p_gold, theirs)
         for name, p_gold in (("first", 0.9), ("second", 0.5))
@@ -208,17 +218,20 @@ def test_killed_it_does_not_go_on_with_another_teachers_cache(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(align_cache, "write_shard", killed)
-        align_cache.align(first, theirs, ours, output, 0.5)
+        align_part(first, sides, output)
     with pytest.raises(CacheError, match="holds a cache with another teacher"):
-        align_cache.align(second, theirs, ours, output, 0.5)
-    aligned = align_cache.align(first, theirs, ours, output, 0.5)
+        align_part(second, sides, output)
+    # The rest, in parts.
+    assert align_part(first, sides, output, Part(0, 2)) is None
+    aligned = align_part(first, sides, output, Part(1, 2))
+    assert aligned is not None
     for row in aligned:
         np.testing.assert_allclose(np.exp(row.gold_logprob), [0.9, 0.9, 0.9], rtol=1e-6)
     assert {path.name for path in output.iterdir()} == {
         "manifest.json", "shard-00000.arrow", "shard-00001.arrow",
     }  # fmt: skip
     with pytest.raises(CacheError, match="holds a cache with another teacher"):
-        align_cache.align(second, theirs, ours, output, 0.5)
+        align_part(second, sides, output)
 
 
 def test_what_does_not_belong_together_is_refused(
