@@ -18,7 +18,7 @@ from fairseq import utils
 
 from analysis.terminal import split_list
 from sekd_fairseq.checkpoints import add_hf_model
-from sekd_fairseq.devices import default_device, half_precision
+from sekd_fairseq.devices import add_device, default_device, half_precision
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import check_splits
@@ -60,24 +60,13 @@ def parser() -> argparse.ArgumentParser:
         default="train,valid",
         help="splits to cache, joined with ',' (default: %(default)s; add test to score on it)",
     )
-    add_precision(out)
+    precision = "single precision, with --engine vllm the model's own"
+    add_device(out, "run the teacher", precision)
+    add_hf_model(out)
     add_truncation(out.add_argument_group("what is kept of the teacher's distributions"))
     add_work(out.add_argument_group("how the work is done"))
     add_served(out.add_argument_group("a teacher behind a server (--engine http)"))
     return out
-
-
-def add_precision(group: argparse._ActionsContainer) -> None:
-    """The options of where and how a teacher runs."""
-    half = group.add_mutually_exclusive_group()
-    half.add_argument(
-        "--fp16",
-        action="store_true",
-        help="run the teacher in float16 (GPU; default: single precision, with --engine vllm the model's own)",
-    )
-    half.add_argument("--bf16", action="store_true", help="run the teacher in bfloat16 (GPU)")
-    add_hf_model(group)
-    group.add_argument("--cpu", action="store_true", help="do not use a GPU")
 
 
 def add_truncation(group: argparse._ActionsContainer) -> None:

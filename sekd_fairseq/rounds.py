@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.runs.files import atomic_directory, atomic_write, sealed_json
+from sekd_fairseq.devices import add_device
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.run_lock import held
 from sekd_fairseq.splits import (
@@ -148,10 +149,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--seed", type=int, default=1, help="of the choice and of --sample (default: 1)"
     )
-    half = out.add_mutually_exclusive_group()
-    half.add_argument("--fp16", action="store_true", help="translate and cache in float16 (GPU)")
-    half.add_argument("--bf16", action="store_true", help="translate and cache in bfloat16 (GPU)")
-    out.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    add_device(out, "translate and cache")
     return out
 
 

@@ -28,7 +28,7 @@ from sekd_fairseq.checkpoints import add_hf_model, load_models, position_limits
 from sekd_fairseq.comparison import compare_split
 from sekd_fairseq.criterions.self_evolution_kd import partners
 from sekd_fairseq.datasets import TeacherDataset, mapped
-from sekd_fairseq.devices import default_device, half_precision
+from sekd_fairseq.devices import add_device, default_device, half_precision
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import load_split, too_long, train_targets, training_part
@@ -77,11 +77,8 @@ def parser() -> argparse.ArgumentParser:
         default=4096,
         help="padded tokens per batch (default: %(default)s)",
     )
-    half = out.add_mutually_exclusive_group()
-    half.add_argument("--fp16", action="store_true", help="run the student in float16 (GPU)")
-    half.add_argument("--bf16", action="store_true", help="run the student in bfloat16")
+    add_device(out, "run the student")
     add_hf_model(out)
-    out.add_argument("--cpu", action="store_true", help="do not use a GPU")
     return out
 
 
