@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fairseq.data import data_utils
 from numpy.typing import NDArray
 
 from analysis.terminal import progress
@@ -27,7 +26,7 @@ from sekd_fairseq.errors import CacheError, UserError, one_line_errors
 from sekd_fairseq.llm.tokenizer import Tokenizer, byte_piece, load_tokenizer
 from sekd_fairseq.llm.vocabulary import FILE, NEW_ROW, TOKENIZER, Vocabulary
 from sekd_fairseq.plugin import quiet_fairseq
-from sekd_fairseq.splits import dictionary_of
+from sekd_fairseq.splits import dictionary_of, languages, sentences_of, stored_as
 from sekd_fairseq.teacher_cache.description import describe
 from sekd_fairseq.teacher_cache.format import hash_symbols, payload_dtypes, shard_name
 from sekd_fairseq.teacher_cache.reader import CachedSentence, TeacherCache
@@ -123,17 +122,14 @@ class Side:
     @classmethod
     def open(cls, data: str, split: str) -> "Side":
         """Read it; ``UserError`` where it is not there."""
-        languages = data_utils.infer_language_pair(data) if Path(data).is_dir() else (None, None)
-        source, target = languages
-        if target is None:
-            raise UserError(f"{data}: expected a fairseq data directory, found none")
-        dictionary = dictionary_of(Path(data), target)
-        stem = Path(data) / f"{split}.{source}-{target}.{target}"
-        sentences = data_utils.load_indexed_dataset(str(stem), dictionary)
-        if sentences is None:
-            raise UserError(f"{data}: expected the split {split!r} ({stem.name}.bin), found none")
+        folder = Path(data)
+        source, target = languages(folder, split)
+        dictionary = dictionary_of(folder, target)
+        stored = stored_as(folder, split, source, target, target)
+        assert stored is not None  # languages() has seen it
+        sentences = sentences_of(*stored, dictionary)
         hashes = target_hashes(sentences, dictionary.pad())
-        pieces = pieces_of(Path(data), dictionary.symbols)
+        pieces = pieces_of(folder, dictionary.symbols)
         return cls(f"{split} ({data})", dictionary.symbols, pieces, sentences, hashes)
 
     def texts(self, sentence: int) -> list[bytes | None]:
@@ -278,9 +274,7 @@ def aligned_row(
     """One sentence over the student's ``tokens``."""
     known = known_tokens(row)
     if reader.alike and [one.token for one in known] == tokens:  # the row as it is
-        return SentenceColumns(
-            {name: value for name, value in row._asdict().items() if isinstance(value, np.ndarray)}
-        )
+        return {name: of for name, of in row._asdict().items() if isinstance(of, np.ndarray)}
     found = carry_over(known, tokens, reader)
     if found is None:
         return reference_alone(np.array(tokens))
@@ -290,15 +284,12 @@ def aligned_row(
 
 def known_tokens(row: CachedSentence) -> list[Known]:
     """What a cached sentence knows at each of its tokens."""
-    ends = np.cumsum(row.support_size.astype(np.int64))
-    log_p = row.logprob.astype(np.float64)
-    log_p[ends - row.support_size] = row.gold_logprob
-    p = np.exp(np.maximum(log_p, LEAST)).tolist()
+    p = np.exp(np.maximum(row.log_p, LEAST)).tolist()
     ids = row.token_id.tolist()
-    starts = [0, *ends[:-1].tolist()]
+    ends = (row.first + row.support_size).tolist()
     return [
         Known(ids[start], dict(zip(ids[start:end], p[start:end], strict=True)))
-        for start, end in zip(starts, ends.tolist(), strict=True)
+        for start, end in zip(row.first.tolist(), ends, strict=True)
     ]
 
 

@@ -224,8 +224,7 @@ def dense_row(
     by a tail law."""
     sizes = row.support_size.astype(np.int64)
     token = np.repeat(np.arange(len(sizes)), sizes)
-    mass = np.exp(row.logprob.astype(np.float64))
-    mass[np.cumsum(sizes) - sizes] = np.exp(row.gold_logprob.astype(np.float64))
+    mass = np.exp(row.log_p)
     outside = row.outside_mass.astype(np.float64)
     total = np.bincount(token, mass, minlength=len(sizes)) + outside
     weights = np.ones(vocab_size) if law is None else law.astype(np.float64)

@@ -129,17 +129,14 @@ def look_at(cache: TeacherCache) -> Seen:
     columns: list[list[Any]] = [[], [], [], []]
     for sentence in chosen:
         row = cache[int(sentence)]
-        ends = np.cumsum(row.support_size.astype(np.int64))
-        first = ends - row.support_size
-        values = row.logprob.astype(np.float64)
-        values[first] = row.gold_logprob
+        first, values = row.first, row.log_p
         best = [
-            row.token_id[start + values[start:end].argmax()]
-            for start, end in zip(first, ends, strict=True)
+            row.token_id[start + values[start : start + size].argmax()]
+            for start, size in zip(first, row.support_size, strict=True)
         ]
         columns[0].append(row.token_id[first].astype(np.int64))
         columns[1].append(np.array(best, np.int64))
-        columns[2].append(np.arange(len(ends)) == len(ends) - 1)
+        columns[2].append(np.arange(len(first)) == len(first) - 1)
         columns[3].append(row.gold_logprob.astype(np.float64))
     return Seen(*(np.concatenate(column) for column in columns))
 

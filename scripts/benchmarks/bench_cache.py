@@ -36,7 +36,7 @@ from sekd_fairseq.devices import to_device
 from sekd_fairseq.inspect_cache import restoration_error
 from sekd_fairseq.plugin import quiet_fairseq
 from sekd_fairseq.splits import load_split, token_batches
-from sekd_fairseq.teacher_cache import SentenceColumns, TeacherCache, write_shard
+from sekd_fairseq.teacher_cache import TeacherCache, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import payload_dtypes
 from sekd_fairseq.teachers.torch import TorchEngine
@@ -200,7 +200,7 @@ def opening(folder: Path, tokens: int = 10_000_000) -> dict[str, Any]:
     hashes = generator.integers(0, 2**63, sentences).astype(np.uint64)
     folder.mkdir()
     for index in progress(range(sentences // shard), desc="ten million tokens"):
-        rows = [SentenceColumns({**columns, "token_id": one}) for one in ids]
+        rows = [{**columns, "token_id": one} for one in ids]
         part = slice(index * shard, (index + 1) * shard)
         write_shard(folder, index, rows, hashes[part], dtypes)
     settings = {

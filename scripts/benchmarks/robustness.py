@@ -35,7 +35,7 @@ from analysis.runs.texts import read_texts, write_texts
 from analysis.runs.token_records import COLUMNS, read_columns, read_pieces, read_token_set
 from sekd_fairseq.llm.prompts import PromptSettings
 from sekd_fairseq.llm.vocabulary import FILE, Vocabulary
-from sekd_fairseq.teacher_cache import SentenceColumns, TeacherCache, hash_symbols, write_shard
+from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import MANIFEST, payload_dtypes
 from sekd_fairseq.teachers.caching import SETTINGS, read_settings
@@ -70,7 +70,7 @@ def make_cache(folder: Path, sentences: int = 7) -> None:
             "token_id": np.tile([4, 5, 6], tokens),
             "logprob": np.log(p[:, :support]).ravel(),
         }
-        rows.append(SentenceColumns(columns))
+        rows.append(columns)
     hashes = np.arange(sentences, dtype=np.uint64)
     dtypes = payload_dtypes(len(SYMBOLS))
     for index in range(2):

@@ -43,6 +43,19 @@ class CachedSentence(NamedTuple):
     logprob: NDArray[np.float16]
     draws: NDArray[np.uint16] | None = None
 
+    @property
+    def first(self) -> NDArray[np.int64]:
+        """Where each token's entries begin: at its reference, (T,)."""
+        sizes = self.support_size.astype(np.int64)
+        return np.cumsum(sizes) - sizes
+
+    @property
+    def log_p(self) -> NDArray[np.float64]:
+        """The log-probability of each entry, of references as exact as it is stored, (E,)."""
+        values = self.logprob.astype(np.float64)
+        values[self.first] = self.gold_logprob
+        return values
+
 
 class _MappedShard:
     """NumPy views of one shard's columns, where the manifest says that they are; of the rows nothing

@@ -1,9 +1,8 @@
 """Writing a teacher cache: shards that can be built in any order, by any process."""
 
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,19 +17,10 @@ from sekd_fairseq.teacher_cache.format import (
     shard_name,
 )
 
-
-@dataclass(frozen=True)
-class SentenceColumns:
-    """The teacher at one sentence's ``T`` target tokens, ``E`` support entries in all.
-
-    Attributes
-    ----------
-    columns
-        Arrays named as in :mod:`sekd_fairseq.teacher_cache.format`: ``(T,)`` for token columns,
-        ``(E,)`` for entry columns, any float or integer type (stored types are narrower).
-    """
-
-    columns: dict[str, NDArray[Any]]
+#: The teacher at one sentence's ``T`` target tokens, ``E`` support entries in all: arrays named as in
+#: :mod:`sekd_fairseq.teacher_cache.format`, ``(T,)`` for token columns, ``(E,)`` for entry columns, any float
+#: or integer type (stored types are narrower).
+SentenceColumns: TypeAlias = dict[str, NDArray[Any]]
 
 
 def write_shard(
@@ -54,11 +44,11 @@ def write_shard(
     stored: dict[str, list[NDArray[Any]]] = {name: [] for name in dtypes}
     crc = np.zeros(len(sentences), dtype=np.uint32)
     for row, sentence in enumerate(sentences):
-        _check_row(sentence.columns, row)
+        _check_row(sentence, row)
         narrow = {
-            name: encode_logprob(sentence.columns[name], dtype)
+            name: encode_logprob(sentence[name], dtype)
             if name == "logprob"
-            else np.ascontiguousarray(sentence.columns[name], dtype)
+            else np.ascontiguousarray(sentence[name], dtype)
             for name, dtype in dtypes.items()
         }
         crc[row] = payload_crc(narrow)
@@ -92,7 +82,7 @@ def payload_crc(columns: dict[str, NDArray[Any]]) -> int:
     return crc
 
 
-def _check_row(columns: dict[str, NDArray[Any]], row: int) -> None:
+def _check_row(columns: SentenceColumns, row: int) -> None:
     tokens = {len(columns[name]) for name in TOKEN_COLUMNS}
     entries = {len(columns[name]) for name in ENTRY_COLUMNS if name in columns}
     assert len(tokens) == 1 and len(entries) == 1, "columns of one sentence differ in length"

@@ -73,12 +73,10 @@ class TorchEngine:
         rows = {}
         for sentence, start, end in zip(sentences, ends - lengths, ends, strict=True):
             tokens, entries = slice(start, end), slice(entry_ends[start], entry_ends[end])
-            rows[sentence] = SentenceColumns(
-                {
-                    name: values[entries if name in ENTRY_COLUMNS else tokens]
-                    for name, values in columns.items()
-                }
-            )
+            rows[sentence] = {
+                name: values[entries if name in ENTRY_COLUMNS else tokens]
+                for name, values in columns.items()
+            }
         return rows
 
     def written(self) -> None:

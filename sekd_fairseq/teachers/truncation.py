@@ -272,20 +272,18 @@ def best_columns(
             ("logprob", logprob),
         ):
             columns.setdefault(name, []).append(value)
-    return SentenceColumns({name: np.concatenate(values) for name, values in columns.items()})
+    return {name: np.concatenate(values) for name, values in columns.items()}
 
 
 def reference_alone(target: NDArray[np.int64]) -> SentenceColumns:
     """A sentence that the teacher says nothing of: probability 1 for each reference token."""
     zeros = np.zeros(len(target), np.float32)
-    return SentenceColumns(
-        {
-            "support_size": np.ones(len(target), np.int64),
-            "gold_logprob": zeros,
-            "outside_mass": zeros,
-            "entropy": zeros,
-            "token_id": target,
-            "logprob": zeros,
-            "draws": np.zeros(len(target), np.int64),
-        }
-    )
+    return {
+        "support_size": np.ones(len(target), np.int64),
+        "gold_logprob": zeros,
+        "outside_mass": zeros,
+        "entropy": zeros,
+        "token_id": target,
+        "logprob": zeros,
+        "draws": np.zeros(len(target), np.int64),
+    }

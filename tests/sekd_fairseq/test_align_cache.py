@@ -10,13 +10,7 @@ import torch
 from sekd_fairseq import align_cache
 from sekd_fairseq.align_cache import Side, aligned_row
 from sekd_fairseq.errors import CacheError
-from sekd_fairseq.teacher_cache import (
-    SentenceColumns,
-    TeacherCache,
-    hash_symbols,
-    hash_targets,
-    write_shard,
-)
+from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols, hash_targets, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import payload_dtypes
 from sekd_fairseq.teacher_cache.reader import CachedSentence
@@ -108,9 +102,9 @@ def test_of_one_tokenizer_that_cut_otherwise_nothing_is_shifted() -> None:
         token_id=np.array([token for one in p for token in one]),
         logprob=np.log([value for one in p for value in one.values()]).astype(np.float16),
     )
-    as_it_is = aligned_row(row, [4, 2], both, Truncation()).columns
+    as_it_is = aligned_row(row, [4, 2], both, Truncation())
     np.testing.assert_array_equal(as_it_is["logprob"], row.logprob)
-    cut = aligned_row(row, [5, 6, 2], both, Truncation()).columns
+    cut = aligned_row(row, [5, 6, 2], both, Truncation())
     np.testing.assert_array_equal(cut["support_size"], [1, 1, 1])
     np.testing.assert_allclose(np.exp(cut["gold_logprob"]), [0.9, 0.6 / 0.9, 0.9], rtol=1e-3)
 
@@ -177,7 +171,7 @@ def cache_of(folder: Path, teacher: str, p_gold: float, own: Side) -> TeacherCac
     }
     for shard in range(2):
         hashes = own.hashes[2 * shard :][:2]
-        write_shard(folder, shard, [SentenceColumns(columns)] * 2, hashes, dtypes)
+        write_shard(folder, shard, [columns] * 2, hashes, dtypes)
     settings = {
         "split": "train",
         "vocab_size": len(own.symbols),
@@ -246,4 +240,4 @@ def test_what_does_not_belong_together_is_refused(
     line = error_line(align(cache, long, data, tmp_path / "no", check=False))
     assert "SentencePiece" in line
     line = error_line(align(cache, long, tmp_path, tmp_path / "no", check=False))
-    assert "data directory" in line
+    assert "expected a binarised split 'train'" in line

@@ -13,7 +13,7 @@ import pytest
 from analysis.runs.files import hash_file
 from sekd_fairseq import copy_cache
 from sekd_fairseq.errors import CacheError, UserError
-from sekd_fairseq.teacher_cache import SentenceColumns, TeacherCache, write_shard
+from sekd_fairseq.teacher_cache import TeacherCache, write_shard
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import payload_dtypes
 from sekd_fairseq.teacher_cache.storage import fetch, fetched, publish, remote_splits, storage
@@ -40,16 +40,14 @@ def built(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     for index in range(3):
         rows = [
-            SentenceColumns(
-                {
-                    "support_size": np.full(4, 2),
-                    "gold_logprob": np.full(4, -0.5),
-                    "outside_mass": np.full(4, 0.1),
-                    "entropy": np.full(4, 0.5),
-                    "logprob": np.full(8, -1.0),
-                    "token_id": generator.integers(4, 50, 8),
-                }
-            )
+            {
+                "support_size": np.full(4, 2),
+                "gold_logprob": np.full(4, -0.5),
+                "outside_mass": np.full(4, 0.1),
+                "entropy": np.full(4, 0.5),
+                "logprob": np.full(8, -1.0),
+                "token_id": generator.integers(4, 50, 8),
+            }
             for _ in range(3 if index < 2 else 2)
         ]
         write_shard(folder, index, rows, np.arange(len(rows)).astype(np.uint64), dtypes)

@@ -151,9 +151,9 @@ def test_many_draws_need_no_more_memory_than_they_are() -> None:
 def test_what_is_known_but_not_kept_is_outside() -> None:
     """Summed, where what the kept ones lack of 1 is a rounding error."""
     log_p = {5: 0.0, 7: -25.0, 9: -30.0}  # of a teacher that is sure
-    (outside,) = best_columns([log_p], [5], Truncation(k=2)).columns["outside_mass"]
+    (outside,) = best_columns([log_p], [5], Truncation(k=2))["outside_mass"]
     assert outside == pytest.approx(math.exp(-30), rel=1e-6)
-    (outside,) = best_columns([{5: math.log(0.5), 7: math.log(0.2)}], [5], Truncation(k=1)).columns[
+    (outside,) = best_columns([{5: math.log(0.5), 7: math.log(0.2)}], [5], Truncation(k=1))[
         "outside_mass"
     ]
     assert outside == pytest.approx(0.5)
