@@ -20,6 +20,7 @@ from sekd_fairseq.losses import (
     chunked_loss,
     support,
     support_log_probs,
+    support_torch,
 )
 from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.losses.support_torch import SCRATCH_ELEMENTS
@@ -110,6 +111,22 @@ def test_logged_gradient_is_the_norm_that_the_logits_receive(
     expected = model.logits.grad.abs().sum()
     found = (log["easy_gradient"] + log["hard_gradient"]).item()
     assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "passes"), [(0.0, 1), (0.5, 2), (1.0, 1)])
+def test_a_part_without_weight_has_no_gradient_pass(
+    alpha: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a temperature other than 1 each part of the loss has a pass over the logits of its own."""
+    calls = []
+    gradient = support_torch.gradient
+    monkeypatch.setattr(
+        support_torch, "gradient", lambda *given: calls.append(given) or gradient(*given)
+    )
+    model = Logits(torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(8)))
+    loss, _, _ = self_evolution(alpha=alpha)(model, batch(temperature=2.0))
+    loss.backward()
+    assert len(calls) == passes and model.logits.grad.any()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
