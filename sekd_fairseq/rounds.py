@@ -36,6 +36,7 @@ from torch import Tensor
 from analysis.runs.files import atomic_directory, atomic_write, sealed_json
 from sekd_fairseq.devices import add_device
 from sekd_fairseq.errors import UserError, one_line_errors
+from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.run_lock import held
 from sekd_fairseq.splits import (
     check_splits,
@@ -375,13 +376,22 @@ def translate(settings: Settings, sources: Path, student: Path, number: int, out
     words = [str(sources), *plugin(), "--path", model, "--gen-subset", "train"]
     words += ["--beam", str(settings.beam), "--nbest", str(settings.nbest)]
     words += ["--max-tokens", str(settings.max_tokens), "--seed", str(settings.seed + number)]
-    words += ["--max-len-a", "2", "--max-len-b", "50"]  # what is longer is left out
+    words += longest_translation(sources)
     if settings.sample:
         words += ["--sampling", "--temperature", str(settings.temperature)]
     part = output.with_suffix(".part")
     with part.open("wb") as stream:
         run("fairseq_cli.generate", [*words, *settings.device], stdout=stream)
     os.replace(part, output)
+
+
+def longest_translation(sources: Path) -> list[str]:
+    """How far a translation is searched, in fairseq's options: what is longer is left out. A language model's
+    source is its whole prompt, so the longest reference counts there."""
+    if not (sources / FILE).is_file():
+        return ["--max-len-a", "2", "--max-len-b", "50"]
+    references = training_side(sources, languages(sources, "train")[1])
+    return ["--max-len-a", "0", "--max-len-b", str(2 * int(max(references.sizes)) + SLACK)]
 
 
 def build_cache(settings: Settings, data: Path, cache: Path) -> None:

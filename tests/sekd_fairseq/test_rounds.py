@@ -76,6 +76,14 @@ def test_rounds_train_on_gold_and_generated_text(
         )
 
 
+def test_a_prompt_is_not_counted_in_the_length_of_a_translation(data: Path, llm_data: Path) -> None:
+    assert rounds.longest_translation(data) == ["--max-len-a", "2", "--max-len-b", "50"]
+    references = indexed_dataset.make_dataset(str(llm_data / "train.en-de.de"), "mmap")
+    longest = max(map(len, references))
+    expected = ["--max-len-a", "0", "--max-len-b", str(2 * longest + 10)]
+    assert rounds.longest_translation(llm_data) == expected
+
+
 def test_a_teacher_translates_and_the_nearest_to_the_reference_is_taken(
     data: Path, teacher: Path, cache: Path, tmp_path: Path, commands: list[str]
 ) -> None:
