@@ -127,7 +127,7 @@ def test_run_records(tmp_path: Path, value: Any) -> None:
 def test_prompt_templates(text: str, source: str) -> None:
     for template in (text, f"{text}{{src}}", f"{{src}}{text}"):
         try:
-            prompt = Template(template, "de", "en").prompt(source)
+            prompt = Template(template, "de", "en").fill(source)
         except UserError as error:
             assert str(error).startswith("prompt template")
         else:

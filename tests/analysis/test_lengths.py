@@ -154,7 +154,7 @@ def test_a_gain_is_certain_by_the_corrected_p_in_words_as_in_latex() -> None:
     doubtful, certain = gains(rows[:1]), gains(rows[1:])
     told = "No certain difference: 0.50 BLEU [0.10, 0.90], p = 0.12 with Holm's correction"
     assert told in claimed(doubtful, "se_kd_blend")
-    assert "A gain of 0.50 BLEU [0.10, 0.90]; with these runs" in claimed(certain, "se_kd_blend")
+    assert "A gain of 0.50 BLEU [0.10, 0.90]; such runs" in claimed(certain, "se_kd_blend")
     mark = r"$^{\dagger}$"
     assert mark not in results_table(doubtful, "word_kd")
     assert mark in results_table(certain, "word_kd")
@@ -190,13 +190,13 @@ def test_a_gain_in_some_of_the_directions_names_them() -> None:
     known = {"method": "se_kd_blend", "gain": (0.5, 0.1, 0.9, 0.03)}
     missing = {"direction": "fr-en", "method": "word_kd", "gain": (float("nan"),) * 4}
     text = claimed(gains([known | {"direction": "de-en"}, missing]), "se_kd_blend")
-    assert "A gain of 0.50 BLEU [0.10, 0.90] in de-en; with these runs" in text
+    assert "A gain of 0.50 BLEU [0.10, 0.90] in de-en; such runs" in text
     # Where the baseline is missing in one of them, too.
     pooled = {"direction": "all", "method": "se_kd_blend", "gain": (float("nan"),) * 4}
     text = claimed(gains([known | {"direction": "de-en"}, missing, pooled]), "se_kd_blend")
     assert "in de-en" in text
     both = [known | {"direction": name} for name in ("de-en", "fr-en", "all")]
-    assert "[0.10, 0.90] over 2 directions; with" in claimed(gains(both), "se_kd_blend")
+    assert "[0.10, 0.90] over 2 directions; such" in claimed(gains(both), "se_kd_blend")
 
 
 def test_spread_over_seeds_of_the_mean_pairs_seeds_and_not_places(

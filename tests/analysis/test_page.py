@@ -1,6 +1,7 @@
 """The HTML pages, in a real browser where there is one."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,11 @@ def test_no_width_breaks_a_verdict_or_scrolls_the_page(
 
 def test_examples_are_filtered_in_the_page(report: Path, browser: Any) -> None:
     browser.get((report / "examples.html").as_uri())
+    ready = "return document.readyState"
+    while (
+        browser.execute_script(ready) != "complete"
+    ):  # on a busy machine some examples are not there yet
+        time.sleep(0.05)
 
     def shown() -> list[float]:
         found = browser.find_elements("css selector", ".example:not([hidden])")

@@ -137,7 +137,7 @@ def test_checkpoints_are_written_by_one_training(data: Path, tmp_path: Path) -> 
             f"error: {save}: expected no other process at work on this run, found"
         )
         assert f"found process {other} on " in line and "name another folder" in line
-        train(data, save, "--no-save")  # writes nothing there
+        train(data, save, "--no-save", "--restore-file", "none.pt")  # writes nothing there
         train(data, tmp_path / "beside")
     finally:
         ended(other)
