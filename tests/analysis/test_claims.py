@@ -133,7 +133,7 @@ def renumbered(root: Path, target: Path, shift: int) -> Path:
     return target
 
 
-@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.parametrize("shift", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_identical_models_do_not_win(tmp_path: Path, shift: int) -> None:
     """Seeds share errors: with the reference run of the same seed the renamed baseline wins claim 1, for
     the run that it is compared with looks worse than it is on tokens that share its errors."""

@@ -160,6 +160,7 @@ def block_of_docs(after: str, language: str) -> str:
     return rest.split(f"```{language}\n", 1)[1].split("```", 1)[0]
 
 
+@pytest.mark.slow
 def test_the_hydra_configuration_of_the_docs_trains(
     data: Path, cache: Path, tmp_path: Path
 ) -> None:

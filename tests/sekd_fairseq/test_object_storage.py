@@ -101,6 +101,7 @@ def test_score_and_inspect_read_an_address(
     assert written[0] == written[1]
 
 
+@pytest.mark.slow
 def test_rounds_from_s3_are_those_from_the_folder(
     data: Path,
     teacher: Path,

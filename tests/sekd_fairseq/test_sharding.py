@@ -41,7 +41,9 @@ def norms(log: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "more", [SGD, (*ADAM, "--sekd-chunk-tokens", "7")], ids=["sgd", "adam-chunks"]
+    "more",
+    [pytest.param(SGD, marks=pytest.mark.slow), (*ADAM, "--sekd-chunk-tokens", "7")],
+    ids=["sgd", "adam-chunks"],
 )
 def test_two_processes_end_as_one(
     data: Path, cache: Path, tmp_path: Path, more: tuple[str, ...]

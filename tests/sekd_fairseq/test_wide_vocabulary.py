@@ -183,7 +183,7 @@ def test_a_wide_vocabulary_takes_the_logits_at_most(
         peaks.append(peak_bytes(step) / logits)
     # Logits, whose place the gradient takes, or those of a chunk; the rest are a block of rows and the
     # weights' gradient.
-    assert peaks[0] > 6 and peaks[1] < (0.5 if chunks else 1.5), peaks
+    assert peaks[0] > 5.5 and peaks[1] < (0.5 if chunks else 1.5), peaks
 
 
 def test_chunks_are_taken_where_they_save_memory() -> None:
