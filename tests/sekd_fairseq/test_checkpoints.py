@@ -66,7 +66,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(
     train(data, save, *base, "--lr", "3e-3", "--reset-optimizer", "--max-update", "6")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_an_optimizer_without_dataclass_holds_no_other_settings(
     data: Path, tmp_path: Path, optimizer: str
 ) -> None:
