@@ -105,7 +105,8 @@ def test_pages_about_a_teacher_and_its_cache(folder: Path) -> None:
     few = {"--nbest 8 --choose": "--nbest 2 --choose"}
     run_block(folder, "docs/more-text.md", "--choose reference", few)
     assert (folder / "distilled" / "train.en-de.de.bin").exists()
-    run_block(folder, "docs/more-text.md", "--distributed-rank")
+    batches = {"--gen-subset train": "--gen-subset train --max-tokens 200"}  # so that each has some
+    run_block(folder, "docs/more-text.md", "--distributed-rank", batches)
     shares = [(folder / f"part.{job}.out").read_text().count("\nH-") for job in (0, 1)]
     assert min(shares) > 0 and (folder / "distilled-in-shares" / "train.en-de.de.bin").exists()
     few = {"--nbest 8": "--nbest 2"}
