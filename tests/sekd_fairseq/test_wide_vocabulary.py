@@ -1,5 +1,6 @@
 """Models of a wide vocabulary: the same numbers without the logits of a whole batch."""
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,7 @@ class Features(nn.Module):
 
 def peak_bytes(function: Any) -> int:
     """The most that torch held at once during a call, above what it held before."""
+    gc.collect()  # what is freed within the call counts below what was held before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()
@@ -183,7 +185,7 @@ def test_a_wide_vocabulary_takes_the_logits_at_most(
         peaks.append(peak_bytes(step) / logits)
     # Logits, whose place the gradient takes, or those of a chunk; the rest are a block of rows and the
     # weights' gradient.
-    assert peaks[0] > 5.5 and peaks[1] < (0.5 if chunks else 1.5), peaks
+    assert peaks[0] > 6 and peaks[1] < (0.5 if chunks else 1.5), peaks
 
 
 def test_chunks_are_taken_where_they_save_memory() -> None:
