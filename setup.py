@@ -44,7 +44,7 @@ setup(
         # installs the same folder: requiring one would overwrite a fairseq that the user has built.
         "fairseq": [
             "ve-fairseq==0.12.3",
-            "torch>=2.8",  # the first that adds products in half precision to a sum in single
+            "torch>=2.10",  # the first whose addmm adds products in half precision to a sum in single
             "sentencepiece>=0.2",  # vocabularies
         ],
         "llm": [
