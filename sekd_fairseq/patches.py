@@ -177,7 +177,9 @@ def resume_as_left() -> None:
             logger.info("done training before: %d updates of --max-update %d", updates, last)
             raise SystemExit(0)
         extra_state, _ = loaded
-        if extra_state and not (begins or cfg.reset_optimizer or cfg.reset_meters):
+        # A training on other data (--reset-dataloader) has a patience of its own.
+        anew = begins or cfg.reset_optimizer or cfg.reset_meters or cfg.reset_dataloader
+        if extra_state and not anew:
             restore_patience(extra_state.get("early_stopping", {}))
             without_gain = patience_state().get("num_runs", 0)
             if 0 < cfg.patience <= without_gain:

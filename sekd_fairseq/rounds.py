@@ -339,12 +339,18 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     print(f"{title}: the teacher's distributions at them", flush=True)
     build_cache(settings, prompts, cache)
     save = folder / "checkpoints"
+    last = save / "checkpoint_last.pt"
     done = folder / "train.done"
     if not done.exists():
         print(f"{title}: training", flush=True)
         run("fairseq_cli.train", training_words(settings, number, data, cache, save, student))
+        if not last.exists():
+            raise UserError(
+                f"{last}: expected the training's last checkpoint, found none, so that the next round has "
+                "nothing to go on from; leave out --no-last-checkpoints and --no-save"
+            )
         done.touch()
-    return save / "checkpoint_last.pt", {
+    return last, {
         "translations": len(chosen),
         "without_end": left_out,
         "tokens": int(sum(map(len, targets))),

@@ -76,6 +76,30 @@ def test_rounds_train_on_gold_and_generated_text(
         )
 
 
+def test_each_round_has_its_own_patience(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path, commands: list[str]
+) -> None:
+    run = tmp_path / "run"
+    words = arguments(data, teacher, cache, run, "--rounds", "3")
+    words[words.index("--updates") + 1] = "40"
+    # The loss is to rise, which it does not: a round ends at its second validation.
+    rounds.main([*words, "--patience", "1", "--maximize-best-checkpoint-metric"])
+    last = [torch.load(run / f"rounds/{n}/checkpoints/checkpoint_last.pt") for n in (1, 2, 3)]
+    updates = [state["optimizer_history"][-1]["num_updates"] for state in last]
+    assert 0 < updates[0] < updates[1] < updates[2]
+    assert (run / "checkpoints" / "checkpoint_last.pt").is_file()
+
+
+def test_a_round_that_leaves_no_checkpoint_is_not_done(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path, commands: list[str]
+) -> None:
+    run = tmp_path / "run"
+    words = [*arguments(data, teacher, cache, run, "--rounds", "1"), "--no-last-checkpoints"]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"checkpoint_last\.pt: expected .* found none"):
+            rounds.main(words)
+
+
 def test_a_prompt_is_not_counted_in_the_length_of_a_translation(data: Path, llm_data: Path) -> None:
     assert rounds.longest_translation(data) == ["--max-len-a", "2", "--max-len-b", "50"]
     references = indexed_dataset.make_dataset(str(llm_data / "train.en-de.de"), "mmap")
