@@ -3,12 +3,15 @@
 Needs a package index; run with ``--slow``.
 """
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +55,22 @@ def test_installed_package(version: str, tmp_path: Path) -> None:
         python, "-m", "pytest", "-q", "tests/sekd_fairseq/test_same_numbers.py", "tests/losses",
         cwd=source,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_triton_is_the_one_that_torch_requires_on_a_gpu(tmp_path: Path) -> None:
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    report = tmp_path / "report.json"
+    # "===" is that very build, and not one for the CPU alone, which requires no triton.
+    run(
+        sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "-q",
+        "--report", report, f"torch==={pins['torch']}", cwd=tmp_path,
+    )  # fmt: skip
+    (build,) = json.loads(report.read_text(encoding="utf-8"))["install"]
+    required = [Requirement(one) for one in build["metadata"]["requires_dist"]]
+    (triton,) = (one for one in required if one.name == "triton")
+    assert pins["triton"] in triton.specifier

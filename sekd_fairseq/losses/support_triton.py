@@ -34,7 +34,8 @@ def scan(
     ``exp(z - maximum)``, the sum of ``z - maximum`` and the number of those that are finite."""
     kept = tl.load(row + token, mask=used, other=-float("inf"))
     tl.debug_barrier()
-    tl.store(row + token, tl.full([slot_block], -float("inf"), row.dtype.element_ty), mask=used)
+    marked = tl.full([slot_block], -float("inf"), tl.float32)
+    tl.store(row + token, marked.to(row.dtype.element_ty), mask=used)
     tl.debug_barrier()
     top = -float("inf")
     total = 0.0
