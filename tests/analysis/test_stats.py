@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.stats
 
 from analysis.power import detectable
@@ -19,6 +20,15 @@ def test_resamples_are_paired_and_have_the_right_size() -> None:
     np.testing.assert_allclose(resamples.sums(values), counts @ values)
     again = Resamples(40, 300, np.random.default_rng(1))
     np.testing.assert_array_equal(np.concatenate(list(again.blocks())), counts)
+
+
+def test_a_resample_of_documents_has_all_sentences_of_a_document_equally_often() -> None:
+    documents = np.array([0, 0, 1, 1, 1, 2])
+    resamples = Resamples(6, 50, np.random.default_rng(1), documents)
+    counts = np.concatenate(list(resamples.blocks()))
+    drawn = counts[:, [0, 2, 5]]  # the first sentence of each document
+    assert (drawn.sum(axis=1) == resamples.units).all() and (drawn != 1).any()
+    np.testing.assert_array_equal(counts, drawn[:, documents])
 
 
 def test_bootstrap_interval_agrees_with_scipy() -> None:
@@ -39,6 +49,12 @@ def test_empty_resamples_are_ignored_and_empty_buckets_have_no_interval() -> Non
     low, high = interval(draws)
     assert 1.0 <= low[0] <= high[0] <= 3.0
     assert np.isnan([low[1], high[1]]).all()
+
+
+def test_an_interval_needs_a_value_in_half_of_the_resamples() -> None:
+    full, half = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, np.nan, np.nan, 3.0])
+    low, high = interval(np.stack([full, half, np.where(half == 3, half, np.nan)], axis=1), 0.5)
+    np.testing.assert_allclose([low, high], [[1.75, 1.5, np.nan], [3.25, 2.5, np.nan]])
 
 
 def test_holm_by_hand_and_with_an_untested_claim() -> None:
@@ -110,6 +126,43 @@ def test_seeds_alone_give_the_t_test_over_seeds() -> None:
     assert found.p == pytest.approx(expected.pvalue)
     low, high = expected.confidence_interval()
     np.testing.assert_allclose([found.low, found.high], [low, high])
+
+
+def test_the_error_is_at_least_that_of_the_bootstrap() -> None:
+    # Seeds that happen to agree, on sentences that spread for each seed in its own way: all of A is
+    # interaction, and the spread of the seeds, which should show it, is 0.
+    draws = np.random.default_rng(14).normal(1, 0.3, (3, 400))
+    found = hierarchical([np.ones(3)], [draws], [200])
+    expected = draws.mean(axis=0).var(ddof=1) * 200 / 199
+    assert found.error**2 == pytest.approx(expected)
+    assert found.freedom == pytest.approx(199)
+
+
+def test_two_directions_by_hand() -> None:
+    # Resamples of orthogonal parts, each of variance 16 / 15: one that a direction's seeds share, and one
+    # of each seed alone.
+    parts = scipy.linalg.hadamard(16)[1:9]
+    effects = [np.array([0.2, 0.5, 0.8]), np.array([0.0, 0.3, 0.9])]
+    shared, own = [0.10, 0.15], [0.06, 0.09]  # squares of their sizes
+    draws = [
+        effects[i][:, None] + np.sqrt(shared[i]) * rows[0] + np.sqrt(own[i]) * rows[1:]
+        for i, rows in enumerate(np.split(parts, 2))
+    ]
+    found = hierarchical(effects, draws, [5, 200])
+
+    # A direction counts half, in a variance a quarter; the mean of 3 seeds has a third of an own part.
+    seeds = np.array([0.09, 0.21]) / 3 / 4
+    a = 16 / 15 * 5 / 4 * (sum(shared) + sum(own) / 3) / 4  # units as of the smallest
+    interaction = 16 / 15 * (5 / 4 * 0.06 + 200 / 199 * 0.09) / 3 / 4
+    assert interaction < seeds.sum() < a
+    variance = seeds.sum() + a - interaction
+    freedom = variance**2 / ((seeds**2).sum() / 2 + (a - interaction) ** 2 / 4)
+    assert found.effect == pytest.approx(0.45)
+    assert found.error == pytest.approx(variance**0.5)
+    assert found.freedom == pytest.approx(freedom)
+    student = scipy.stats.t(freedom, 0.45, variance**0.5)
+    np.testing.assert_allclose([found.low, found.high], student.interval(0.95))
+    assert found.p == pytest.approx(2 * student.cdf(0))
 
 
 def test_effect_without_any_spread() -> None:
