@@ -135,7 +135,9 @@ def batch_loss(
         logits = flat_logits(logits, sample["target"], symbols)  # (B T, V)
         # No layer that makes them reads them again, so that gradients may take their place.
         overwrite = output_projection(model) is not None
-        return loss_of(logits, positions, slice(None), overwrite)
+        # As in chunks: sums over the vocabulary are too large for autocast's float16.
+        with torch.autocast(logits.device.type, enabled=False):
+            return loss_of(logits, positions, slice(None), overwrite)
     features = model(**sample["net_input"], features_only=True)[0]
     features = flat_logits(features, sample["target"]).index_select(0, positions)  # (N, D)
     cap = softcap(model)

@@ -242,7 +242,8 @@ class _SupportLogProbs(torch.autograd.Function):
         logits = logits.contiguous()
         body = body_for(logits, ids, weighted=weights is not None)
         options = {} if weights is None else {"weights": weights}
-        reduced = body.reduce(logits, rows, ids, valid, with_sum, temperature, **options)
+        with torch.autocast(logits.device.type, enabled=False):  # products with weights
+            reduced = body.reduce(logits, rows, ids, valid, with_sum, temperature, **options)
         ctx.save_for_backward(logits, weights, rows, ids, *reduced)
         ctx.options = (with_sum, temperature, overwrite)
         ctx.mark_non_differentiable(reduced.allowed, reduced.max_log_q)

@@ -163,6 +163,19 @@ def test_overwriting_gives_the_same_gradient() -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("forbid", [False, True])
+def test_sums_by_weights_are_the_same_under_autocast(forbid: bool) -> None:
+    """In float16 those of 8,000 tokens are infinite."""
+    logits, *where = problem((3, 0, 8000, 5), torch.float32, forbid)
+    weights = torch.linspace(0.1, 1.9, 8000, device=DEVICE)
+    found = []
+    for amp in (False, True):
+        with torch.autocast(DEVICE.type, torch.float16, enabled=amp):
+            found.append(support_log_probs(logits, *where, with_sum=True, weights=weights))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert found[0].sum_log_q.abs().min() > 65504
+
+
 def test_kernels_run_where_the_logits_are_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = object()
     monkeypatch.setattr(support, "triton_module", lambda name: chosen)

@@ -29,14 +29,14 @@ from sekd_fairseq.teachers.online import TeacherLogits
 TOKENS, VOCABULARY = 9, 31
 
 
-def task() -> Any:
+def task(vocabulary: int = VOCABULARY) -> Any:
     """What the criterions ask of a task."""
-    dictionary = type("Dictionary", (), {"pad": lambda _: 1, "__len__": lambda _: VOCABULARY})
+    dictionary = type("Dictionary", (), {"pad": lambda _: 1, "__len__": lambda _: vocabulary})
     return SimpleNamespace(
         target_dictionary=dictionary(),
         cfg=SimpleNamespace(teacher_cache="here", stored_difficulty=None),
         teacher_at=lambda sample, positions: teacher_tokens(sample["teacher"]),
-        tail_law=lambda device: torch.linspace(0.1, 4.0, VOCABULARY),
+        tail_law=lambda device: torch.linspace(0.1, 4.0, vocabulary),
     )
 
 
@@ -52,11 +52,16 @@ class Logits(nn.Module):
         return self.logits, None
 
 
-def batch(slots: int = 4, sampled: bool = False, temperature: float = 1.0) -> dict[str, Any]:
+def batch(
+    slots: int = 4,
+    sampled: bool = False,
+    temperature: float = 1.0,
+    vocabulary: int = VOCABULARY,
+) -> dict[str, Any]:
     """A batch of one sentence with a teacher's entry."""
     generator = torch.Generator().manual_seed(2)
-    log_p = (torch.randn(TOKENS, VOCABULARY, generator=generator) * 2).log_softmax(-1)
-    target = torch.randint(4, VOCABULARY, (TOKENS,), generator=generator)
+    log_p = (torch.randn(TOKENS, vocabulary, generator=generator) * 2).log_softmax(-1)
+    target = torch.randint(4, vocabulary, (TOKENS,), generator=generator)
     rest = log_p.scatter(1, target.unsqueeze(1), -torch.inf).topk(slots - 1, dim=1)
     ids = torch.cat([target.unsqueeze(1), rest.indices], dim=1)
     kept = log_p.gather(1, ids)
@@ -240,6 +245,38 @@ def test_a_teacher_beside_the_student_is_a_cache_of_every_token(
         sums = {key: torch.as_tensor(value).double() for key, value in log.items()}
         found.append((loss.detach(), model.logits.grad, sums))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("forbid", [False, True])  # a forbidden token: the branch that a GPU takes
+@pytest.mark.parametrize("missing_mass", ["bucket", "uniform", "tail", "renormalize", "sampled"])
+def test_losses_are_the_same_under_autocast(missing_mass: str, forbid: bool) -> None:
+    """Sums over the vocabulary are beyond float16: with a tail law the KL was infinite."""
+    vocabulary = 8000
+    sampled = missing_mass == "sampled"
+    sample = batch(17, sampled, vocabulary=vocabulary)
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(1, TOKENS, vocabulary, generator=generator) * 3
+    if forbid:
+        logits[0, :, 3] = -torch.inf  # no token of the batch
+    if sampled:
+        config: Any = CachedKDConfig(sentence_avg=False, missing_mass=missing_mass)
+    else:
+        config = SelfEvolutionKDConfig(sentence_avg=False, missing_mass=missing_mass)
+    config._name = "cached_kd" if sampled else "self_evolution_kd"
+    kind = CachedKDCriterion if sampled else SelfEvolutionKDCriterion
+    law = torch.rand(vocabulary, generator=generator).exp()
+    found = []
+    for amp in (False, True):
+        criterion = kind(config, task(vocabulary))
+        criterion.task.tail_law = lambda device: law / law.mean()
+        model = Logits(logits.clone())
+        with torch.autocast("cpu", torch.float16, enabled=amp):
+            loss, _, log = criterion(model, sample)
+        loss.backward()
+        assert loss.isfinite() and model.logits.grad.isfinite().all()
+        sums = {key: torch.as_tensor(value) for key, value in log.items()}
+        found.append((loss.detach(), model.logits.grad, sums))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
