@@ -41,10 +41,12 @@ class OnlineTeacher:
     def at(self, sample: dict[str, Any], positions: Tensor) -> "TeacherLogits":
         """The teacher at some positions, (N,), of a batch's flattened target, (B T)."""
         logits = []
-        for model in self.models:
-            if next(model.parameters()).device != positions.device:
-                model.to(positions.device)  # which looks at every weight
-            logits.append(TokenLogits(model, sample, positions))
+        # Autocast (--amp) would run it in another type than was asked for.
+        with torch.autocast(positions.device.type, enabled=False):
+            for model in self.models:
+                if next(model.parameters()).device != positions.device:
+                    model.to(positions.device)  # which looks at every weight
+                logits.append(TokenLogits(model, sample, positions))
         return TeacherLogits(logits, sample["target"].view(-1).index_select(0, positions))
 
 

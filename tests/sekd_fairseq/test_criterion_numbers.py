@@ -24,7 +24,7 @@ from sekd_fairseq.losses import (
 )
 from sekd_fairseq.losses.divergences import DIVERGENCES
 from sekd_fairseq.losses.support_torch import SCRATCH_ELEMENTS
-from sekd_fairseq.teachers.online import TeacherLogits
+from sekd_fairseq.teachers.online import OnlineTeacher, TeacherLogits
 
 TOKENS, VOCABULARY = 9, 31
 
@@ -276,6 +276,54 @@ def test_losses_are_the_same_under_autocast(missing_mass: str, forbid: bool) -> 
         assert loss.isfinite() and model.logits.grad.isfinite().all()
         sums = {key: torch.as_tensor(value) for key, value in log.items()}
         found.append((loss.detach(), model.logits.grad, sums))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+class Layers(nn.Module):
+    """A decoder of a layer and an output projection, the input in it."""
+
+    output_layer = None
+
+    def __init__(self, plain_projection: bool) -> None:
+        super().__init__()
+        self.plain_projection = plain_projection
+        self.input = nn.Parameter(torch.randn(1, TOKENS, 16))
+        self.layer, self.output_projection = nn.Linear(16, 16), nn.Linear(16, VOCABULARY)
+
+    @property
+    def decoder(self) -> "Layers":
+        return self
+
+    def forward(self, features_only: bool = False) -> tuple[Tensor, None]:
+        features = self.layer(self.input)
+        return (features if features_only else self.output_projection(features)), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plain_projection", [True, False])
+def test_a_teacher_beside_the_student_runs_in_its_own_type_under_autocast(
+    plain_projection: bool, dtype: torch.dtype
+) -> None:
+    """With --amp it ran in float16 whatever was asked for; with chunks one in bfloat16 failed."""
+    torch.manual_seed(3)
+    online = object.__new__(OnlineTeacher)
+    online.models = [Layers(plain_projection).to(dtype).requires_grad_(False)]
+    sample = batch()
+    logits = torch.randn(1, TOKENS, VOCABULARY)
+    config = SelfEvolutionKDConfig(sentence_avg=False)
+    config._name = "self_evolution_kd"
+    found = []
+    for amp in (False, True):
+        criterion = SelfEvolutionKDCriterion(config, task())
+        criterion.task.teacher_at = online.at
+        with torch.autocast("cpu", torch.float16, enabled=amp):
+            loss, _, log = criterion(Logits(logits.clone()), sample)
+            teacher = online.at(sample, torch.arange(TOKENS))
+            with torch.autocast("cpu", enabled=False):  # as in chunks
+                part = teacher[2:5]
+        assert part.logits[0].dtype == dtype  # type: ignore[union-attr]
+        sums = {key: torch.as_tensor(value) for key, value in log.items()}
+        found.append((loss.detach(), sums, part.tokens(slice(None)).log_p))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
