@@ -23,7 +23,7 @@ from analysis.style import (
     share_x,
 )
 from analysis.sums.direction import Direction, Options, ScoredRun
-from analysis.sums.pairing import couples, placebo_couples
+from analysis.sums.pairing import couples, of_method, placebo_couples
 from analysis.sums.translations import Corpus
 
 Couple = tuple[ScoredRun, ScoredRun]
@@ -170,7 +170,7 @@ def _placebo_row(
     names = ("mean", "sd_over_seeds", "length_ratio", "lenpen_low", "lenpen_high")
     row = _row(group, PLACEBO, metric) | dict.fromkeys(names, np.nan)
     for baseline in baselines:
-        found = [placebo_couples(item.direction.translated, baseline) for item in group]
+        found = [placebo_couples(of_method(item.direction.translated, baseline)) for item in group]
         row |= _gain(group, found, baseline, metric, tests=0)
         row |= {f"gain_over_{baseline}_{name}": np.nan for name in ("p", "detectable")}
         row["seeds"] = max(row["seeds"], row[f"gain_over_{baseline}_seeds"])

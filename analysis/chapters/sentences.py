@@ -15,7 +15,7 @@ from analysis.runs.methods import label_of
 from analysis.stats import ratio, resampled_variance
 from analysis.style import Look, among, direction_panels
 from analysis.sums.direction import Direction, Options
-from analysis.sums.pairing import couples, placebo_couples
+from analysis.sums.pairing import couples, of_method, placebo_couples
 
 #: Groups of sentences in the figure of quality against transfer.
 GROUPS = 10
@@ -41,7 +41,7 @@ def sentence_table(directions: Sequence[Direction], options: Options) -> pd.Data
             for method in methods
         }
         if methods:
-            compared[PLACEBO] = placebo_couples(runs, options.baseline)
+            compared[PLACEBO] = placebo_couples(of_method(runs, options.baseline))
         for method, found in compared.items():
             for group in _groups(direction, found):
                 rows.append({"direction": direction.name, "method": method, **group})

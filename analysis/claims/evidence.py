@@ -11,7 +11,7 @@ from analysis.stats import Floats, partial_spearman, ratio
 from analysis.sums.bucket_sums import METRICS
 from analysis.sums.buckets import EASY, HARD
 from analysis.sums.direction import Direction, ScoredRun
-from analysis.sums.pairing import couples, placebo_couples
+from analysis.sums.pairing import couples, of_method, peers, placebo_couples
 from analysis.sums.selection import bias
 
 #: A rank correlation below this is too weak to matter.
@@ -101,15 +101,19 @@ class Evidence:
     def of(
         cls, direction: Direction, treatment: str, baseline: str, chance: "Evidence | None" = None
     ) -> "Evidence":
-        """Of a method; methods of one direction may share the placebo."""
+        """Of a method; methods of one direction share the placebo ``chance``, unless it is of other runs than
+        those that they are compared with."""
         own = [run for run in direction.scored if str(run.method) == treatment]
         found = couples(own, direction.scored, baseline)
-        return cls(direction, found, chance or cls.placebo(direction, baseline))
+        known = {other.label for _, other in chance.couples} if chance else set()
+        if own and not {other.label for _, other in found} <= known:
+            chance = cls(direction, placebo_couples(peers(own[0], direction.scored, baseline)))
+        return cls(direction, found, chance)
 
     @classmethod
     def placebo(cls, direction: Direction, baseline: str) -> "Evidence":
         """Of the baseline against itself."""
-        return cls(direction, placebo_couples(direction.scored, baseline))
+        return cls(direction, placebo_couples(of_method(direction.scored, baseline)))
 
     @functools.cached_property
     def bucket_sums(self) -> list[list[ResampledSums]]:
@@ -155,22 +159,40 @@ def bucket_sample(evidence: Evidence, metric: str, bucket: int, sign: float = 1.
     own = 1 + ON_BUCKETS.index(metric)
     parts = [couple[bucket].columns(own, own + len(ON_BUCKETS)) for couple in evidence.bucket_sums]
     reasons = (
-        bias(evidence.direction, run, other) or other_data(run, other)
+        bias(evidence.direction, run, other) or unlike(run, other)
         for run, other in evidence.couples
     )
     return _mean_difference(evidence.direction, parts, sign, next(filter(None, reasons), ""))
 
 
-def other_data(run: ScoredRun, other: ScoredRun) -> str:
-    """Why a difference between two runs need not come from how they were trained: they saw different
-    numbers of sentences; "" where these are equal, or not known."""
-    own, base = run.run.sentences, other.run.sentences
-    if own is None or base is None or own == base:
-        return ""
-    return (
-        f"trained on {own:,} sentences, the baseline on {base:,}: data and loss are not told apart; "
-        "choose a baseline of the same data with --baseline NAME"
-    )
+def unlike(run: ScoredRun, other: ScoredRun) -> str:
+    """Why a difference between two runs need not come from the loss: they saw different numbers of
+    sentences, or are models of different sizes; "" where these are equal, or not known."""
+    if found := other_data(run, other):
+        return (
+            f"trained on {found[0]:,} sentences, the baseline on {found[1]:,}: data and loss are not told "
+            "apart; choose a baseline of the same data with --baseline NAME"
+        )
+    if found := other_model(run, other):
+        return (
+            f"a model of {found[0]:,} parameters, the baseline one of {found[1]:,}: model and loss are not "
+            "told apart; train the baseline with the same model"
+        )
+    return ""
+
+
+def other_data(run: ScoredRun, other: ScoredRun) -> tuple[int, int] | None:
+    """On how many sentences two runs were trained; None where these are equal, or not known."""
+    return _different(run.run.sentences, other.run.sentences)
+
+
+def other_model(run: ScoredRun, other: ScoredRun) -> tuple[int, int] | None:
+    """How many parameters two runs' models have; None where these are equal, or not known."""
+    return _different(run.parameters, other.parameters)
+
+
+def _different(own: int | None, base: int | None) -> tuple[int, int] | None:
+    return None if own is None or base is None or own == base else (own, base)
 
 
 def easy_time_sample(evidence: Evidence) -> Sample | None:
@@ -182,7 +204,7 @@ def easy_time_sample(evidence: Evidence) -> Sample | None:
         if sums is None:
             return None
         parts.extend(resampled_sums(evidence.direction, sums[:, None]))
-    reasons = (other_data(run, other) for run, other in evidence.couples)
+    reasons = (unlike(run, other) for run, other in evidence.couples)
     return _mean_difference(evidence.direction, parts, reason=next(filter(None, reasons), ""))
 
 
@@ -252,6 +274,8 @@ def correlation_sample(evidence: Evidence) -> Sample | None:
         other.label: found
         for (_, other), found in zip(chance.couples, chance.correlations, strict=True)
     }
+    if not all(other.label in placebo for _, other in evidence.couples):
+        return None
     effect, drawn = [], []
     for (_, other), (value, values) in zip(evidence.couples, own, strict=True):
         without, without_drawn = placebo[other.label]

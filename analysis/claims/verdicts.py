@@ -295,7 +295,7 @@ def rule(options: Options) -> list[str]:
             f"inconclusive: everything else, and always with fewer than {MIN_SEEDS} seeds or "
             f"{MIN_SENTENCES} sentences, or where the compared runs share a method or a seed with what "
             "decides which tokens are hard (--reference), or were trained on different numbers of "
-            "sentences (all claims but 4)."
+            "sentences or are models of different sizes (all claims but 4)."
         ),
         "No claim is computed from the training set.",
     ]

@@ -1,6 +1,6 @@
 """The chapters of a report: tables as they are shown, the words around them, and the figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.chapters.quality import baselines_of
 from analysis.claims import verdicts
-from analysis.claims.evidence import other_data
+from analysis.claims.evidence import other_data, other_model
 from analysis.claims.verdicts import PLACEBO
 from analysis.figures import FIGURES
 from analysis.markup import interval, number, p_value, percent, span
@@ -16,7 +16,7 @@ from analysis.report.blocks import Block, Drawing, Section, Table
 from analysis.report.findings import judged
 from analysis.runs.methods import label_of, ordered
 from analysis.runs.run_record import LeftOut
-from analysis.sums.direction import Direction, Options
+from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import partner
 
 Rows = list[dict[str, Any]]
@@ -74,24 +74,40 @@ def scope_blocks(
             f"- {direction.name}: {_count(len(direction.runs), 'run')}, "
             f"{_count(len(seeds), 'seed')}; token records of `{options.subset}`: {size}"
         )
-    lines += _other_data(directions, options.baseline)
+    for told, differ in ((OTHER_DATA, other_data), (OTHER_MODEL, other_model)):
+        lines += _unlike(directions, options.baseline, told, differ)
     lines += [f"- left out: `{item.label}`: {item.reason}" for item in left_out]
     return ["\n".join(lines)]
 
 
-def _other_data(directions: Sequence[Direction], baseline: str) -> list[str]:
-    """Which methods were trained on other numbers of sentences than the baseline."""
+#: What "What was compared" says of methods that differ from the baseline in more than the loss.
+OTHER_DATA = (
+    "- trained on {:,} sentences, and {} on {:,}: {}. What sets them apart from it may be the data and not "
+    "the loss."
+)
+OTHER_MODEL = (
+    "- models of {:,} parameters, and {} of {:,}: {}. What sets them apart from it may be the model and not "
+    "the loss."
+)
+
+
+def _unlike(
+    directions: Sequence[Direction],
+    baseline: str,
+    told: str,
+    differ: Callable[[ScoredRun, ScoredRun], tuple[int, int] | None],
+) -> list[str]:
+    """Which methods differ from the baseline in a number, in the words ``told``."""
     found: dict[tuple[int, int], set[str]] = {}
     for direction in directions:
         for run in direction.runs:
             other = partner(run, direction.runs, baseline)
-            if run.method.id != "teacher" and other is not None and other_data(run, other):
-                sizes = run.run.sentences or 0, other.run.sentences or 0
-                found.setdefault(sizes, set()).add(str(run.method))
+            if run.method.id == "teacher" or other is None:
+                continue
+            if numbers := differ(run, other):
+                found.setdefault(numbers, set()).add(str(run.method))
     return [
-        f"- trained on {own:,} sentences, and {label_of(baseline)} on {base:,}: "
-        f"{', '.join(map(label_of, ordered(methods)))}. What sets them apart from it may be the data and "
-        "not the loss."
+        told.format(own, label_of(baseline), base, ", ".join(map(label_of, ordered(methods))))
         for (own, base), methods in sorted(found.items())
     ]
 

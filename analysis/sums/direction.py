@@ -85,6 +85,11 @@ class ScoredRun:
         return self.run.seed
 
     @property
+    def parameters(self) -> int | None:
+        """Of the model."""
+        return self.run.parameters
+
+    @property
     def cut(self) -> Partition:
         """The partition of a run with token records."""
         assert self.partition is not None

@@ -19,7 +19,7 @@ from analysis.runs.token_records import TokenSet, read_columns, read_token_set
 from analysis.stats import Resamples
 from analysis.sums.bucket_sums import Partition, RecordSums, ordered_map, sum_records
 from analysis.sums.direction import Direction, Options, ScoredRun
-from analysis.sums.pairing import name_variants, partner, placebo_couples
+from analysis.sums.pairing import name_variants, of_method, partner, peers, placebo_couples
 from analysis.sums.selection import Cutter, Reference, read_reference, reference_steps
 from analysis.sums.surprise import rank_correlations, teacher_ranks
 from analysis.sums.translations import make_corpus
@@ -339,7 +339,9 @@ def _compared(runs: Sequence[ScoredRun], options: Options) -> Iterator[tuple[Sco
         other = partner(run, runs, baseline)
         if other is not None:
             yield run, other
-    yield from placebo_couples(runs, options.baseline)
+    yield from placebo_couples(of_method(runs, options.baseline))
+    for run in runs:
+        yield from placebo_couples(peers(run, runs, options.baseline))
 
 
 def read_history(

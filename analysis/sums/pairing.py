@@ -26,13 +26,17 @@ class Named(Protocol):
     def method(self) -> Method:
         """With its variant."""
 
+    @property
+    def parameters(self) -> int | None:
+        """Of the model."""
+
 
 R = TypeVar("R", bound=Named)
 
 
 def name_variants(runs: Sequence[Run]) -> dict[str, Method]:
     """The method of each run, by label: runs of one method, direction and seed are told apart by the
-    hyper-parameters that differ.
+    hyper-parameters that differ, and by how many parameters the model has.
 
     ``se_kd_student`` becomes ``se_kd_student (gamma=0.9)``, unless its Γ is the usual one: the value
     that most runs of all methods have. So the usual variant of a method keeps the method's name. Where
@@ -43,7 +47,7 @@ def name_variants(runs: Sequence[Run]) -> dict[str, Method]:
         groups[run.method, run.direction, run.seed].append(run)
     differing: dict[str, set[str]] = defaultdict(set)
     for (method, _, _), group in groups.items():
-        flat = [flatten(run.hyperparameters) for run in group]
+        flat = [_settings(run) for run in group]
         for key in {key for item in flat for key in item}:
             if len({repr(item.get(key)) for item in flat}) > 1:
                 differing[method].add(key)
@@ -51,7 +55,7 @@ def name_variants(runs: Sequence[Run]) -> dict[str, Method]:
     named: dict[str, Method] = {}
     taken: set[tuple[str, str, str, int]] = set()
     for run in sorted(runs, key=lambda run: run.label):
-        flat_run = flatten(run.hyperparameters)
+        flat_run = _settings(run)
         shown = [
             f"{key.rsplit('.', 1)[-1]}={flat_run[key]}"
             for key in sorted(differing[run.method])
@@ -69,7 +73,7 @@ def _usual_values(runs: Sequence[Run]) -> dict[str, str]:
     """The most frequent value of each hyper-parameter, as its repr; none where two are as frequent."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for run in runs:
-        for key, value in flatten(run.hyperparameters).items():
+        for key, value in _settings(run).items():
             counts[key][repr(value)] += 1
     usual = {}
     for key, found in counts.items():
@@ -77,6 +81,12 @@ def _usual_values(runs: Sequence[Run]) -> dict[str, str]:
         if not others or others[0][1] < count:
             usual[key] = first
     return usual
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What may tell a run from others of its method."""
+    size = {} if run.parameters is None else {"parameters": run.parameters}
+    return flatten(run.hyperparameters) | size
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -98,10 +108,17 @@ def of_method(runs: Sequence[R], name: str) -> list[R]:
     return exact or [run for run in same if str(run.method) == first]
 
 
+def peers(run: Named, candidates: Sequence[R], method: str) -> list[R]:
+    """The runs of ``method``, of the same direction, among which is the one that ``run`` is compared with:
+    those of models with as many parameters, where there are any."""
+    alike = [other for other in candidates if other.parameters == run.parameters]
+    return of_method(alike, method) or of_method(candidates, method)
+
+
 def partner(run: Named, candidates: Sequence[R], method: str) -> R | None:
-    """The run of ``method``, of the same direction, that ``run`` is compared with: the only one there
-    is, else the one of the same seed, else None."""
-    same = of_method(candidates, method)
+    """The run of ``method`` that ``run`` is compared with: the only one of its :func:`peers`, else the one of
+    the same seed, else None."""
+    same = peers(run, candidates, method)
     if len(same) == 1:
         return same[0]
     return next((other for other in same if other.seed == run.seed), None)
@@ -125,15 +142,15 @@ def couples(runs: Sequence[R], candidates: Sequence[R], baseline: str) -> list[t
     return sorted(found.values(), key=lambda couple: (couple[0].seed, couple[0].label))
 
 
-def placebo_couples(runs: Sequence[R], baseline: str) -> list[tuple[R, R]]:
-    """The runs of ``baseline``, each with the one of its next seed, the last with the first. None with
+def placebo_couples(runs: Sequence[R]) -> list[tuple[R, R]]:
+    """The runs of a baseline, each with the one of its next seed, the last with the first. None with
     fewer than two seeds.
 
     Every run stands once on either side, so their differences cancel: the mean is 0 by construction (but
     for tokens that differ from couple to couple), and says nothing. The interval shows the spread between seeds, wider by sqrt(S / (S - 1)) than that of
     two equal methods of S seeds.
     """
-    by_seed = {run.seed: run for run in reversed(of_method(runs, baseline))}
+    by_seed = {run.seed: run for run in reversed(runs)}
     own = [by_seed[seed] for seed in sorted(by_seed)]
     if len(own) < 2:
         return []

@@ -102,6 +102,45 @@ def test_planted_gain_is_found_and_counted(tmp_path: Path) -> None:
     ]
 
 
+def test_runs_are_compared_with_those_of_their_own_model(tmp_path: Path) -> None:
+    """Two models below one folder, which nothing else in the records tells apart."""
+    sizes = {"small": 1_000, "large": 3_000}
+    for name, parameters in sizes.items():
+        write_study(tmp_path / name, better=0.5)
+        for path in (tmp_path / name).rglob("run.json"):
+            record, _ = read_json(path)
+            path.write_bytes(sealed_json(record | {"parameters": parameters}))
+    # Most runs are of the small model, whose methods so keep their names.
+    shutil.rmtree(tmp_path / "large/en-de/finetune3")
+    directions, table = judged(tmp_path, Options(resamples=100))
+    large = "se_kd_student (parameters=3000)"
+    assert set(table["treatment"]) == {"se_kd_student", large}
+    for name, treatment in (("small", "se_kd_student"), ("large", large)):
+        couples = Evidence.of(directions[0], treatment, "word_kd").couples
+        assert [(run.label, other.label) for run, other in couples] == [
+            (f"{name}/en-de/treatment{seed}", f"{name}/en-de/word_kd{seed}") for seed in (1, 2, 3)
+        ]
+        own = table[table["treatment"] == treatment]
+        assert set(own["seeds"]) == {3} and set(own["reason"]) == {""}
+        assert verdicts(own)[1] == "supported"
+    # Without word-level KD of its model there is another model's, and no verdict.
+    for path in (tmp_path / "large/en-de").glob("word_kd*"):
+        shutil.rmtree(path)
+    directions, table = judged(tmp_path, Options(resamples=100))
+    deciding = table[table["decides"].astype(bool)].set_index(["treatment", "claim"])
+    told = (
+        "a model of 3,000 parameters, the baseline one of 1,000: model and loss are not told apart; train "
+        "the baseline with the same model"
+    )
+    assert deciding.loc[large, "reason"].to_dict() == {1: told, 2: told, 3: told, 4: "", 5: told}
+    assert deciding.loc["se_kd_student", "verdict"][1] == "supported"
+    (scope,) = scope_blocks(directions, [], Options())
+    assert isinstance(scope, str) and scope.splitlines()[1:] == [
+        "- models of 3,000 parameters, and word-level KD of 1,000: fine-tuning (parameters=3000), SE-KD "
+        "(student) (parameters=3000). What sets them apart from it may be the model and not the loss."
+    ]
+
+
 def test_worse_transfer_is_not_supported(tmp_path: Path) -> None:
     _, table = judged(write_study(tmp_path, better=1.1), Options(resamples=300))
     found = verdicts(table)
