@@ -21,6 +21,7 @@ from analysis.markup import markdown_table, number, percent
 from analysis.neural import add_comet_option
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.methods import label_of, ordered
+from analysis.runs.run_record import warn_left_out
 from analysis.stats import ALPHA, Floats, hierarchical
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.loading import load
@@ -281,12 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.csv is not None and not args.csv.parent.is_dir():
             raise UserError(f"--csv: expected a file in a directory, found no {args.csv.parent}")
         options = Options(subset=args.subset, resamples=args.resamples)
-        directions, _ = load(args.runs, options, args.comet)
+        directions, left_out = load(args.runs, options, args.comet, records=False)
+        warn_left_out(left_out)
         table = gap_table(directions, args.baseline)
-        if table.empty:
-            raise UserError(
-                f"{args.runs}: expected runs with translations of {args.subset!r}, found none"
-            )
         if not any(of_method(found.translated, args.baseline) for found in directions):
             raise UserError(
                 f"--baseline: expected a method of the runs ({', '.join(table['method'].unique())}), "

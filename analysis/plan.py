@@ -28,6 +28,7 @@ from analysis.power import (
 )
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.methods import Method, label_of, ordered
+from analysis.runs.run_record import warn_left_out
 from analysis.stats import ALPHA, Floats
 from analysis.sums.buckets import HARD
 from analysis.sums.direction import Direction, Options
@@ -340,7 +341,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.hypotheses is not None and args.hypotheses < 1:
             raise UserError(f"--hypotheses: expected at least 1, found {args.hypotheses}")
         options = Options(subset=args.subset, baseline=args.baseline, resamples=args.resamples)
-        directions, _ = load(args.runs, options)
+        directions, left_out = load(args.runs, options)
+        warn_left_out(left_out)
         bleu = bleu_pilot(directions, args.baseline)
         kl = kl_pilot(directions, args.baseline)
         if bleu is None and kl is None:

@@ -17,6 +17,7 @@ from analysis.chapters import (
     transitions,
 )
 from analysis.claims.verdicts import claims_table
+from analysis.runs.errors import UserError
 from analysis.runs.run_record import LeftOut
 from analysis.sums.direction import Direction, Options
 from analysis.sums.loading import load
@@ -43,9 +44,15 @@ def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
     Raises
     ------
     UserError
-        Nothing below ``root`` can be compared.
+        Nothing below ``root`` can be compared, or no token records can be judged where there are any.
     """
     directions, left_out = load(root, options, comet)
+    with_records = any(run.step is not None for item in directions for run in item.runs)
+    if with_records and not any(item.scored for item in directions):
+        reasons = "; ".join(f"{item.label}: {item.reason}" for item in left_out)
+        raise UserError(
+            f"expected a direction whose token records can be judged, found none: {reasons}"
+        )
     results = quality.results_table(directions, options)
     claims, relation = claims_table(directions, options)
     levels, gains = transfer.transfer_tables(directions, options)

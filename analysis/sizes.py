@@ -17,6 +17,7 @@ from matplotlib.ticker import NullFormatter
 from analysis.markup import markdown_table
 from analysis.runs.errors import UserError, one_line_errors
 from analysis.runs.methods import label_of, ordered
+from analysis.runs.run_record import warn_left_out
 from analysis.style import Look, abreast, among, direction_panels, looks
 from analysis.sums.direction import Direction, Options
 from analysis.sums.loading import load
@@ -127,12 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, print the means, write table and figure."""
     args = parser().parse_args(argv)
     with one_line_errors():
-        found = [load(root, Options(subset=args.subset, resamples=2))[0] for root in args.runs]
-        table = sizes_table([one for directions in found for one in directions])
-        if table.empty:
-            raise UserError(
-                f"{args.runs[0]}: expected runs with translations of {args.subset!r}, found none"
-            )
+        options = Options(subset=args.subset, resamples=2)
+        found: list[Direction] = []
+        for root in args.runs:
+            directions, left_out = load(root, options, records=False)
+            warn_left_out(left_out)
+            found.extend(directions)
+        table = sizes_table(found)
         args.output.mkdir(parents=True, exist_ok=True)
         table.to_csv(args.output / "sizes.csv", index=False, float_format="%.9g")
         draw_sizes(table, args.output / "sizes", looks(table["method"]))

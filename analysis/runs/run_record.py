@@ -6,7 +6,7 @@ and fairseq's ``train.jsonl``.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import msgspec
 
 from analysis.runs.errors import UserError, one_line
 from analysis.runs.files import DamagedFile, atomic_write, read_json, sealed_json
+from analysis.terminal import warn
 
 FORMAT_VERSION = 2
 #: Of files of an earlier version, which have no checksum.
@@ -95,6 +96,12 @@ class LeftOut:
 
     label: str
     reason: str
+
+
+def warn_left_out(left_out: Sequence[LeftOut]) -> None:
+    """Tell a user of a command without a report what it leaves out."""
+    for item in left_out:
+        warn(f"left out: {item.label}: {item.reason}")
 
 
 def discover(root: Path) -> tuple[list[Run], list[LeftOut]]:

@@ -57,16 +57,15 @@ class Found:
 
 
 def load(
-    root: Path, options: Options, comet: Path | None = None
+    root: Path, options: Options, comet: Path | None = None, records: bool = True
 ) -> tuple[list[Direction], list[LeftOut]]:
     """Find the runs of ``root``, leave out what does not fit, and read the rest; ``comet`` is a COMET model,
-    which is a metric then beside BLEU and chrF.
+    which is a metric then beside BLEU and chrF. Without ``records`` translations alone are read.
 
     Raises
     ------
     UserError
-        No run directory, none with token records or translations of the subset, none whose token
-        records can be judged, or no COMET.
+        No run directory, none with token records or translations of the subset, or no COMET.
     """
     model = None if comet is None else NamedModel(comet.resolve().name, load_comet(comet))
     found, left_out = discover(root)
@@ -77,7 +76,8 @@ def load(
     gathered = []
     with progress(total=len(found), desc="find tokens", unit="run") as bar:
         for name in sorted(groups):
-            gathered.append(_look_through(Found(name, groups[name]), options.subset, bar))
+            found_here = Found(name, groups[name])
+            gathered.append(_look_through(found_here, options.subset, records, bar))
     for item in gathered:
         left_out.extend(item.left_out)
         item.left_out = []
@@ -85,10 +85,12 @@ def load(
     left_out.sort(key=lambda item: item.label)
     if not gathered:
         reasons = "; ".join(f"{item.label}: {item.reason}" for item in left_out)
+        what = f"token records of {options.subset!r} (tokens/{options.subset}/STEP.parquet)"
+        if not records:
+            what = f"translations of {options.subset!r} (hyps/{options.subset}.txt)"
         raise UserError(
-            f"{root}: expected at least one run with token records of {options.subset!r} "
-            f"(tokens/{options.subset}/STEP.parquet), found none; score a run first "
-            f"({reasons or 'none was scored'})"
+            f"{root}: expected at least one run with {what}, found none; "
+            f"{'score' if records else 'evaluate'} a run first ({reasons or 'none was scored'})"
         )
     if unsealed := sorted(label for item in gathered for label in item.unsealed):
         warn(
@@ -102,22 +104,18 @@ def load(
         for item in gathered:
             directions.append(_read(item, methods, options, bar, model))
             left_out.extend(item.left_out)
-    if total and not any(direction.scored for direction in directions):
-        reasons = "; ".join(f"{item.label}: {item.reason}" for item in left_out)
-        raise UserError(
-            f"expected a direction whose token records can be judged, found none: {reasons}"
-        )
     return directions, left_out
 
 
-def _look_through(found: Found, subset: str, bar: Any) -> Found:
+def _look_through(found: Found, subset: str, records: bool, bar: Any) -> Found:
     """See what each run has, and leave out those of another test set or teacher than most."""
     sets: dict[str, TokenSet] = {}
     by_label = {run.label: run for run in found.runs}
 
     def opened(run: Run) -> tuple[Texts | None, int | None, TokenSet | None] | UserError:
         try:
-            texts, step = read_texts(run.path, subset), run.last_step(subset)
+            texts = read_texts(run.path, subset)
+            step = run.last_step(subset) if records else None
             tokens = None if step is None else read_token_set(run.records(subset, step))
         except UserError as error:
             return error
@@ -139,7 +137,8 @@ def _look_through(found: Found, subset: str, bar: Any) -> Found:
         if not all(file.sealed for file in (run, texts, tokens) if file):
             found.unsealed.add(run.label)
         if not texts and step is None:
-            found.leave_out(run, f"no token records or translations of {subset}")
+            what = "token records or translations" if records else "translations"
+            found.leave_out(run, f"no {what} of {subset}")
     common = _most_common({label: item.digest for label, item in sets.items()}, by_label)
     found.tokens = next((item for item in sets.values() if item.digest == common), None)
     for label, item in sets.items():

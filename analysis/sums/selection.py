@@ -51,7 +51,7 @@ def reference_steps(
             raise UserError(
                 f"{name}: expected a run of {method!r} with token records, which defines the "
                 f"buckets, found only {', '.join(sorted({str(run.method) for run in runs}))}; train "
-                "and score one, or choose another with --reference"
+                "and score one, or choose another with --reference of analysis.transfer"
             )
         for run in chosen:
             steps = run.run.steps(options.subset)

@@ -8,9 +8,10 @@ import pytest
 import scipy.stats
 from conftest import WriteRun
 
-from analysis import plan, transfer
+from analysis import gap, plan, sizes, transfer
 from analysis.power import Spread, detectable, power, seeds_needed, smallest_detectable
 from analysis.report import document
+from analysis.runs.files import read_json, sealed_json
 from analysis.stats import Floats, Resamples, hierarchical
 from analysis.sums.direction import Options
 from analysis.sums.loading import load
@@ -176,6 +177,30 @@ def test_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         f"**{alone:.2f}** (power 80%, p at most 0.05, two-sided, one test, not corrected)" in text
     )
+
+
+def test_commands_that_need_no_token_records_go_on_without_reference_runs(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in [*runs.glob("finetune*/tokens/test/*"), *runs.glob("se_kd_blend.3/hyps/*")]:
+        path.unlink()
+    plan.main([str(runs), "--resamples", "100"])
+    told = capsys.readouterr()
+    assert "## BLEU" in told.out and "## KL" not in told.out
+    assert "warning: left out: en-de: en-de: expected a run of 'finetune' with token" in told.err
+    gap.main([str(runs), "--resamples", "100"])
+    told = capsys.readouterr()
+    assert "| en-de | SE-KD (blend) |" in told.out
+    (warned,) = [line for line in told.err.splitlines() if line.startswith("warning: left")]
+    assert warned == "warning: left out: se_kd_blend.3: no translations of test"
+    for path in runs.rglob("run.json"):
+        record, _ = read_json(path)
+        path.write_bytes(sealed_json(record | {"data": {"sentences": 2000}}))
+    sizes.main([str(runs), "--output", str(tmp_path / "sizes")])
+    assert warned in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "sizes/sizes.csv")) == 8
+    with pytest.raises(SystemExit, match="expected a direction whose token records can"):
+        transfer.main([str(runs), "--resamples", "100"])
 
 
 def test_a_report_and_a_plan_say_the_same(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
