@@ -133,4 +133,21 @@ def _tokens(
 
 
 def _texts(pieces: Sequence[str], index: NDArray[np.int64]) -> NDArray[np.object_]:
-    return np.array([piece.replace("▁", " ") for piece in pieces], dtype=object)[index]
+    texts = [piece.replace("▁", " ") for piece in pieces]
+    if any(piece.startswith("Ġ") for piece in pieces):
+        texts = [_byte_level_text(piece) for piece in pieces]
+    return np.array(texts, dtype=object)[index]
+
+
+#: The byte of each character in a vocabulary of bytes (GPT-2's and its successors'): characters that can
+#: be seen stand for themselves, those from Ā on for the other bytes in their order.
+_SEEN = (*range(33, 127), *range(161, 173), *range(174, 256))
+_UNSEEN = (byte for byte in range(256) if byte not in _SEEN)
+BYTES = {chr(byte): byte for byte in _SEEN} | {chr(256 + n): b for n, b in enumerate(_UNSEEN)}
+
+
+def _byte_level_text(piece: str) -> str:
+    """The text of a piece of bytes, "�" where it ends within a character; a special token's name as it is."""
+    if not all(character in BYTES for character in piece):
+        return piece
+    return bytes(BYTES[character] for character in piece).decode(errors="replace")

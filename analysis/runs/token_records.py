@@ -70,6 +70,8 @@ COLUMNS: dict[str, Column] = {
     ),
 }
 SCHEMA = pa.schema([(name, column.type) for name, column in COLUMNS.items()])
+#: Symbols that stand for no piece, in every dictionary of fairseq's.
+SPECIAL = {"<s>", "<pad>", "</s>", "<unk>"}
 PROBABILITIES = ("p_gold", "q_gold", "p_max", "q_max", "p_of_q_top1")
 #: Tolerance of the identity kl = kl_target + kl_nontarget (float32 sums over some tens of events).
 IDENTITY_ATOL = 1e-4
@@ -121,7 +123,7 @@ def write_records(
     checkpoint : hash of the student's file
     rows : of a row group (default: pyarrow's)
     """
-    names = pa.array(symbols, pa.string())
+    names = pa.array(without_ids(symbols), pa.string())
     arrays = []
     for name, column in COLUMNS.items():
         if column.kind == "text":
@@ -143,6 +145,15 @@ def write_records(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
         stream.write(sealed_parquet(table, compression="zstd", row_group_size=rows))
+
+
+def without_ids(symbols: Sequence[str]) -> list[str]:
+    """Pieces as people read them: of a language model without the token's id, which its dictionary puts
+    before each (``ID:PIECE``)."""
+    parts = [symbol.partition(":") for symbol in symbols]
+    if all(head.isdecimal() if colon else head in SPECIAL for head, colon, _ in parts):
+        return [piece if colon else head for head, colon, piece in parts]
+    return list(symbols)
 
 
 def open_records(path: Path) -> tuple[pq.ParquetFile, bool]:
@@ -259,9 +270,8 @@ def read_pieces(path: Path, name: str) -> tuple[list[str], NDArray[np.int64]]:
         column = column.dictionary_encode()
     column = column.unify_dictionaries().combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    return column.dictionary.to_pylist(), column.indices.to_numpy(zero_copy_only=False).astype(
-        np.int64
-    )
+    index = column.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    return without_ids(column.dictionary.to_pylist()), index  # records of earlier versions have ids
 
 
 def _numbers(path: Path, table: pa.Table | pa.RecordBatch, name: str) -> NDArray[Any]:

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import WriteRun
 
+from analysis.chapters.examples import BYTES, _texts
 from analysis.runs.errors import RecordError, UserError
 from analysis.runs.files import hash_lines, read_json, sealed_json
 from analysis.runs.run_record import LINES, discover
@@ -19,7 +21,16 @@ from analysis.runs.simulated import (
     write_run_directory,
 )
 from analysis.runs.texts import read_lines
-from analysis.runs.token_records import iterate_columns, read_columns, read_pieces, read_token_set
+from analysis.runs.token_records import (
+    COLUMNS,
+    iterate_columns,
+    read_columns,
+    read_pieces,
+    read_token_set,
+    without_ids,
+    write_records,
+)
+from analysis.sums.buckets import by_piece
 from analysis.sums.direction import Options, ScoredRun
 from analysis.sums.loading import load
 from analysis.sums.pairing import partner
@@ -51,6 +62,40 @@ def test_columns_come_back_as_written_over_block_borders(tmp_path: Path) -> None
     pieces, index = read_pieces(path, "p_top1_piece")
     assert index.shape == written["p_top1"].shape
     assert pieces[index[0]] == pieces[int(written["p_top1"][0])]
+
+
+def test_pieces_of_a_language_model_are_read_without_ids(tmp_path: Path) -> None:
+    """Its dictionary has ID:PIECE, and so have the records of earlier versions."""
+    pieces = ["Ġa", "Ġhouse", "s", ":", "1:", "Ġtwo", "|", "Ġx", "ed", "Ġred", "Ġsea"]
+    symbols = [*(f"{number}:{piece}" for number, piece in enumerate(pieces)), "</s>"]
+    path = tmp_path / "tokens/test/5.parquet"
+    written = columns()
+    write_records(path, written, symbols, teacher="cache-1", checkpoint="0")
+    column = pq.read_table(path)["piece"].to_pylist()
+    assert column == [[*pieces, "</s>"][token] for token in written["token"]]
+    table = pq.read_table(path).drop_columns("piece")
+    old = pa.array([symbols[token] for token in written["token"]])
+    place = list(COLUMNS).index("piece")
+    metadata = {**table.schema.metadata, b"sekd.format_version": b"1"}
+    del metadata[b"sekd.seal"]
+    table = table.add_column(place, "piece", old).replace_schema_metadata(metadata)
+    pq.write_table(table, path)
+    found, index = read_pieces(path, "piece")
+    assert [found[i] for i in index] == column
+    assert set(by_piece(found, index, read_token_set(path)).codes) == {0, 1, 2}
+    assert without_ids(["7:", "7:7:a"]) == ["", "7:a"]
+    # Words with a colon are no such symbols.
+    for words in (["10:30", "uhr", "</s>"], ["a:b", "</s>"], ["</s>"]):
+        assert without_ids(words) == words
+
+
+def test_examples_show_the_text_of_bytes() -> None:
+    """Of a byte-level vocabulary; what is no character by itself cannot be shown."""
+    gpt2 = pytest.importorskip("transformers.models.gpt2.tokenization_gpt2")
+    assert gpt2.bytes_to_unicode() == {byte: character for character, byte in BYTES.items()}
+    shown = _texts(["ĠfÃ¼r", "Ã", "<|im_end|>"], np.array([0, 1, 2, 0]))
+    assert shown.tolist() == [" für", "\ufffd", "<|im_end|>", " für"]
+    assert _texts(["▁für", "Ã"], np.array([0, 1])).tolist() == [" für", "Ã"]
 
 
 def test_token_set_names_sentences_with_gaps(tmp_path: Path) -> None:
