@@ -17,7 +17,7 @@ from analysis.report.findings import judged
 from analysis.runs.methods import label_of, ordered
 from analysis.runs.run_record import LeftOut
 from analysis.sums.direction import Direction, Options, ScoredRun
-from analysis.sums.pairing import partner
+from analysis.sums.pairing import mixed_settings, partner
 
 Rows = list[dict[str, Any]]
 Tables = dict[str, pd.DataFrame]
@@ -74,6 +74,9 @@ def scope_blocks(
             f"- {direction.name}: {_count(len(direction.runs), 'run')}, "
             f"{_count(len(seeds), 'seed')}; token records of `{options.subset}`: {size}"
         )
+    for direction in directions:
+        mixed = mixed_settings((run.method, run.run) for run in direction.runs)
+        lines += [f"- {direction.name}: {told}" for told in mixed]
     for told, differ in ((OTHER_DATA, other_data), (OTHER_MODEL, other_model)):
         lines += _unlike(directions, options.baseline, told, differ)
     lines += [f"- left out: `{item.label}`: {item.reason}" for item in left_out]

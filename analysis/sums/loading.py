@@ -19,7 +19,14 @@ from analysis.runs.token_records import TokenSet, read_columns, read_token_set
 from analysis.stats import Resamples
 from analysis.sums.bucket_sums import Partition, RecordSums, ordered_map, sum_records
 from analysis.sums.direction import Direction, Options, ScoredRun
-from analysis.sums.pairing import name_variants, of_method, partner, peers, placebo_couples
+from analysis.sums.pairing import (
+    mixed_settings,
+    name_variants,
+    of_method,
+    partner,
+    peers,
+    placebo_couples,
+)
 from analysis.sums.selection import Cutter, Reference, read_reference, reference_steps
 from analysis.sums.surprise import rank_correlations, teacher_ranks
 from analysis.sums.translations import make_corpus
@@ -98,6 +105,11 @@ def load(
             "first, have files without a checksum, as earlier versions and other programs write them: "
             "damage to these goes unseen"
         )
+    for item in gathered:
+        for told in mixed_settings((methods[run.label], run) for run in item.runs):
+            warn(
+                f"{item.name}: {told}; train the seeds alike, or keep them in folders of their own"
+            )
     directions = []
     total = sum(len(item.steps) for item in gathered)
     with progress(total=total, desc="read token records", unit="run") as bar:

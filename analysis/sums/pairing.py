@@ -1,10 +1,10 @@
 """Variants of methods, and which run is compared with which."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from analysis.runs.methods import Method
+from analysis.runs.methods import Method, label_of, ordered
 from analysis.runs.run_record import Run
 
 #: What every table of gains compares with, besides the baseline of the claims.
@@ -98,6 +98,30 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def mixed_settings(runs: Iterable[tuple[Method, Run]]) -> list[str]:
+    """In what the runs of each method differ besides the seed, of runs of one direction.
+
+    :func:`name_variants` tells apart what was trained with one seed; two settings that share no seed look
+    like two seeds of one method.
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for method, run in runs:
+        groups[str(method)].append(_settings(run))
+    told = []
+    for name in ordered(groups):
+        differing = []
+        for key in sorted({key for item in groups[name] for key in item}):
+            values = list(dict.fromkeys(str(item.get(key, "none")) for item in groups[name]))
+            if len(values) > 1:
+                differing.append(f"{key.rsplit('.', 1)[-1]} {', '.join(values)}")
+        if differing:
+            told.append(
+                f"the runs of {label_of(name)} differ in more than the seed and count as one method "
+                f"({'; '.join(differing)})"
+            )
+    return told
 
 
 def of_method(runs: Sequence[R], name: str) -> list[R]:

@@ -10,6 +10,7 @@ import pytest
 from conftest import WriteRun
 
 from analysis.chapters.examples import BYTES, _texts
+from analysis.report.content import scope_blocks
 from analysis.runs.errors import RecordError, UserError
 from analysis.runs.files import hash_lines, read_json, sealed_json
 from analysis.runs.run_record import LINES, discover
@@ -281,6 +282,24 @@ def test_the_usual_variant_keeps_the_name_and_is_the_baseline(
     for run in runs:
         other = partner(run, runs, "word_kd")
         assert other is not None and other.label == "word_kd_0.7"
+
+
+def test_seeds_with_other_settings_are_told(
+    tmp_path: Path, write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, gamma in ((1, 0.5), (2, 0.9), (3, 0.9)):
+        settings = {"criterion": {"gamma": gamma}} | ({} if seed < 3 else {"warm_start": True})
+        write_run(tmp_path, f"se{seed}", "se_kd_blend", seed=seed, hyperparameters=settings)
+        write_run(tmp_path, f"finetune{seed}", "finetune", seed=seed)
+    directions, _ = load(tmp_path, Options(resamples=100))
+    assert {str(run.method) for run in directions[0].runs} == {"finetune", "se_kd_blend"}
+    told = (
+        "en-de: the runs of SE-KD (blend) differ in more than the seed and count as one method (gamma "
+        "0.5, 0.9; warm_start none, True)"
+    )
+    assert capsys.readouterr().err.count(f"warning: {told}; train the seeds alike") == 1
+    (scope,) = scope_blocks(directions, [], Options())
+    assert isinstance(scope, str) and scope.splitlines()[1:] == [f"- {told}"]
 
 
 def test_empty_root_and_root_without_records(tmp_path: Path, write_run: WriteRun) -> None:
