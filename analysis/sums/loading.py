@@ -110,6 +110,8 @@ def load(
             warn(
                 f"{item.name}: {told}; train the seeds alike, or keep them in folders of their own"
             )
+    for item in gathered:
+        _check_documents(item, options)
     directions = []
     total = sum(len(item.steps) for item in gathered)
     with progress(total=total, desc="read token records", unit="run") as bar:
@@ -180,6 +182,26 @@ def _look_through(found: Found, subset: str, records: bool, bar: Any) -> Found:
     return found
 
 
+def _check_documents(found: Found, options: Options) -> None:
+    """Refuse documents of another test set, as another direction's may be; without translations it is not
+    known how many sentences a test set has after the last one that was scored.
+
+    Raises
+    ------
+    UserError
+        There are more or fewer of them than sentences.
+    """
+    lines = next((len(texts.references) for texts in found.texts.values()), None)
+    least = int(found.tokens.sentences[-1]) + 1 if found.tokens else 0
+    given = len(options.documents)
+    if given and (given != lines if lines is not None else given < least):
+        raise UserError(
+            f"--documents: expected a line for each sentence of {options.subset!r} of {found.name}, "
+            f"{lines or f'at least {least}'}, found {given}; judge directions with other test sets in "
+            "reports of their own"
+        )
+
+
 def _most_common(digests: Mapping[str, str], runs: Mapping[str, Run]) -> str | None:
     """The digest of the most runs; among equals that of a fine-tuned run, then the first label."""
     if not digests:
@@ -237,20 +259,9 @@ def _read(
 
 def make_resamples(lines: NDArray[np.integer], options: Options) -> Resamples:
     """Resamples of the sentences at some lines of the test set; the same for all directions of equally
-    many sentences.
-
-    Raises
-    ------
-    UserError
-        ``options.documents`` does not name the document of every line.
-    """
+    many sentences."""
     documents = None
     if options.documents:
-        if len(options.documents) <= lines[-1]:
-            raise UserError(
-                f"--documents: expected a line for each sentence of the test set, at least "
-                f"{lines[-1] + 1}, found {len(options.documents)}"
-            )
         own = np.array(options.documents, dtype=object)[lines]
         documents = np.unique(own.astype(str), return_inverse=True)[1]
     rng = np.random.default_rng([options.seed, len(lines)])

@@ -1,6 +1,7 @@
 """Runs and records: found, checked, refused in one line that names the place."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,26 @@ def test_the_usual_variant_keeps_the_name_and_is_the_baseline(
     for run in runs:
         other = partner(run, runs, "word_kd")
         assert other is not None and other.label == "word_kd_0.7"
+
+
+def test_documents_of_another_test_set_are_refused(tmp_path: Path, write_run: WriteRun) -> None:
+    for place, (direction, sentences) in enumerate((("en-de", 30), ("de-en", 20))):
+        root = tmp_path / direction
+        write_run(
+            root, "finetune", "finetune", direction=direction, sentences=sentences, corpus_seed=place
+        )  # fmt: skip
+    documents = tuple(f"{line // 5}" for line in range(30))
+    options = Options(resamples=100, documents=documents)
+    (found,), _ = load(tmp_path / "en-de", options)
+    assert found.resamples is not None and found.resamples.units == 6
+    with pytest.raises(UserError, match="each sentence of 'test' of de-en, 20, found 30; judge"):
+        load(tmp_path, options)
+    shutil.rmtree(tmp_path / "de-en/finetune/hyps")
+    load(tmp_path, options)  # the records do not say how long the test set is
+    with pytest.raises(UserError, match="of en-de, 30, found 10; judge"):
+        load(tmp_path / "en-de", Options(resamples=100, documents=documents[:10]))
+    with pytest.raises(UserError, match="of de-en, at least 20, found 10; judge"):
+        load(tmp_path / "de-en", Options(resamples=100, documents=documents[:10]))
 
 
 def test_seeds_with_other_settings_are_told(
