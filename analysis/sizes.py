@@ -10,7 +10,9 @@ Each folder has the runs of one size (``fairseq-train --train-sentences N``), ju
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.ticker import NullFormatter
 
@@ -27,26 +29,27 @@ TEACHER = "teacher"
 
 
 def sizes_table(directions: Sequence[Direction]) -> pd.DataFrame:
-    """One row a run with translations: direction, method with its variant, training ``sentences``, seed, BLEU, chrF.
+    """One row a run with translations: direction, method with its variant, training ``sentences`` (NaN for a
+    teacher of which they are not known), seed, BLEU, chrF.
 
     Raises
     ------
     UserError
-        A run's record does not say on how many sentences it was trained.
+        A student's record does not say on how many sentences it was trained.
     """
     rows = []
     for direction in directions:
         for run in direction.translated:
             assert run.translations is not None and direction.corpus is not None
-            if run.run.sentences is None:
+            if run.run.sentences is None and run.method.id != TEACHER:
                 raise UserError(
                     f"{run.run.path}: expected the number of training sentences in run.json, found none; "
                     "score the run again"
                 )
-            row = {
+            row: dict[str, Any] = {
                 "direction": direction.name,
                 "method": str(run.method),
-                "sentences": run.run.sentences,
+                "sentences": np.nan if run.run.sentences is None else run.run.sentences,
                 "seed": run.seed,
             }
             scores = {
@@ -86,7 +89,7 @@ def draw_sizes(table: pd.DataFrame, path: Path, look_of: Mapping[str, Look]) -> 
                 )
             students = sorted(part.loc[part["method"] != TEACHER, "sentences"].unique())
             axis.set_xscale("log")
-            axis.set_xticks(students, [f"{size:,}" for size in students])
+            axis.set_xticks(students, [f"{size:,.0f}" for size in students])
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel("training sentences")
             axis.set_ylabel("BLEU")
@@ -94,14 +97,19 @@ def draw_sizes(table: pd.DataFrame, path: Path, look_of: Mapping[str, Look]) -> 
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The means over seeds as readers get them: a row a direction and method, a column a size."""
-    means = table.pivot_table("BLEU", ["direction", "method"], "sentences", aggfunc="mean")
+    """The means over seeds as readers get them: a row a direction and method, a column a size; the last is of
+    a teacher of unknown size."""
+    means = table.fillna({"sentences": np.inf}).pivot_table(
+        "BLEU", ["direction", "method"], "sentences", aggfunc="mean"
+    )
     rows = []
     for direction in means.index.get_level_values(0).unique():
         for method in ordered(means.loc[direction].index):
             values = means.loc[(direction, method)]
             cells = {
-                f"{size:,}": "" if pd.isna(value) else f"{value:.2f}"
+                "unknown" if size == np.inf else f"{size:,.0f}": (
+                    "" if pd.isna(value) else f"{value:.2f}"
+                )
                 for size, value in values.items()
             }
             rows.append({"direction": direction, "method": label_of(method), **cells})

@@ -56,6 +56,25 @@ def test_variants_of_a_method_have_lines_of_their_own(tmp_path: Path, write_run:
     assert table["method"].tolist() == [*usual, "se_kd_target (gamma=0.9)"]
 
 
+def test_a_teacher_that_was_not_trained_here(
+    tmp_path: Path, write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a language model, of which no record says how much it has read."""
+    roots = []
+    for count in (1000, 4000):
+        roots.append(str(tmp_path / f"runs-{count}"))
+        write_run(Path(roots[-1]), "finetune", "finetune", data={"sentences": count})
+        write_run(Path(roots[-1]), "teacher", "teacher", wrong=0.05)
+    sizes.main([*roots, "--output", str(tmp_path / "sizes")])
+    table = pd.read_csv(tmp_path / "sizes" / "sizes.csv")
+    teacher, student = (table[table["method"] == name] for name in ("teacher", "finetune"))
+    assert teacher["sentences"].isna().all() and student["sentences"].tolist() == [1000, 4000]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert "| 1,000 | 4,000 | unknown |" in rows[0]
+    assert f"| teacher |  |  | {teacher['BLEU'].mean():.2f} |" in rows[2]
+    assert (tmp_path / "sizes" / "sizes.svg").exists()
+
+
 def test_a_record_without_sentences_is_named(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "runs", "one", "finetune")
     with pytest.raises(SystemExit, match="runs/one: expected the number of training sentences"):
