@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from analysis.runs.errors import UserError
+from analysis.runs.files import atomic_directory
 
 #: A file of every report; a directory without it is never replaced.
 MARK = "report.md"
@@ -25,7 +26,7 @@ def check_output(output: Path) -> None:
         raise UserError(
             f"{output}: expected a report or nothing there, found other files; choose another --output"
         )
-    there = next(folder for folder in output.absolute().parents if folder.exists())
+    there = next(folder for folder in output.resolve().parents if folder.exists())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=there):
         pass
 
@@ -33,10 +34,5 @@ def check_output(output: Path) -> None:
 def replace_report(output: Path, write: Callable[[Path], None]) -> None:
     """Have a report written beside ``output``, and put it in its place when it is complete."""
     check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
-        made = Path(name) / "new"
+    with atomic_directory(output, replace=True) as made:
         write(made)
-        if output.exists():
-            output.rename(Path(name) / "old")
-        made.rename(output)

@@ -16,6 +16,7 @@ from sacrebleu.significance import PairedTest
 from analysis import figures, gap, style, transfer
 from analysis.chapters.quality import main_baseline
 from analysis.report import document
+from analysis.report.folder import MARK, replace_report
 from analysis.runs.simulated import write_study
 from analysis.stats import holm
 
@@ -230,6 +231,16 @@ def test_bad_options(demo: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         transfer.main([str(demo), *arguments])
     assert not (demo / "report").exists()
+
+
+def test_a_link_to_a_report_stays_one(tmp_path: Path) -> None:
+    """To another disk, say."""
+    link = tmp_path / "report"
+    link.symlink_to(tmp_path / "disk/report")
+    for text in ("old", "new"):
+        replace_report(link, lambda folder, text=text: (folder / MARK).write_text(text))
+        assert link.is_symlink() and (tmp_path / "disk/report" / MARK).read_text() == text
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["report"]
 
 
 def test_interrupted_writing_keeps_the_old_report(
