@@ -63,7 +63,6 @@ def analyse(root: Path, options: Options, comet: Path | None = None) -> Results:
         "methods": methods.methods_table(directions, options),
         "transfer": levels,
         "gain": gains,
-        "calibration": transfer.calibration_table(directions, options),
         "transitions": transitions.transition_table(directions, options),
     }
     figures = {

@@ -256,13 +256,6 @@ def _ranks(values: Floats, counts: Floats) -> Floats:
     return np.asarray(np.take(ranks, group, axis=1), dtype=np.float64)
 
 
-def ascending_ranks(values: NDArray[np.floating]) -> Floats:
-    """Mean ranks of ascending values (N,), from 1; ties share theirs."""
-    starts = np.flatnonzero(np.diff(values, prepend=np.nan) != 0)
-    sizes = np.diff(starts, append=len(values))
-    return np.repeat(starts + (sizes + 1) / 2, sizes)
-
-
 def _residual(values: Floats, basis: Sequence[Floats], weights: Floats) -> Floats:
     for direction in basis:
         along = (weights * values * direction).sum(axis=1, keepdims=True)

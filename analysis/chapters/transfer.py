@@ -1,4 +1,4 @@
-"""Transfer by bucket: each run's records, its gain over the baselines, and its calibration."""
+"""Transfer by bucket: each run's records, and its gain over the baselines."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from analysis.style import (
     hide,
     save,
 )
-from analysis.sums.bucket_sums import METRICS, Partition, calibration_error
+from analysis.sums.bucket_sums import METRICS, Partition
 from analysis.sums.direction import Direction, Options, ScoredRun
 from analysis.sums.pairing import partner
 from analysis.sums.selection import bias
@@ -80,9 +80,8 @@ def transfer_tables(
     -------
     levels : one row a run and bucket: counts, means over the bucket's tokens, interval of KL.
         ``agreement`` is the share of tokens where teacher and student have the same first choice,
-        ``overlap_top5`` the mean share of the teacher's five best among the student's,
-        ``surprise_rank_correlation`` Spearman's correlation of the two surprises at the reference
-        (families all and difficulty). An empty bucket has count 0 and no values.
+        ``overlap_top5`` the mean share of the teacher's five best among the student's. An empty bucket
+        has count 0 and no values.
     gains : one row a run, baseline and bucket. ``gain`` is KL(baseline) - KL(run) in nats,
         ``relative_gain`` its share of KL(baseline); ``gain_target`` and ``gain_nontarget`` its parts;
         ``lead_closed`` the share of the teacher's lead over the baseline in the probability of the
@@ -130,7 +129,6 @@ def _levels(
             "kl_high": high[index],
             **values,
             "agreeing_tokens": int(sums.total("agreement")[index]),
-            "surprise_rank_correlation": run.surprise.get((family, bucket), np.nan),
         }
 
 
@@ -207,32 +205,6 @@ def _gains(
         ]
         rows.append(dict(zip(GAIN_COLUMNS, values, strict=True)))
     return rows
-
-
-def calibration_table(directions: Sequence[Direction], options: Options) -> pd.DataFrame:
-    """One row a run and bin of confidence, for the student and its teacher: tokens, mean confidence
-    in the first choice, share of right first choices; ``error`` is the expected calibration error."""
-    rows: list[dict[str, Any]] = []
-    for direction in directions:
-        for run in direction.scored:
-            both = zip(("teacher", "student"), run.under(run.cut).calibration, strict=True)
-            for side, bins in both:
-                means = ratio(bins[:, 1:], bins[:, :1])
-                for index, (count, (confidence, accuracy)) in enumerate(
-                    zip(bins[:, 0], means, strict=True)
-                ):
-                    rows.append(
-                        {
-                            **run_columns(direction, run),
-                            "side": side,
-                            "bin": index,
-                            "tokens": int(count),
-                            "confidence": confidence,
-                            "accuracy": accuracy,
-                            "error": calibration_error(bins),
-                        }
-                    )
-    return pd.DataFrame(rows, columns=None if rows else RUN_COLUMNS)
 
 
 #: Families of the transfer figure and what its axes say.

@@ -7,7 +7,6 @@ selection        whose difficulty cuts the tokens when runs are compared
 pairing          variants of methods, and which run is compared with which
 buckets          ways to cut the tokens
 bucket_sums      sums over tokens by bucket and sentence
-surprise         how alike teacher and student rank the references
 translations     sacreBLEU's statistics of every run's translations
 significance     its intervals and tests of them
 comet            COMET, where it is installed

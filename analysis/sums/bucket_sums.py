@@ -43,7 +43,6 @@ READ = (
     "kl", "kl_target", "kl_nontarget", "p_gold", "q_gold", "p_entropy", "q_entropy",
     "p_top1", "q_top1", "p_max", "q_max", "p_of_q_top1", "overlap_top5",
 )  # fmt: skip
-CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,11 @@ class RunSums:
     totals : (K, M) sums of :data:`METRICS` by bucket
     kl : (S, K) sum of KL by sentence and bucket
     difficulty : (S, 2, M) sums by sentence for easy and hard tokens
-    calibration : (2, bins, 3) teacher's and student's tokens, confidence and right choices by
-        confidence
     """
 
     totals: Floats
     kl: Floats
     difficulty: Floats
-    calibration: Floats
 
     def total(self, metric: str) -> Floats:
         """The sum of one of :data:`METRICS` by bucket, (K,)."""
@@ -115,12 +111,10 @@ class RecordSums:
     ----------
     by_partition : sums under each partition, in the order given
     kl : (N,) KL of each token, nats
-    q_gold : (N,) the student's probability of each reference token
     """
 
     by_partition: list[RunSums]
     kl: NDArray[np.float32]
-    q_gold: NDArray[np.float32]
 
 
 def make_partition(
@@ -148,15 +142,13 @@ def sum_records(path: Path, tokens: TokenSet, partitions: Sequence[Partition]) -
                 totals=np.zeros((width, len(METRICS))),
                 kl=np.zeros((sentences, width)),
                 difficulty=np.zeros((sentences, 2, len(METRICS))),
-                calibration=np.zeros((2, CALIBRATION_BINS, 3)),
             )
         )
-    kept = {name: np.empty(len(tokens.token), dtype=np.float32) for name in ("kl", "q_gold")}
+    kept = np.empty(len(tokens.token), dtype=np.float32)
 
     def summed(block: tuple[slice, Columns]) -> tuple[slice, list[tuple[Floats, ...]]]:
         rows, columns = block
-        for name, whole in kept.items():
-            whole[rows] = columns[name]
+        kept[rows] = columns["kl"]
         inside = slice(tokens.sentence[rows.start], tokens.sentence[rows.stop - 1] + 1)
         values = token_metrics(columns, tokens.token[rows])  # (rows, M)
         parts = [_block_sums(values, rows, inside, tokens, partition) for partition in partitions]
@@ -164,12 +156,11 @@ def sum_records(path: Path, tokens: TokenSet, partitions: Sequence[Partition]) -
 
     # Added up in the order of the file, so that threads do not change the result.
     for inside, parts in ordered_map(summed, _blocks(path, len(tokens.token))):
-        for own, (totals, kl, difficulty, calibration) in zip(sums, parts, strict=True):
+        for own, (totals, kl, difficulty) in zip(sums, parts, strict=True):
             own.totals[:] += totals
             own.kl[inside] += kl
             own.difficulty[inside] += difficulty
-            own.calibration[:] += calibration
-    return RecordSums(sums, kept["kl"], kept["q_gold"])
+    return RecordSums(sums, kept)
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -212,11 +203,7 @@ def _block_sums(
         size = len(family.buckets)
         summed = np.bincount(local * size + own, values[:, 0], minlength=sentences * size)
         kl.append(summed.reshape(sentences, size))
-    calibration = [
-        _calibration(values[:, METRICS.index(confidence)], values[:, METRICS.index(right)])
-        for confidence, right in (("p_max", "teacher_right"), ("q_max", "student_right"))
-    ]
-    return totals, np.concatenate(kl, axis=1), difficulty, np.stack(calibration)
+    return totals, np.concatenate(kl, axis=1), difficulty
 
 
 def token_metrics(columns: Columns, token: NDArray[np.int32]) -> Floats:
@@ -250,19 +237,3 @@ def _one_hot(cells: NDArray[np.int64], count: int) -> scipy.sparse.csc_array:
     """(count, N) matrix with one 1 a column."""
     pointers = np.arange(len(cells) + 1)
     return scipy.sparse.csc_array((np.ones(len(cells)), cells, pointers), shape=(count, len(cells)))
-
-
-def _calibration(confidence: Floats, right: Floats) -> Floats:
-    """Tokens, summed confidence and right choices in bins of equal width of confidence."""
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    return np.stack(
-        [np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, right)],
-        axis=1,
-    )
-
-
-def calibration_error(bins: Floats) -> float:
-    """Expected calibration error of (bins, 3) sums: the mean over tokens of
-    \\|accuracy - confidence\\| of their bin (Guo et al., 2017); NaN without tokens."""
-    count = bins[:, 0].sum()
-    return float(np.abs(bins[:, 2] - bins[:, 1]).sum() / count) if count else float("nan")

@@ -60,7 +60,6 @@ class ScoredRun:
     sums : its sums under each partition in which it is compared, by :attr:`Partition.selector`
     kl : (N,) KL of each reference token to the teacher, nats
     history : the same at every step with records, ascending; empty where there is only one
-    surprise : rank correlation of the teacher's and its own surprise, by (family, bucket)
     translations : None without any
     """
 
@@ -71,7 +70,6 @@ class ScoredRun:
     sums: Mapping[tuple[str, ...], RunSums] = field(default_factory=dict)
     kl: NDArray[np.float32] | None = None
     history: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
-    surprise: Mapping[tuple[str, str], float] = field(default_factory=dict)
     translations: Translations | None = None
 
     @property

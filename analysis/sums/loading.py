@@ -28,7 +28,6 @@ from analysis.sums.pairing import (
     placebo_couples,
 )
 from analysis.sums.selection import Cutter, Reference, read_reference, reference_steps
-from analysis.sums.surprise import rank_correlations, teacher_ranks
 from analysis.sums.translations import make_corpus
 from analysis.terminal import progress, warn
 
@@ -317,11 +316,6 @@ def _read_records(
         path = run.run.records(options.subset, run.step)
         return sum_records(path, tokens, list(needed[run.label].values()))
 
-    p_gold = read_columns(cutter.shared_by, ["p_gold"])["p_gold"].astype(np.float32)
-    judged = {partition.selector: partition for partition in own.values()}
-    order = np.argsort(p_gold)
-    ranks = {key: teacher_ranks(p_gold, order, partition) for key, partition in judged.items()}
-
     def each() -> Iterator[tuple[ScoredRun, RecordSums]]:
         for run in scored():
             try:
@@ -332,13 +326,11 @@ def _read_records(
 
     def finished(item: tuple[ScoredRun, RecordSums]) -> ScoredRun:
         run, sums = item
-        partition = own[run.label]
         return replace(
             run,
-            partition=partition,
+            partition=own[run.label],
             sums=dict(zip(needed[run.label], sums.by_partition, strict=True)),
             kl=sums.kl,
-            surprise=rank_correlations(sums.q_gold, partition, ranks[partition.selector]),
         )
 
     for run in ordered_map(finished, each()):
