@@ -36,9 +36,8 @@ def parser() -> argparse.ArgumentParser:
         default=["finetune"],
         metavar="WHAT",
         help="whose difficulty defines easy and hard tokens: a method (its runs of other seeds than those "
-        "compared), a run's path below RUNS, 'initial' (the first records of the fine-tuned runs) or "
-        "'self'; of several the mean (default: finetune); with a method that is itself compared, claims "
-        "1 to 3 stay inconclusive",
+        "compared), or a run's path below RUNS; of several the mean (default: finetune); with a method that is "
+        "itself compared, claims 1 to 3 stay inconclusive",
     )
     add(
         "--gamma",

@@ -76,7 +76,7 @@ def _row(
 def excess(direction: Direction, run: ScoredRun, options: Options) -> tuple[float, Floats] | None:
     """The relative excess of a run's KL on its own seed's hard tokens, and in every resample, (B,);
     None without reference runs of its seed and of another."""
-    if set(options.references) & {"self", "initial"} or direction.resamples is None:
+    if direction.resamples is None:
         return None
     labels = {label for item in direction.scored for label in item.cut.selector}
     references = [item for item in direction.scored if item.label in labels]

@@ -24,7 +24,7 @@ class Options:
     ----------
     subset : of the token records and translations
     threshold : Γ
-    references : what defines the buckets: methods, labels of runs, ``initial`` or ``self``
+    references : what defines the buckets: methods, or labels of runs
     baseline : the method that claims compare with
     margin : smallest relative effect that matters
     resamples : bootstrap resamples

@@ -27,7 +27,7 @@ from analysis.sums.pairing import (
     peers,
     placebo_couples,
 )
-from analysis.sums.selection import Cutter, Reference, read_reference, reference_steps
+from analysis.sums.selection import Cutter, Reference, read_reference, reference_runs
 from analysis.sums.translations import make_corpus
 from analysis.terminal import progress, warn
 
@@ -289,14 +289,14 @@ def _read_records(
         return [run for run in kept.values() if run.step is not None]
 
     references: list[Reference] = []
-    for run, step in reference_steps(found.name, scored(), options):
+    for run in reference_runs(found.name, scored(), options):
         try:
-            references.append(read_reference(run, step, options.subset, tokens))
+            references.append(read_reference(run, options.subset))
         except RecordError as error:
             leave_out(run, error)
     if not scored():
         raise UserError("no run with usable token records is left")
-    if not references and "self" not in options.references:
+    if not references:
         raise UserError(f"{found.name}: no run that defines the buckets is left")
     first = scored()[0]
     assert first.step is not None

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.runs.errors import RecordError, UserError
+from analysis.runs.errors import UserError
 from analysis.runs.token_records import TokenSet, read_columns
 from analysis.sums.bucket_sums import Partition, make_partition
 from analysis.sums.buckets import Family, difficulty_families, shared_families
@@ -23,64 +23,45 @@ from analysis.sums.pairing import of_method
 
 @dataclass(frozen=True)
 class Reference:
-    """A run whose difficulty may cut tokens, (N,) nats, and the step that it is of."""
+    """A run whose difficulty may cut tokens, (N,) nats."""
 
     label: str
     seed: int
-    step: int
     difficulty: NDArray[np.float32]
 
 
-def reference_steps(
-    name: str, runs: Sequence[ScoredRun], options: Options
-) -> list[tuple[ScoredRun, int]]:
-    """The runs, and the steps of them, that ``options.references`` names in a direction.
+def reference_runs(name: str, runs: Sequence[ScoredRun], options: Options) -> list[ScoredRun]:
+    """The runs that ``options.references`` names in a direction.
 
     Raises
     ------
     UserError
         One of them is not there.
     """
-    found: list[tuple[ScoredRun, int]] = []
+    found: list[ScoredRun] = []
     for reference in options.references:
-        method = "finetune" if reference == "initial" else reference
-        if reference == "self":
-            continue
-        chosen = [run for run in runs if run.label == method] or of_method(runs, method)
+        chosen = [run for run in runs if run.label == reference] or of_method(runs, reference)
         if not chosen:
             raise UserError(
-                f"{name}: expected a run of {method!r} with token records, which defines the "
+                f"{name}: expected a run of {reference!r} with token records, which defines the "
                 f"buckets, found only {', '.join(sorted({str(run.method) for run in runs}))}; train "
                 "and score one, or choose another with --reference of analysis.transfer"
             )
-        for run in chosen:
-            steps = run.run.steps(options.subset)
-            if reference == "initial" and len(steps) < 2:
-                raise UserError(
-                    f"{run.run.path}: expected token records of an earlier step for --reference "
-                    "initial, found one step; score an early checkpoint too"
-                )
-            assert run.step is not None
-            found.append((run, steps[0] if reference == "initial" else run.step))
+        found += chosen
     return found
 
 
-def read_reference(run: ScoredRun, step: int, subset: str, tokens: TokenSet) -> Reference:
-    """The difficulty of a run's tokens at a step.
+def read_reference(run: ScoredRun, subset: str) -> Reference:
+    """The difficulty of a run's tokens.
 
     Raises
     ------
     RecordError
-        The records are damaged, or of other tokens.
+        The records are damaged.
     """
-    path = run.run.records(subset, step)
-    difficulty = read_columns(path, ["kl"])["kl"]
-    if len(difficulty) != len(tokens.token):
-        raise RecordError(
-            f"{path}: expected {len(tokens.token)} tokens as in the other records, found "
-            f"{len(difficulty)}; score the checkpoint again"
-        )
-    return Reference(run.label, run.seed, step, difficulty.astype(np.float32))
+    assert run.step is not None
+    difficulty = read_columns(run.run.records(subset, run.step), ["kl"])["kl"]
+    return Reference(run.label, run.seed, difficulty.astype(np.float32))
 
 
 @dataclass
@@ -101,13 +82,7 @@ class Cutter:
 
     def cut(self, *runs: ScoredRun) -> Partition:
         """The partition under which runs are compared, or one is judged alone."""
-        if "self" in self.options.references:
-            own = runs[0]
-            assert own.step is not None
-            return self._make([read_reference(own, own.step, self.options.subset, self.tokens)])
-        return self._make(others(self.references, {run.seed for run in runs}))
-
-    def _make(self, chosen: Sequence[Reference]) -> Partition:
+        chosen = others(self.references, {run.seed for run in runs})
         key = tuple(item.label for item in chosen)
         if key not in self.made:
             stacked = np.stack([item.difficulty for item in chosen])

@@ -298,11 +298,10 @@ def test_one_baseline_run_is_one_seed(tmp_path: Path) -> None:
 def test_a_compared_method_does_not_choose_the_tokens(tmp_path: Path) -> None:
     """What the baseline finds hard is hard in part by chance: others look better there for nothing."""
     write_study(tmp_path, better=0.0, sentences=300)
-    for reference in ("word_kd", "self"):
-        _, table = judged(tmp_path, Options(resamples=100, references=(reference,)))
-        found = verdicts(table)
-        assert {found[claim] for claim in (1, 2, 3)} == {"inconclusive"}
-        assert set(table[table["claim"] <= 3]["reason"]) == {SAME_METHOD}
+    _, table = judged(tmp_path, Options(resamples=100, references=("word_kd",)))
+    found = verdicts(table)
+    assert {found[claim] for claim in (1, 2, 3)} == {"inconclusive"}
+    assert set(table[table["claim"] <= 3]["reason"]) == {SAME_METHOD}
 
 
 def test_what_does_not_matter_is_not_supported_however_certain() -> None:

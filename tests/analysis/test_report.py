@@ -225,6 +225,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(
         (["--resamples", "3"], "--resamples: expected at least 100, found 3"),
         (["--margin", "1"], "--margin: expected a share"),
         (["--reference", "nothing"], "expected a run of 'nothing' with token records"),
+        (["--reference", "self"], "expected a run of 'self' with token records"),
     ],
 )
 def test_bad_options(demo: Path, arguments: list[str], message: str) -> None:

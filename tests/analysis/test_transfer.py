@@ -224,7 +224,6 @@ def test_reference_runs_are_of_other_seeds(tmp_path: Path, write_run: WriteRun) 
     assert bias(direction, runs["word_kd2"], runs["word_kd1"]) == ""
     assert bias(direction, runs["word_kd1"], runs["finetune1"]) == SAME_METHOD
     for references, label, selector, reason in (
-        (("self",), "word_kd2", ("word_kd2",), SAME_METHOD),
         (("word_kd1",), "finetune2", ("word_kd1",), SAME_METHOD),
         (("finetune1",), "word_kd1", ("finetune1",), SAME_SEED),
         (("finetune1", "finetune2"), "word_kd1", ("finetune2",), ""),
@@ -234,11 +233,3 @@ def test_reference_runs_are_of_other_seeds(tmp_path: Path, write_run: WriteRun) 
         other = next(item for item in direction.scored if item.label == f"word_kd{run.seed}")
         assert run.cut.selector == selector
         assert bias(direction, run, other) == reason
-
-
-def test_initial_student_defines_buckets(demo: Path) -> None:
-    (direction,), _ = load(demo, Options(references=("initial",), resamples=100))
-    run = direction.scored[-1]
-    assert run.cut.selector == ("finetune",)
-    first = read_columns(demo / "finetune/tokens/test/50.parquet", ["kl"])["kl"]
-    assert run.cut.gamma == pytest.approx(np.quantile(first.astype(float), 0.75))
