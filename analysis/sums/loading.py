@@ -306,7 +306,7 @@ def _read_records(
     needed: dict[str, dict[tuple[str, ...], Partition]] = {
         label: {partition.selector: partition} for label, partition in own.items()
     }
-    for run, other in _compared(scored(), options):
+    for run, other in _compared(scored(), found.texts, options):
         partition = cuts[run.label, other.label] = cutter.cut(run, other)
         for label in (run.label, other.label):
             needed[label][partition.selector] = partition
@@ -333,12 +333,15 @@ def _read_records(
             kl=sums.kl,
         )
 
-    for run in ordered_map(finished, each()):
+    done = list(ordered_map(finished, each()))
+    if not scored():
+        raise UserError("no run with usable token records is left")
+    if len(done) < len(own):  # other runs are compared now than those whose sums were made
+        return _read_records([run for run in runs if run.label in kept], found, options, bar)
+    for run in done:
         history, reasons = read_history(run, options.subset, tokens)
         found.left_out.extend(reasons)
         kept[run.label] = replace(run, history=history)
-    if not scored():
-        raise UserError("no run with usable token records is left")
     if len({run.seed for run in scored()}) == 1:
         warn(
             f"{found.name}: all runs have seed {scored()[0].seed}, and the run that decides which tokens "
@@ -347,15 +350,18 @@ def _read_records(
     return list(kept.values()), cuts
 
 
-def _compared(runs: Sequence[ScoredRun], options: Options) -> Iterator[tuple[ScoredRun, ScoredRun]]:
-    """Every two runs that some table compares."""
-    for run, baseline in itertools.product(runs, options.baselines):
-        other = partner(run, runs, baseline)
-        if other is not None:
-            yield run, other
-    yield from placebo_couples(of_method(runs, options.baseline))
-    for run in runs:
-        yield from placebo_couples(peers(run, runs, options.baseline))
+def _compared(
+    scored: Sequence[ScoredRun], texts: Mapping[str, Texts], options: Options
+) -> Iterator[tuple[ScoredRun, ScoredRun]]:
+    """Every two runs that some table compares, of all that are scored or of those with translations."""
+    for runs in (scored, [run for run in scored if run.label in texts]):
+        for run, baseline in itertools.product(runs, options.baselines):
+            other = partner(run, runs, baseline)
+            if other is not None:
+                yield run, other
+        yield from placebo_couples(of_method(runs, options.baseline))
+        for run in runs:
+            yield from placebo_couples(peers(run, runs, options.baseline))
 
 
 def read_history(

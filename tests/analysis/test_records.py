@@ -11,6 +11,8 @@ import pytest
 from conftest import WriteRun
 
 from analysis.chapters.examples import BYTES, _texts
+from analysis.chapters.sentences import sentence_table
+from analysis.chapters.transfer import transfer_tables
 from analysis.report.content import scope_blocks
 from analysis.runs.errors import RecordError, UserError
 from analysis.runs.files import hash_lines, read_json, sealed_json
@@ -283,6 +285,29 @@ def test_the_usual_variant_keeps_the_name_and_is_the_baseline(
     for run in runs:
         other = partner(run, runs, "word_kd")
         assert other is not None and other.label == "word_kd_0.7"
+
+
+def test_runs_without_translations_or_with_wrong_values_leave_the_others_compared(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    """With one run fewer its neighbours are compared with each other."""
+    for seed in (1, 2, 3):
+        for method in ("finetune", "word_kd", "se_kd_blend"):
+            write_run(tmp_path, f"{method}{seed}", method, seed=seed, sentences=30)
+    shutil.rmtree(tmp_path / "word_kd2/hyps")
+    options = Options(resamples=100)
+    directions, left_out = load(tmp_path, options)
+    assert not left_out
+    assert set(sentence_table(directions, options)["seeds"]) == {2}
+    corpus = make_corpus(30, 0)
+    wrong = record_columns(corpus, student(corpus, 0.8, 0.1, 5))
+    wrong["q_gold"][3] = np.nan
+    write_columns(tmp_path / "word_kd2/tokens/test/100.parquet", wrong)
+    directions, left_out = load(tmp_path, options)
+    assert [item.label for item in left_out] == ["word_kd2"] and "q_gold" in left_out[0].reason
+    gains = transfer_tables(directions, options)[1]
+    compared = set(gains.loc[gains["baseline"] == "word_kd", "run"])
+    assert compared == {"finetune1", "finetune3", "se_kd_blend1", "se_kd_blend3"}
 
 
 def test_documents_of_another_test_set_are_refused(tmp_path: Path, write_run: WriteRun) -> None:
