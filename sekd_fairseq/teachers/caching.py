@@ -36,7 +36,7 @@ from sekd_fairseq.teachers.truncation import (
 )
 from sekd_fairseq.versions import versions
 
-#: In the folder of an unfinished build: what it is of.
+#: Beside the shards: what they are of, also once there is a manifest, which whoever mends a cache deletes.
 SETTINGS = "build.json"
 #: Shards of a large cache: each is an open file in all processes that read it.
 SHARDS = 500
@@ -271,8 +271,8 @@ def finish(
     part: Part,
     allow_implausible: bool,
 ) -> TeacherCache | None:
-    """Close a cache whose shards are all there (:func:`finish_cache`), and forget the record of its
-    build; None, and a line that says so, while others have to finish."""
+    """Close a cache whose shards are all there (:func:`finish_cache`); None, and a line that says so,
+    while others have to finish."""
     missing = missing_shards(directory, settings)
     if missing:
         print(
@@ -280,9 +280,7 @@ def finish(
             f"parts are still missing ({len(missing)})"
         )
         return None
-    cache = finish_cache(directory, settings, dtypes, versions(), allow_implausible)
-    (directory / SETTINGS).unlink(missing_ok=True)
-    return cache
+    return finish_cache(directory, settings, dtypes, versions(), allow_implausible)
 
 
 def record_of(settings: dict[str, Any], dtypes: dict[str, np.dtype[Any]]) -> dict[str, Any]:
@@ -291,7 +289,7 @@ def record_of(settings: dict[str, Any], dtypes: dict[str, np.dtype[Any]]) -> dic
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """What an unfinished build in ``directory`` is of; ``CacheError`` where that is damaged."""
+    """What the shards in ``directory`` are of; ``CacheError`` where that is damaged."""
     path = directory / SETTINGS
     try:
         settings, sealed = read_json(path)

@@ -222,7 +222,7 @@ def test_killed_it_does_not_go_on_with_another_teachers_cache(
     for row in aligned:
         np.testing.assert_allclose(np.exp(row.gold_logprob), [0.9, 0.9, 0.9], rtol=1e-6)
     assert {path.name for path in output.iterdir()} == {
-        "manifest.json", "shard-00000.arrow", "shard-00001.arrow",
+        "build.json", "manifest.json", "shard-00000.arrow", "shard-00001.arrow",
     }  # fmt: skip
     with pytest.raises(CacheError, match="holds a cache with another teacher"):
         align_part(second, sides, output)

@@ -80,6 +80,23 @@ def test_stopped_build_goes_on_to_the_same_bytes(
     assert "another truncation" in line and "--output" in line
 
 
+def test_shards_that_are_kept_are_of_one_teacher(
+    data: Path, teacher: Path, cache_copy: Path, tmp_path: Path
+) -> None:
+    """A damaged shard and the manifest are deleted, as messages say, and the cache is built again."""
+    state = torch.load(teacher, map_location="cpu")
+    state["model"]["decoder.embed_tokens.weight"] *= 1.01
+    torch.save(state, other := tmp_path / "other.pt")
+    for name in ("manifest.json", "shard-00001.arrow"):
+        (cache_copy / "train" / name).unlink()
+    options = ("--subset", "train", "--top-k")
+    for path, k, difference in ((other, "6", "teacher"), (teacher, "5", "truncation")):
+        line = error_line(build(data, path, cache_copy, *options, k, check=False))
+        assert f"holds a cache with another {difference}" in line
+    build(data, teacher, cache_copy, *options, "6")
+    TeacherCache.open(cache_copy / "train").verify()
+
+
 def test_a_large_cache_has_large_shards(tmp_path: Path) -> None:
     sizes = [shard_size(tmp_path, sentences) for sentences in (9, 5_000_000, 5_000_001, 38_700_000)]
     assert sizes == [10_000, 10_000, 10_001, 77_400]
