@@ -37,7 +37,7 @@ class HTTPEngine(BestTokensEngine):
         super().__init__(data, "http")
         tokenizer = load_tokenizer(str(self.folder / TOKENIZER))
         self._server = Server(url, tokenizer, best, model, parallel, timeout, retries)
-        self._answers = self._server.answers = Answers(answers)
+        self._answers = self._server.answers = Answers(answers, self._server.probe)
         self.batch_tokens = 2**11 * parallel
         self.identity = {
             "files": [self._server.model],

@@ -1,6 +1,8 @@
 """build_cache --engine http: the cache that the model itself gives, whatever the server does."""
 
+import copy
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -91,12 +93,24 @@ def test_a_served_teacher_is_cached(
             torch.nn.init.normal_(parameter, std=0.3)
         line = error_line(build(tmp_path / "stopped", check=False))
         assert "another teacher" in line
+        seconds = copy.deepcopy(standin.model)
         standin.load(source)
         answered = len(standin.asked) - asked
         build(tmp_path / "stopped")
         assert bytes_of(tmp_path / "stopped" / "valid") == bytes_of(tmp_path / "served" / "valid")
         # The server is looked at with 4 requests; of 8 good answers 4 were of sentences.
         assert len(standin.asked) - asked - answered == 4 + len(own) - 4
+        # The second one's cache, where the first one's stopped, has none of its answers.
+        standin.failures = ["fine"] * 8 + [500] * 100
+        build(tmp_path / "twice", "--parallel-requests", 1, check=False)
+        standin.failures = []
+        standin.model = seconds
+        assert "another teacher" in error_line(build(tmp_path / "twice", check=False))
+        shutil.rmtree(tmp_path / "twice" / "valid")
+        build(tmp_path / "twice")
+        build(tmp_path / "seconds")
+        assert bytes_of(tmp_path / "twice" / "valid") == bytes_of(tmp_path / "seconds" / "valid")
+        assert not list((tmp_path / "twice").glob("answers*"))
     line = error_line(build(tmp_path / "dead", check=False))
     assert "ConnectError" in line and not (tmp_path / "dead").exists()
     both = command(

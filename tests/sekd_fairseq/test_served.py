@@ -89,7 +89,7 @@ def test_what_stays_ends_with_one_line_and_loses_nothing(
     standin = StandIn(TOKENIZER, LOG_P)
     with standin.running() as url:
         server = Server(url, TOKENIZER, 7, parallel=1, retries=2)
-        server.answers = Answers(tmp_path / "answers.sqlite")
+        server.answers = Answers(tmp_path / "answers.sqlite", server.probe)
         server.ask(prompts()[1:])
         standin.always = failure
         if failure == "slow":
@@ -103,7 +103,7 @@ def test_what_stays_ends_with_one_line_and_loses_nothing(
         before = len(standin.asked)
         again = Server(url, TOKENIZER, 7, parallel=3)
         checked = len(standin.asked)
-        again.answers = Answers(tmp_path / "answers.sqlite")
+        again.answers = Answers(tmp_path / "answers.sqlite", again.probe)
         check(again.ask(prompts()), 7)
         assert len(standin.asked) == checked + 1  # the one that failed
         again.answers.forget_used()  # a shard has them
@@ -125,7 +125,7 @@ def test_no_server_ends_with_one_line() -> None:
 def test_damaged_answers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "answers.sqlite").write_bytes(b"no answers" * 1000)
     with pytest.raises(UserError, match="delete it"):
-        Answers(tmp_path / "answers.sqlite")
+        Answers(tmp_path / "answers.sqlite", [])
 
 
 def test_a_server_that_does_not_fit_is_refused() -> None:
