@@ -121,8 +121,8 @@ def add_work(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--shard-sentences",
         type=int,
-        help="sentences per shard, the unit of resuming (default: 10,000, above 5 million sentences as many "
-        "as make 500 shards)",
+        help="sentences per shard, the unit of resuming (default: 10,000, less where a process of "
+        "--num-shards would have none, above 5 million sentences as many as make 500 shards)",
     )
     group.add_argument(
         "--skip-too-long",

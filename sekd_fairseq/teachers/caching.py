@@ -132,7 +132,8 @@ def build_split(engine: Engine, build: Build, split: str) -> TeacherCache | None
         "dictionary_hash": hash_symbols(symbols),
         "dataset_hash": hash_of(hashes),
         "sentences": len(dataset),
-        "shard_sentences": build.shard_sentences or shard_size(directory, len(dataset)),
+        "shard_sentences": build.shard_sentences
+        or shard_size(directory, len(dataset), build.part.num_shards),
         "temperature": build.temperature,
         "truncation": truncation.record(),
         "teacher": engine.identity,
@@ -159,14 +160,16 @@ class Sentences:
     per_shard: int
 
 
-def shard_size(directory: Path, sentences: int) -> int:
-    """Sentences per shard where none are asked for: those of a build that was begun, or 10,000, and more
-    where these would make more than :data:`SHARDS`."""
+def shard_size(directory: Path, sentences: int, parts: int = 1) -> int:
+    """Sentences per shard where none are asked for: those of a build that was begun, or 10,000, less where
+    these would leave some of the processes that share the build without a shard, and more where they would
+    make more than :data:`SHARDS`."""
     if (directory / MANIFEST).exists():
         return Manifest.load(directory).shard_sentences
     if (directory / SETTINGS).exists():
         return int(read_settings(directory)["shard_sentences"])
-    return max(10_000, -(-sentences // SHARDS))
+    most = 10_000 if parts == 1 else max(1, min(10_000, -(-sentences // parts)))
+    return max(most, -(-sentences // SHARDS))
 
 
 def build_shards(

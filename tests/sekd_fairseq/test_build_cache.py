@@ -13,7 +13,7 @@ import torch
 
 from analysis.runs.files import sealed_json
 from sekd_fairseq.teacher_cache import TeacherCache
-from sekd_fairseq.teachers.caching import SETTINGS, shard_size
+from sekd_fairseq.teachers.caching import SETTINGS, Part, shard_size
 
 from .conftest import command, error_line, start_command, train
 
@@ -102,7 +102,24 @@ def test_a_large_cache_has_large_shards(tmp_path: Path) -> None:
     assert sizes == [10_000, 10_000, 10_001, 77_400]
     # A build that was begun goes on with the shards that it has.
     (tmp_path / SETTINGS).write_bytes(sealed_json({"shard_sentences": 700}))
-    assert shard_size(tmp_path, 38_700_000) == 700
+    assert shard_size(tmp_path, 38_700_000, 8) == 700
+
+
+@pytest.mark.parametrize("sentences", [8, 29_000, 200_000, 38_700_000])
+def test_each_of_several_processes_has_a_shard(sentences: int, tmp_path: Path) -> None:
+    size = shard_size(tmp_path, sentences, 8)
+    settings = {"sentences": sentences, "shard_sentences": size}
+    shares = [
+        sum(min(size, sentences - index * size) for index in Part(number, 8).shards(settings))
+        for number in range(8)
+    ]
+    assert sum(shares) == sentences and min(shares) > 0
+    assert sentences != 29_000 or shares == 8 * [3_625]
+
+
+@pytest.mark.parametrize("sentences", [0, 1, 3])
+def test_more_processes_than_sentences(sentences: int, tmp_path: Path) -> None:
+    assert shard_size(tmp_path, sentences, 8) == 1
 
 
 def test_ensemble_and_temperature(data: Path, teacher: Path, tmp_path: Path) -> None:
