@@ -1,5 +1,6 @@
 """The teacher as vLLM runs it: a Hugging Face model of many billions of parameters."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,28 @@ from sekd_fairseq.errors import UserError
 from sekd_fairseq.teachers.best_tokens import BestTokensEngine
 
 
+def take_own_gpu() -> None:
+    """Leave a process of torchrun one GPU to see, its own: vLLM takes the first that it sees."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [rank] if seen is None else seen.split(",")[int(rank) :][:1]
+    if gpus in ([], [""]):
+        raise UserError(
+            f"--engine vllm: expected a GPU for each process of torchrun, found CUDA_VISIBLE_DEVICES={seen} "
+            f"for process {rank}; start fewer (--nproc_per_node)"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
+
+
 class VLLMEngine(BestTokensEngine):
     """A Hugging Face model that vLLM runs in this process, in ``dtype``, or as vLLM does with its own."""
 
     batch_tokens = 2**18  # vLLM schedules within a batch itself
 
     def __init__(self, folder: str, data: str, dtype: torch.dtype | None, best: int) -> None:
+        take_own_gpu()
         try:
             import vllm
         except ImportError as error:

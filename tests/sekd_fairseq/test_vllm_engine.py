@@ -1,5 +1,6 @@
 """A teacher that vLLM runs, with vLLM itself replaced by transformers."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from sekd_fairseq.errors import UserError
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.teacher_cache import TeacherCache
+from sekd_fairseq.teachers.vllm import VLLMEngine
 
 from .conftest import (
     command,
@@ -64,6 +67,45 @@ def fake_vllm(folder: Path) -> ModuleType:
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
     return module
+
+
+@pytest.mark.parametrize(
+    ("rank", "seen", "left"),
+    [
+        ("3", None, "3"),
+        ("3", "7,5,GPU-2,1", "1"),
+        ("0", "4", "4"),
+        (None, "0,1", "0,1"),
+        (None, None, None),
+    ],
+)
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(
+    rank: str | None, seen: str | None, left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM sees when it is imported."""
+    found: list[str | None] = []
+
+    class Finder:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "vllm":
+                found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    for name, value in (("LOCAL_RANK", rank), ("CUDA_VISIBLE_DEVICES", seen)):
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    with pytest.raises(UserError, match="expected vLLM"):
+        VLLMEngine("folder", "data", None, 4)
+    assert found == [left]
+
+
+def test_more_processes_of_torchrun_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for seen in ("0,1", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        with pytest.raises(UserError, match="expected a GPU for each process"):
+            VLLMEngine("folder", "data", None, 4)
 
 
 def test_vllm_engine(
