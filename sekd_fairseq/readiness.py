@@ -28,6 +28,8 @@ from sekd_fairseq.teacher_cache import TeacherCache
 SENTENCES = 500
 #: Bytes of training that a float32 parameter takes: itself, its gradient, Adam's two means.
 BYTES_OF_A_PARAMETER = 16
+#: With ``--bf16``, which keeps it and its gradient in half precision too.
+BYTES_WITH_BF16 = 20
 #: A teacher that gives the end of a translation less than this does not end there.
 LEAST_END = 0.01
 
@@ -62,13 +64,14 @@ class Student(NamedTuple):
     data: str
 
 
-def load_student(path: str, data: str, device: torch.device) -> Student:
-    """A checkpoint, or the folder of a language model; ``UserError`` where it does not fit the data."""
+def load_student(path: str, data: str) -> Student:
+    """A checkpoint, or the folder of a language model, on the CPU; ``UserError`` where it does not fit the
+    data."""
     if Path(path).is_dir():
         cfg = language_model_config(data, "--hf-model", path)
         task = tasks.setup_task(cfg.task)
-        return Student(path, task.build_model(cfg.model).to(device), task, data)
-    (model,), _, task = load_models([path], data, device)
+        return Student(path, task.build_model(cfg.model), task, data)
+    (model,), _, task = load_models([path], data, torch.device("cpu"))
     return Student(path, model, task, data)
 
 
@@ -81,7 +84,7 @@ def checks(
     be said of it.
     """
     try:
-        student = load_student(path, data, device)
+        student = load_student(path, data)
         cache.check_dictionary(student.task.target_dictionary.symbols)
     except UserError as error:
         yield Check("vocabulary", False, str(error))
@@ -227,9 +230,38 @@ def cost(
     cache: TeacherCache, student: Student, dataset: Any, device: torch.device, max_tokens: int
 ) -> Check:
     """Memory and time of training on this split, from some batches; no check, so always good."""
+    where = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
+    symbols = len(student.task.target_dictionary)
+    batch_bytes = 2 * 4 * symbols * max_tokens  # logits and their gradient
+    needed = (
+        f"about {trained * BYTES_OF_A_PARAMETER / 2**30:.2f} GiB for {trained:,} parameters with Adam "
+        f"({trained * BYTES_WITH_BF16 / 2**30:.2f} with --bf16) and {batch_bytes / 2**30:.2f} GiB for the "
+        f"logits of {max_tokens:,} tokens"
+    )
+    try:
+        speed = trial(student, dataset, device, max_tokens)
+    except torch.OutOfMemoryError:
+        return Check(
+            "cost", True, f"{needed}; a trial in float32 does not fit {where}: --hf-gradient-checkpointing, "
+            "--sekd-chunk-tokens or a lower --max-tokens take less for a batch, --lora-r less for parameters, "
+            "--bf16 half for activations, --shard-weights a part on each of several GPUs",
+        )  # fmt: skip
+    epoch = cache.manifest.tokens / max(speed, 1e-9)
+    peak = ""
+    if device.type == "cuda":
+        peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at most in a trial without Adam"
+    return Check(
+        "cost", True, f"{needed}{peak}; about {epoch / 60:.1f} minutes per epoch on {where} "
+        f"({speed:,.0f} tokens per second)",
+    )  # fmt: skip
+
+
+def trial(student: Student, dataset: Any, device: torch.device, max_tokens: int) -> float:
+    """Target tokens per second, forward and backward, of some batches."""
     order = np.random.default_rng(1).permutation(len(dataset))[:200]
     batches = token_batches(dataset, order, max_tokens)[-3:]
-    student.model.train()
+    student.model.to(device).train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     tokens = 0
@@ -246,18 +278,4 @@ def cost(
         tokens += int(sample["ntokens"])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
-    epoch = cache.manifest.tokens / max(tokens / seconds, 1e-9)
-    trained = sum(p.numel() for p in student.model.parameters() if p.requires_grad)
-    state = trained * BYTES_OF_A_PARAMETER
-    symbols = len(student.task.target_dictionary)
-    batch_bytes = 2 * 4 * symbols * max_tokens  # logits and their gradient
-    where = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    peak = ""
-    if device.type == "cuda":
-        peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at most in a trial without Adam"
-    return Check(
-        "cost", True, f"about {state / 2**30:.2f} GiB for {trained:,} parameters with Adam and "
-        f"{batch_bytes / 2**30:.2f} GiB for the logits of {max_tokens:,} tokens{peak}; about "
-        f"{epoch / 60:.1f} minutes per epoch on {where} ({tokens / seconds:,.0f} tokens per second)",
-    )  # fmt: skip
+    return tokens / (time.perf_counter() - start)

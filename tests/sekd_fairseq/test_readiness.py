@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from fairseq.models.transformer import TransformerModel
 
 from sekd_fairseq.llm.tokenizer import SENTENCEPIECE, load_tokenizer, sentencepiece_proto
 from sekd_fairseq.readiness import Seen, shift
@@ -26,6 +28,25 @@ def test_a_student_that_fits(cache: Path, teacher: Path, data: Path) -> None:
     for name in ("vocabulary", "sentences", "end", "template", "shift", "ranks first", "cost"):
         assert f"{name}: " in names
     assert "FIX" not in printed and "minutes per epoch" in printed
+
+
+def test_a_trial_that_does_not_fit_the_gpu(
+    cache: Path, teacher: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 74.51 GiB.")
+
+    monkeypatch.setattr(TransformerModel, "forward", forward)
+    printed = inspect(cache, teacher, data)
+    costs = [line for line in printed.splitlines() if line.startswith("  ok            cost: ")]
+    splits = list(cache.iterdir())
+    assert len(costs) == len(splits) > 1 and "FIX" not in printed
+    for line in costs:
+        assert (
+            "136,448 parameters with Adam (0.00 with --bf16) and 0.00 GiB for the logits of 300"
+            in line
+        )
+        assert "a trial in float32 does not fit this CPU: --hf-gradient-checkpointing" in line
 
 
 def test_a_student_that_does_not_fit(
