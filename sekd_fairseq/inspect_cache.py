@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis.runs.files import atomic_write, hash_file
+from analysis.runs.files import atomic_write
 from analysis.terminal import progress
 from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.teacher_cache import CachedSentence, TeacherCache
-from sekd_fairseq.teacher_cache.description import describe
+from sekd_fairseq.teacher_cache.description import another_teacher, describe
 from sekd_fairseq.teacher_cache.finish import upgrade_cache
-from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS, Manifest
+from sekd_fairseq.teacher_cache.format import ENTRY_COLUMNS
 from sekd_fairseq.teacher_cache.storage import (
     is_address,
     remote_manifest,
@@ -132,7 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.against:
             whose = "the dense teacher"
             if stranger := another_teacher(cache.manifest, args.against):
-                print(f"  another       {stranger}", flush=True)
+                print(
+                    f"  another       {stranger}; the figures below compare different models, unless one "
+                    "file is a copy of the other's weights",
+                    flush=True,
+                )
                 whose = "that other model"
             laws: dict[str, NDArray[np.float32] | None] = {"evenly": None}
             if (directory / TAIL).exists():
@@ -158,20 +162,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{args.to_parquet}: {cache.manifest.tokens:,} rows")
     if unfit:
         raise UserError(f"--student {args.student}: expected a fit, found {unfit} to fix (above)")
-
-
-def another_teacher(manifest: Manifest, paths: str) -> str | None:
-    """What to say where checkpoints (joined with ``:``) are not those that a cache was built from."""
-    known = manifest.teacher.get("sha256", [])
-    given = [Path(path) for path in paths.split(":")]
-    hashes = [hash_file(path) for path in given if path.is_file()]
-    if len(hashes) < len(given) or sorted(hashes) == sorted(known):
-        return None  # a file that is missing is for whoever loads it to say
-    return (
-        f"{paths} (sha256 {', '.join(value[:12] for value in hashes)}) is not the cache's teacher: "
-        f"{':'.join(manifest.teacher['files'])} ({', '.join(value[:12] for value in known)}); the "
-        "figures below compare different models, unless one file is a copy of the other's weights"
-    )
 
 
 def restoration_error(

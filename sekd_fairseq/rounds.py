@@ -47,6 +47,7 @@ from sekd_fairseq.splits import (
     training_side,
     write_indexed,
 )
+from sekd_fairseq.teacher_cache.description import another_teacher
 from sekd_fairseq.teacher_cache.format import Manifest
 from sekd_fairseq.teacher_cache.storage import is_address, split_folder
 from sekd_fairseq.teachers.truncation import options_of
@@ -210,6 +211,10 @@ class Settings:
             raise UserError("expected the options of fairseq-train after --, found none")
         if own := [word for word in train if word.split("=")[0] in OWN_OPTIONS]:
             raise UserError(f"{own[0]}: is given to fairseq-train by this command; leave it out")
+        if "--disable-validation" in train:
+            raise UserError(
+                "--disable-validation: expected validation, by which the best of all rounds is chosen; leave it out"
+            )
         if any(word.split("=")[0] == "--train-sentences" for word in train):
             raise UserError(
                 "--train-sentences: expected none, because a round trains on all references of DATA and on its "
@@ -258,7 +263,13 @@ def check_inputs(settings: Settings) -> None:
         if not path.is_file():
             raise UserError(f"{path}: expected a checkpoint, found none")
     for split in ("train", "valid"):
-        Manifest.load(split_folder(str(settings.teacher_cache), split))
+        manifest = Manifest.load(split_folder(str(settings.teacher_cache), split))
+        if split == "train" and (stranger := another_teacher(manifest, settings.teacher)):
+            print(
+                f"{settings.teacher_cache}: {stranger}; references and translations teach by different models, "
+                "unless one file is a copy of the other's weights",
+                flush=True,
+            )
 
 
 def described(settings: Settings) -> dict[str, Any]:

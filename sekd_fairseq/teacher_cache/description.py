@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from analysis.runs.files import hash_file
 from sekd_fairseq.teacher_cache.format import Manifest
 
 
@@ -47,3 +48,16 @@ def describe(place: str | Path, manifest: Manifest) -> str:
             f"probability 1 ({manifest.why_alone})",
         )
     return "\n".join(lines)
+
+
+def another_teacher(manifest: Manifest, paths: str) -> str | None:
+    """What to say where checkpoints (joined with ``:``) are not those that a cache was built from."""
+    known = manifest.teacher.get("sha256", [])
+    given = [Path(path) for path in paths.split(":")]
+    hashes = [hash_file(path) for path in given if path.is_file()]
+    if len(hashes) < len(given) or sorted(hashes) == sorted(known):
+        return None  # a file that is missing is for whoever loads it to say
+    return (
+        f"{paths} (sha256 {', '.join(value[:12] for value in hashes)}) is not the cache's teacher: "
+        f"{':'.join(manifest.teacher['files'])} ({', '.join(value[:12] for value in known)})"
+    )

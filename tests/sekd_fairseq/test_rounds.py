@@ -100,6 +100,18 @@ def test_a_round_that_leaves_no_checkpoint_is_not_done(
             rounds.main(words)
 
 
+def test_another_teacher_than_the_caches_is_named(
+    data: Path, teacher: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounds.check_inputs(rounds.Settings.of(arguments(data, teacher, cache, tmp_path)))
+    assert not capsys.readouterr().out
+    (other := tmp_path / "other.pt").write_bytes(b"another")
+    rounds.check_inputs(rounds.Settings.of(arguments(data, other, cache, tmp_path)))
+    found = capsys.readouterr().out
+    assert found.startswith(f"{cache}: {other} (sha256 ")
+    assert f"is not the cache's teacher: {teacher.name} (" in found
+
+
 def test_a_prompt_is_not_counted_in_the_length_of_a_translation(data: Path, llm_data: Path) -> None:
     assert rounds.longest_translation(data) == ["--max-len-a", "2", "--max-len-b", "50"]
     references = indexed_dataset.make_dataset(str(llm_data / "train.en-de.de"), "mmap")
@@ -140,6 +152,10 @@ def test_refused(change: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--max-update: is given to fairseq-train by this command"):
         rounds.Settings.of(
             [*arguments(tmp_path, tmp_path, tmp_path, tmp_path), "--max-update", "5"]
+        )
+    with pytest.raises(UserError, match="--disable-validation: expected validation"):
+        rounds.Settings.of(
+            [*arguments(tmp_path, tmp_path, tmp_path, tmp_path), "--disable-validation"]
         )
     with pytest.raises(UserError, match="--train-sentences: expected none"):
         rounds.Settings.of(
