@@ -61,9 +61,9 @@ def finish_cache(
     """
     shards, totals = [], np.zeros(len(SUMS))
     counts = np.zeros(settings["vocab_size"], np.int64)
-    wanted_mass = settings["truncation"].get("p", 0.0)
+    truncation = settings["truncation"]
     for index in shard_range(settings):
-        shard, sums, references = _measure(directory / shard_name(index), wanted_mass)
+        shard, sums, references = _measure(directory / shard_name(index), truncation)
         shards.append(shard)
         totals += sums
         counts += np.bincount(references, minlength=len(counts))
@@ -162,9 +162,10 @@ def _places(content: pyarrow.Buffer) -> dict[str, Any]:
 
 
 def _measure(
-    path: Path, wanted_mass: float
+    path: Path, truncation: dict[str, Any]
 ) -> tuple[Shard, NDArray[np.float64], NDArray[np.int64]]:
     """A finished shard's entry in the manifest, its :data:`SUMS`, and its reference tokens."""
+    wanted_mass, most = truncation.get("p", 0.0), truncation.get("k", 0)
     content = _whole_shard(path)
     batch = _read_shard(content)
     value = {
@@ -193,8 +194,11 @@ def _measure(
         # It would have been kept without being the reference.
         kept.sum(),
         ((sizes == 1) & (gold == 0)).sum(),
-        # Less than --top-p asks for, because of --top-k; what is stored is rounded.
-        (value["outside_mass"] > (1.0 - wanted_mass) * 1.001 + 1e-6).sum() if wanted_mass else 0,
+        # Less than --top-p asks for, because of --top-k; what is stored is rounded. With fewer tokens there
+        # were no more to keep: no others were told, or have a reading in the student's pieces.
+        ((value["outside_mass"] > (1.0 - wanted_mass) * 1.001 + 1e-6) & (sizes >= most)).sum()
+        if wanted_mass
+        else 0,
     ]
     shard = Shard(
         file=path.name,

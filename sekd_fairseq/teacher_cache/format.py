@@ -306,7 +306,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 "an unfinished build; run its build_cache command again, it goes on where it stopped"
                 if begun
                 else "none; build it with: python -m sekd_fairseq.build_cache DATA "
-                "--path TEACHER --output CACHE"
+                f"--path TEACHER --output CACHE --subset {shlex.quote(directory.name)}"
             )
         ) from None
     except (OSError, DamagedFile) as error:

@@ -52,6 +52,11 @@ def read_tail(directory: Path, settings: Mapping[str, Any]) -> NDArray[np.float3
         The cache has no law, or a damaged one, or another cache's.
     """
     path = directory / TAIL
+    if "aligned_from" in settings["teacher"]:
+        raise CacheError(
+            f"{directory}: expected a cache with the teacher's tail law, found an aligned one, which has none; "
+            "take another --missing-mass"
+        )
     again = f"delete {TAIL} and manifest.json there and run its build_cache command again"
     try:
         whole = is_sealed(path)

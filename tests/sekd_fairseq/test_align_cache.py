@@ -11,6 +11,7 @@ from sekd_fairseq import align_cache
 from sekd_fairseq.align_cache import Side, aligned_row
 from sekd_fairseq.errors import CacheError
 from sekd_fairseq.teacher_cache import TeacherCache, hash_symbols, hash_targets, write_shard
+from sekd_fairseq.teacher_cache.description import describe
 from sekd_fairseq.teacher_cache.finish import finish_cache
 from sekd_fairseq.teacher_cache.format import payload_dtypes
 from sekd_fairseq.teacher_cache.reader import CachedSentence
@@ -156,7 +157,9 @@ def side(symbols: str, sentence: list[int]) -> Side:
     return Side(symbols, names, pieces, sentences, hashes)
 
 
-def cache_of(folder: Path, teacher: str, p_gold: float, own: Side) -> TeacherCache:
+def cache_of(
+    folder: Path, teacher: str, p_gold: float, own: Side, **truncation: object
+) -> TeacherCache:
     """What a teacher that is always as sure makes of ``own``, in two shards."""
     folder.mkdir(parents=True)
     dtypes = payload_dtypes(len(own.symbols))
@@ -180,10 +183,19 @@ def cache_of(folder: Path, teacher: str, p_gold: float, own: Side) -> TeacherCac
         "sentences": 4,
         "shard_sentences": 2,
         "temperature": 1.0,
-        "truncation": {"rule": "top_k", "k": 2},
+        "truncation": truncation or {"rule": "top_k", "k": 2},
         "teacher": {"files": [teacher], "arch": "t", "sha256": [teacher]},
     }
     return finish_cache(folder, settings, dtypes, {}, allow_implausible=True)
+
+
+@pytest.mark.parametrize(("k", "capped"), [(2, 1.0), (3, 0.0)])
+def test_what_has_no_reading_is_not_blamed_on_top_k(k: int, capped: float, tmp_path: Path) -> None:
+    """Two tokens with 0.99 of the mass, where --top-p asks for 0.995."""
+    rule = {"rule": "top_p", "p": 0.995, "floor": 1, "k": k}
+    cache = cache_of(tmp_path / "cache", "t", 0.9, side("abc", [4, 5, 2]), **rule)
+    assert cache.manifest.quality["capped"] == capped
+    assert ("capped" in describe(tmp_path, cache.manifest)) == bool(capped)
 
 
 WHOLE = Part()
@@ -226,6 +238,8 @@ def test_killed_it_does_not_go_on_with_another_teachers_cache(
     }  # fmt: skip
     with pytest.raises(CacheError, match="holds a cache with another teacher"):
         align_part(second, sides, output)
+    with pytest.raises(CacheError, match="found an aligned one, which has none; take another"):
+        aligned.tail_law()
 
 
 def test_what_does_not_belong_together_is_refused(

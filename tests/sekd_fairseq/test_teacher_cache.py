@@ -215,6 +215,11 @@ def test_a_shard_that_was_damaged_before_the_end_of_its_build(cache_copy: Path) 
     assert (directory / MANIFEST).read_bytes() == before
 
 
+def test_a_split_that_is_not_there_is_built_by_the_command_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"--path TEACHER --output CACHE --subset test$"):
+        TeacherCache.open(tmp_path / "test")
+
+
 def test_inspect_shows_and_verifies(cache: Path) -> None:
     out = command("sekd_fairseq.inspect_cache", cache, "--verify")
     for words in ("203 sentences", "bytes per token", "perplexity", "every checksum matches"):
