@@ -102,10 +102,15 @@ class Batches:
             ]
             for _ in range(2)
         )
-        #: Of the second epoch, what is timed: from the first log to the last.
-        self.timed = self.second[size.interval : len(self.second) // size.interval * size.interval]
-        if not self.timed:
+        # fairseq logs by the number of all updates, those of the first epoch too.
+        begun = len(self.first)
+        logs = [
+            done for done in range(1, len(self.second) + 1) if (begun + done) % size.interval == 0
+        ]
+        if len(logs) < 2:
             raise SystemExit(f"error: expected two logs an epoch, found {len(self.second)} batches")
+        #: Of the second epoch, what is timed: from its first log to its last.
+        self.timed = self.second[logs[0] : logs[-1]]
 
     @staticmethod
     def _rows(net_input: dict[str, Any], target: Tensor) -> dict[str, Tensor]:
@@ -315,7 +320,8 @@ def main() -> None:
                 found.setdefault(method, []).append(run())
             except (SystemExit, ImportError, torch.OutOfMemoryError) as error:
                 print(f"  {method}: not measured ({str(error)[:80]})")
-                found.pop(method)
+                if not found[method]:
+                    del found[method]
                 continue
             taken = time.monotonic() - start
             write(found, device, args.output, quiet=True)

@@ -114,8 +114,8 @@ def train(data: Path, options: Sequence[str], interval: int) -> Run:
 
     The first time that a GPU meets a batch of some shape, its libraries choose and build kernels for
     it, which takes longer than the update, and keep them: of contenders that train on the same batches
-    one after the other, the first would pay for all. Within the second epoch, the first ``interval``
-    updates, when loader workers start, are left out too, and those after the last whole interval.
+    one after the other, the first would pay for all. Within the second epoch, the updates up to the
+    first log, when loader workers start, are left out too, and those after the last log.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ from synthetic_training import write_data
 ROOT = Path(__file__).parents[2]
 
 
-def gpu_check(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+def gpu_check(*arguments: object, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": python, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     # Nothing may depend on the folder that it is started from.
     return subprocess.run(
@@ -60,6 +61,58 @@ def test_time_that_is_over_still_leaves_a_summary(tmp_path: Path) -> None:
     assert gpu_check("--output", tmp_path, "--minutes", "soon").returncode == 2
 
 
+#: A Python on a GPU, whose tests are one that fails and one that does not end.
+ON_A_GPU = f"""#!/bin/bash
+case "$*" in
+    *get_device_name*) echo a-gpu ;;
+    *'import xdist'* | *bench_*) exit 1 ;;
+    *-m\\ pytest*) exec {sys.executable} -m pytest -q -p no:cacheprovider -c /dev/null TESTS ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+TESTS = """import time
+def test_failing(): assert "a" == "the reason"
+def test_endless(): time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_tests_that_do_not_end_say_what_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    python = tmp_path / "python"
+    python.write_text(ON_A_GPU.replace("TESTS", str(tmp_path / "test_it.py")))
+    python.chmod(0o755)
+    found = gpu_check("--output", tmp_path, "--minutes", "1.5", python=str(python))
+    assert found.returncode == 1 and "command_tests: stopped after" in found.stdout
+    assert "the reason" in (tmp_path / "a-gpu" / "command_tests.log").read_text()
+
+
+def test_tests_of_a_gpu_need_little_beside_it() -> None:
+    script = (ROOT / "scripts" / "gpu_check.sh").read_text()
+    (commands,) = re.findall("tests command_tests [0-9]+ (.*)", script)
+    kernels = [f"tests/losses/test_{name}.py" for name in ("support", "token_loss", "chunked")]
+    without = (  # on a machine that is there for its GPU
+        "import sys, pytest\n"
+        "class Without:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name in ('hypothesis', 'snakemake', 'jsonschema'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Without)\n"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", without, "--collect-only", "-q", "-m", "gpu", *commands.split(), *kernels],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    every = subprocess.run(
+        ["grep", "-rlE", r"mark\.gpu\b", "tests", "--include=test_*.py"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert {*every} - {"tests/test_options.py", "tests/scripts/test_gpu_check.py"} == {
+        *commands.split(), *kernels,
+    }  # fmt: skip
+
+
 def test_deadline() -> None:
     assert not Deadline(None).passed() and Deadline(None).share(3, 5.0) == 5.0
     assert Deadline(0).passed() and Deadline(0).share(3, 5.0) == 0.0
@@ -95,10 +148,22 @@ def test_both_bare_loops_have_the_same_loss(tmp_path: Path) -> None:
     write_data(tmp_path / "data", vocabulary, 60, source=20, target=10)
     size = bench_llm.SMALLEST._replace(interval=2, batch_tokens=300)
     batches = bench_llm.Batches(tmp_path / "data", folder, size)
-    assert 0 < len(batches.timed) <= len(batches.second) - size.interval
+    assert 0 < len(batches.timed) < len(batches.second)
     assert sum(map(len_of, batches.first)) == sum(map(len_of, batches.second))
     model = bench_llm.transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     for rows in batches.timed[:3]:
         places = rows["labels"].view(-1).ne(-100).nonzero().squeeze(1)
         lean = bench_llm.lean_loss(model, {**rows, "places": places})
         torch.testing.assert_close(bench_llm.whole_loss(model, rows), lean)
+
+
+def test_both_time_the_same_batches(tmp_path: Path) -> None:
+    folder, vocabulary = bench_llm.save_model(None, tmp_path / "model", smallest=True)
+    write_data(tmp_path / "data", vocabulary, 150, source=20, target=10)
+    size = bench_llm.SMALLEST._replace(interval=3, batch_tokens=300)
+    batches = bench_llm.Batches(tmp_path / "data", folder, size)
+    # Else logs would fall on multiples of the interval within the epoch too.
+    assert len(batches.first) % size.interval and len(batches.timed) >= 2 * size.interval
+    command = [*bench_llm.FAIRSEQ[bench_llm.OURS]]
+    found = bench_llm.with_fairseq(tmp_path / "data", folder, batches, size, command)
+    assert found.tokens_a_second > 0 and found.padding == pytest.approx(batches.padding(), abs=0.01)
