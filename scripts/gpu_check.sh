@@ -53,11 +53,15 @@ part() {
     # A little less than what ends it, so that it ends by itself.
     limit=$("$python" -c "print(round($seconds * 0.8 / 60, 2))")
     local begin=$SECONDS
-    timeout --kill-after=10 "$seconds" "${@/#LIMIT/$limit}" >"$folder/$name.log" 2>&1
+    # Interrupted, pytest still says what failed.
+    timeout --signal=INT --kill-after=20 "$seconds" "${@/#LIMIT/$limit}" >"$folder/$name.log" 2>&1
     status=$?
     case $status in
         0) echo "$name: $((SECONDS - begin)) s" ;;
-        124 | 137) echo "$name: stopped after $seconds s; what it had is written" ;;
+        124 | 137)
+            echo "$name: stopped after $seconds s; what it had is written"
+            [[ $name == *tests ]] && failed=1
+            ;;
         *)
             echo "$name: FAILED ($folder/$name.log)"
             tail -n 5 "$folder/$name.log" | cut -c 1-200 | sed 's/^/    /'
@@ -70,20 +74,30 @@ cd "$root" || exit 1
 bench() {
     part "$1" "$2" "$python" "scripts/benchmarks/$1.py" $smallest --minutes LIMIT --output "$folder"
 }
+# tests NAME WEIGHT FILE...: those of the files with a GPU side; with pytest-xdist four side by side.
+processes=
+"$python" -c 'import xdist' 2>/dev/null && processes='-n 4'
+tests() {
+    local name=$1 weight=$2
+    shift 2
+    part "$name" "$weight" "$python" -m pytest -m gpu -q $processes -p no:cacheprovider "$@"
+    [ -f "$folder/$name.log" ] && tail -n 1 "$folder/$name.log" | cut -c 1-100
+}
 if [ "$device" = cpu ]; then
     echo "tests: left out, no GPU (bash scripts/test.sh runs them)"
-    left=85
+    left=70
 elif "$python" -c 'import pytest' 2>/dev/null; then
-    part tests 15 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors
-    tail -n 1 "$folder/tests.log" | cut -c 1-100
+    # Apart: the commands run in forks, which a process that has used CUDA cannot have.
+    tests command_tests 24 tests/sekd_fairseq/test_cuda.py tests/sekd_fairseq/test_same_numbers.py
+    tests kernel_tests 6 tests/losses/test_{support,token_loss,chunked}.py
 else
     echo "tests: left out, $python has no pytest"
-    left=85
+    left=70
 fi
-bench bench_criterion 25
-bench bench_training 30
+bench bench_criterion 20
+bench bench_training 25
 if "$python" -c 'import transformers' 2>/dev/null; then
-    bench bench_llm 30
+    bench bench_llm 25
 else
     echo "bench_llm: left out, $python has no transformers"
 fi

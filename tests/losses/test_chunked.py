@@ -15,7 +15,7 @@ from sekd_fairseq.losses import (
     self_evolution_kd,
     support_log_probs,
 )
-from sekd_fairseq.losses.chunked import tokens_per_chunk
+from sekd_fairseq.losses.chunked import _add_product, tokens_per_chunk
 from sekd_fairseq.losses.divergences import forward_kl
 
 # Steps, because gradcheck would see the ratio move with the student, which is no gradient.
@@ -84,6 +84,21 @@ def test_value_sums_and_gradient_equal_the_plain_path(chunk: int, with_bias: boo
     torch.testing.assert_close(
         found, gradients(lambda *x: plain(*arguments(x), teacher)[0], *leaves)
     )
+
+
+@pytest.mark.gpu(optional=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_are_added_in_single_precision(dtype: torch.dtype) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(3)
+    gradient = torch.randn(2, 5, 7, generator=generator).to(device, dtype)  # (chunk, n, V)
+    features = torch.randn(2, 5, 4, generator=generator).to(device, dtype)
+    total = torch.full((7, 4), torch.nan, device=device)  # memory that nothing was written to
+    _add_product(total, gradient[0].t(), features[0], first=True)
+    _add_product(total, gradient[1].t(), features[1], first=False)
+    expected = (gradient.double().mT @ features.double()).sum(dim=0)
+    # What half precision would round away is there: 1e-3 of these sums at most.
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
 
 
 def weight_of(symbols: int, width: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
