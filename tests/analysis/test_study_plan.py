@@ -1,5 +1,6 @@
 """Power: predicted against that of simulated studies, limits known by hand, the command."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,22 @@ def study(
     sentences: int,
     deviations: tuple[float, float, float],
     directions: int = 1,
-    resamples: int = 120,
+    resamples: Sequence[Resamples] = (),
 ) -> tuple[list[Floats], list[Floats], list[int]]:
     """Effects of a study as the report's tests take them; deviations over seeds, over sentences, and
-    of a seed on a sentence."""
+    of a seed on a sentence. The resamples of the directions' sentences are drawn where none are given."""
     observed, drawn = [], []
-    for _ in range(directions):
+    for resample in resamples or resamples_of(rng, sentences, directions):
         training = rng.normal(0, deviations[0], (seeds, 1))
         sentence = rng.normal(0, deviations[1], (1, sentences))
         values = effect + training + sentence + rng.normal(0, deviations[2], (seeds, sentences))
         observed.append(values.mean(axis=1))
-        sums = Resamples(sentences, resamples, rng).sums(values.T)
-        drawn.append(sums.T / sentences)
+        drawn.append(resample.sums(values.T).T / sentences)
     return observed, drawn, [sentences] * directions
+
+
+def resamples_of(rng: np.random.Generator, sentences: int, directions: int) -> list[Resamples]:
+    return [Resamples(sentences, 120, rng) for _ in range(directions)]
 
 
 def true_spread(
@@ -68,9 +72,12 @@ def test_power_is_that_of_simulated_studies(
     sentences, studies = 60, 300
     spread = true_spread(sentences, deviations, directions)
     effect = smallest_detectable(spread, seeds, sentences, power=0.8)
+    # The studies' sentences differ; how often a resample draws each of them may be the same.
+    resamples = resamples_of(rng, sentences, directions)
     for size in (effect, effect / 2):
         found = [
-            hierarchical(*study(rng, size, seeds, sentences, deviations, directions)).p <= 0.05
+            hierarchical(*study(rng, size, seeds, sentences, deviations, directions, resamples)).p
+            <= 0.05
             for _ in range(studies)
         ]
         predicted = power(size, spread, seeds, sentences)
