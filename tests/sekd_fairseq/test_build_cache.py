@@ -12,6 +12,10 @@ import pytest
 import torch
 
 from analysis.runs.files import sealed_json
+from sekd_fairseq.checkpoints import load_models
+from sekd_fairseq.datasets import TeacherDataset, teacher_tokens
+from sekd_fairseq.logits import token_logits
+from sekd_fairseq.splits import load_split
 from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teachers.caching import SETTINGS, Part, shard_size
 
@@ -32,10 +36,6 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
 def test_whole_vocabulary_equals_the_teacher(data: Path, teacher: Path, tmp_path: Path) -> None:
     build(data, teacher, tmp_path / "dense", "--top-k", "0", "--subset", "valid")
     cache = TeacherCache.open(tmp_path / "dense" / "valid")
-    from sekd_fairseq.checkpoints import load_models
-    from sekd_fairseq.logits import token_logits
-    from sekd_fairseq.splits import load_split
-
     models, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
     dataset = load_split(task, "valid", str(data))
     vocab = len(task.target_dictionary)
@@ -183,10 +183,6 @@ def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_spawned_workers_read_the_same(data: Path, teacher: Path, cache: Path) -> None:
-    from sekd_fairseq.checkpoints import load_models
-    from sekd_fairseq.datasets import TeacherDataset
-    from sekd_fairseq.splits import load_split
-
     _, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
     dataset = TeacherDataset(
         load_split(task, "valid", str(data)), [TeacherCache.open(cache / "valid")], "valid"
@@ -287,6 +283,16 @@ def test_sampled_cache_trains_with_sampled_loss_only(
     opened.verify()
     row = opened[4]
     assert row.draws is not None and row.draws.sum() == 8 * len(row.support_size)
+    # On its way to the loss each token drawn keeps its share of the draws.
+    _, _, task = load_models([str(teacher)], str(data), torch.device("cpu"))
+    dataset = TeacherDataset(load_split(task, "valid", str(data)), [opened], "valid")
+    sample = dataset.collater([dataset[index] for index in range(6)])
+    tokens = teacher_tokens(sample["teacher"])
+    assert tokens.log_weight is not None
+    weight = tokens.log_weight.exp()
+    draws = np.concatenate([opened[index].draws for index in sample["id"].tolist()])
+    np.testing.assert_allclose(weight[tokens.valid].numpy(), draws / 8, rtol=1e-6)
+    torch.testing.assert_close(weight.sum(dim=1), torch.ones(len(weight)))
     # Sampling is seeded by sentence: batches of another size give the same bytes.
     build(data, teacher, tmp_path / "other", "--sample", "8", "--subset", "valid")
     one, other = (TeacherCache.open(path / "valid") for path in (folder, tmp_path / "other"))
