@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from .conftest import command, error_line, train
+from .conftest import command, error_line, read_settings_once, train, train_arguments
 from .training import PLUGIN, SE_KD
 
 CACHED_KD = ("--criterion", "cached_kd", "--teacher-cache", "CACHE")
@@ -17,51 +19,41 @@ CACHED = (*SE_KD, "--teacher-cache", "CACHE")
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("given", "words"),
     [
         ((*SE_KD,), "--teacher-cache DIR"),
         ((*SE_KD, "--task", "translation"), "--task self_evolution_kd"),
         ((*SE_KD, "--teacher-cache", "nowhere"), "nowhere"),
+        ((*SE_KD, "--teacher-cache", "CACHE:CACHE"), "1 data"),
         ((*CACHED, "--lambda-max", "1"), "below 1"),
-        (
-            (*CACHED, "--gamma", "-1", "--gamma-type", "absolute"),
-            "0 or more",
-        ),
+    ],
+)
+def test_wrong_use_ends_with_one_line(
+    data: Path, cache: Path, tmp_path: Path, given: tuple[object, ...], words: str
+) -> None:
+    line_given = [str(word).replace("CACHE", str(cache)) for word in given]
+    line = error_line(train(data, tmp_path / "save", *line_given, check=False))
+    assert words in line
+    assert not list((tmp_path / "save").glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((*CACHED, "--gamma", "-1", "--gamma-type", "absolute"), "0 or more"),
         ((*CACHED, "--beta", "high"), "confidence"),
         ((*CACHED, "--alpha", "2"), "--alpha"),
-        (
-            (
-                *CACHED,
-                "--missing-mass",
-                "uniform",
-                "--integration",
-                "student",
-            ),
-            "linear",
-        ),
-        ((*SE_KD, "--teacher-cache", "CACHE:CACHE"), "1 data"),
+        ((*CACHED, "--missing-mass", "uniform", "--integration", "student"), "linear"),
         ((*CACHED, "--sekd-chunk-tokens", "-1"), "0 or more"),
         (
-            (
-                *CACHED,
-                "--sekd-chunk-tokens",
-                "8",
-                "--gamma-type",
-                "quantile",
-            ),
+            (*CACHED, "--sekd-chunk-tokens", "8", "--gamma-type", "quantile"),
             "--gamma-type quantile",
         ),
         ((*CACHED_KD, "--select", "batch", "--sekd-chunk-tokens", "8"), "--select batch"),
         ((*CACHED_KD, "--divergence", "atkd", "--sekd-chunk-tokens", "8"), "--divergence atkd"),
         ((*CACHED_KD, "--divergence", "atkd", "--select", "queue"), "--select all"),
         (
-            (
-                *CACHED,
-                "--integration",
-                "evolved",
-                "--divergence",
-                "tvd",
-            ),
+            (*CACHED, "--integration", "evolved", "--divergence", "tvd"),
             "grows with the ratio",
         ),
         ((*CACHED_KD, "--select", "batch", "--select-share", "1"), "--select-share"),
@@ -88,13 +80,18 @@ CACHED = (*SE_KD, "--teacher-cache", "CACHE")
         ((*CACHED_KD, "--divergence", "reverse_kl", "--missing-mass", "sampled"), "not sampled"),
     ],
 )
-def test_wrong_use_ends_with_one_line(
-    data: Path, cache: Path, tmp_path: Path, options: tuple[object, ...], words: str
+def test_options_that_do_not_fit_are_refused_before_the_data_are_read(
+    data: Path, given: tuple[str, ...], words: str
 ) -> None:
-    given = [str(option).replace("CACHE", str(cache)) for option in options]
-    line = error_line(train(data, tmp_path / "save", *given, check=False))
-    assert words in line
-    assert not list((tmp_path / "save").glob("*.pt"))
+    """By task or criterion, which fairseq-train makes first, with the message that it ends with (above)."""
+    read_settings_once()
+    line = [str(word) for word in train_arguments(data, Path("save"), *given)[1:]]
+    cfg = convert_namespace_to_omegaconf(
+        options.parse_args_and_arch(options.get_training_parser(), line)
+    )
+    with pytest.raises(SystemExit) as refused:
+        tasks.setup_task(cfg.task).build_criterion(cfg.criterion)
+    assert words in error_line(str(refused.value))
 
 
 def test_what_cannot_work_ends_with_one_line(data: Path, tmp_path: Path) -> None:
@@ -109,13 +106,13 @@ def test_a_beginning_that_does_not_fit_ends_with_one_line(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     ce = ("--criterion", "cross_entropy", "--finetune-from-model")
-    for options, words in (
+    for given, words in (
         ((teacher, "--encoder-embed-dim", "32"), "architectures match. (Error"),
         (("nowhere.pt",), "nowhere.pt does not exist"),
         ((teacher, "--reset-optimizer"), "can not be set together"),
         ((teacher, "--restore-file", teacher), "can not be specified together"),
     ):
-        line = error_line(train(data, tmp_path, *ce, *options, check=False))
+        line = error_line(train(data, tmp_path, *ce, *given, check=False))
         assert words in line and len(line) < 600
 
 
