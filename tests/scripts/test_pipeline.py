@@ -286,23 +286,11 @@ def test_the_smoke_run_is_the_demo_made_small(tmp_path: Path) -> None:
     assert out.count("--total 150 ") == 4 and "--encoder-embed-dim 128" in out
 
 
-@pytest.mark.parametrize(
-    ("own", "told"),
-    [
-        ("methdos: {}", "'methdos' was unexpected"),
-        ("corpus: {limits: 5}", "'limits' was unexpected"),
-        ("student: {max_update: 5}", "'max_update' does not match"),
-        ("methods: {new: {lambda-max: 0}}", "'criterion' is a required property"),
-        ("seeds: 3", "3 is not of type 'array'"),
-        ("directions: [en_de]", "'en_de' does not match"),
-        ("corpus: {src: a.en}", "'tgt' is a dependency of 'src'"),
-        ("generation: {tune-lenpen: wide}", "'wide' is not of type"),
-    ],
-)
-def test_a_wrong_configuration_is_named(tmp_path: Path, own: str, told: str) -> None:
-    (tmp_path / "own.yaml").write_text(f"{own}\n")
+def test_a_wrong_configuration_is_named(tmp_path: Path) -> None:
+    """Before anything is planned, and without a traceback (test_plan.py has what is wrong)."""
+    (tmp_path / "own.yaml").write_text("methdos: {}\n")
     out = plan("demo.yaml", tmp_path, options=(tmp_path / "own.yaml", "-c1"), check=False)
-    assert told in out and "Traceback" not in out, out
+    assert "'methdos' was unexpected" in out and "Traceback" not in out, out
 
 
 def test_plan_with_a_length_penalty_for_each_run(tmp_path: Path) -> None:

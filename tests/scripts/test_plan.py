@@ -21,14 +21,23 @@ def of(name: str, /, **own: Any) -> Plan:
     return Plan(config, plugin="sekd_fairseq", gpu=False)
 
 
-def test_a_wrong_configuration_is_a_users_error() -> None:
-    for own, told in (
-        ({"methdos": {}}, r"configuration, at \$: .*'methdos' was unexpected"),
-        ({"student": {"max_update": 5}}, r"at \$\.student: 'max_update' does not match"),
-        ({"seeds": [1.5]}, r"at \$\.seeds\[0\]: 1\.5 is not of type"),
-    ):
-        with pytest.raises(UserError, match=told):
-            of("demo.yaml", **own)
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ("methdos: {}", r"at \$: .*'methdos' was unexpected"),
+        ("corpus: {limits: 5}", r"at \$\.corpus: .*'limits' was unexpected"),
+        ("student: {max_update: 5}", r"at \$\.student: 'max_update' does not match"),
+        ("methods: {new: {lambda-max: 0}}", r"at \$\.methods\.new: 'criterion' is a required property"),
+        ("seeds: 3", r"at \$\.seeds: 3 is not of type 'array'"),
+        ("seeds: [1.5]", r"at \$\.seeds\[0\]: 1\.5 is not of type"),
+        ("directions: [en_de]", r"at \$\.directions\[0\]: 'en_de' does not match"),
+        ("corpus: {src: a.en}", r"at \$\.corpus: 'tgt' is a dependency of 'src'"),
+        ("generation: {tune-lenpen: wide}", r"at \$\.generation\['tune-lenpen'\]: 'wide' is not of type"),
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_is_a_users_error(own: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"configuration, {told}"):
+        of("demo.yaml", **yaml.safe_load(own))
 
 
 def test_files_of_two_languages_are_of_one_direction() -> None:
