@@ -83,10 +83,11 @@ def test_every_format_gives_the_same(
     assert [dictionary.string(targets[i]) for i in range(len(targets))] == [
         " ".join(words[::-1]) for words in pairs
     ]
-    command(
-        "sekd_fairseq.build_cache", distilled, "--path", teacher, "--cpu", "--allow-implausible",
-        "--output", tmp_path / "second", "--subset", " train , valid ",
-    )  # fmt: skip
+    if kind == "raw":  # the others are read as the first cache's were
+        command(
+            "sekd_fairseq.build_cache", distilled, "--path", teacher, "--cpu", "--output",
+            tmp_path / "second", "--subset", " train , valid ", "--allow-implausible",
+        )  # fmt: skip
 
 
 def test_frequencies_are_of_all_training_targets(

@@ -108,7 +108,7 @@ def test_a_reading_brings_its_partners(
     difficulty: str,
 ) -> None:
     log = train(
-        data, tmp_path / "save", *SE_KD, "--teacher-cache", cache, *options, "--max-update", "20"
+        data, tmp_path / "save", *SE_KD, "--teacher-cache", cache, *options, "--max-update", "4"
     )
     assert f"alpha {alpha}, beta {beta}, difficulty {difficulty}" in log
     first, *_, last = (float(record["nll_loss"]) for record in records(log, ""))
