@@ -4,9 +4,11 @@ fairseq goes on from ``SAVE_DIR/checkpoint_last.pt`` whatever the options are no
 would then pass for one of the new settings, and one that was stopped would be a mixture.
 """
 
+import hashlib
 import itertools
 import logging
 import os
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +80,9 @@ def check_settings(checkpoint: Path, cfg: Any) -> None:
     different = [
         f"{option} {before[option]} is now {now[option]}"
         for option in before
-        if option in now and before[option] != now[option]
+        if option in now
+        and before[option] != now[option]
+        and not (option == "--teacher" and same_teacher(before[option], now[option]))
     ]
     if different:
         raise UserError(
@@ -101,8 +105,31 @@ def remember_teacher(cfg: Any) -> None:
             cfg.task.teacher = ":".join(one.fingerprint for one in itertools.chain(*found))
     elif getattr(cfg.task, "teacher_path", None):
         with open_dict(cfg):
-            names = map(os.path.basename, cfg.task.teacher_path.split(":"))
-            cfg.task.teacher = ":".join(names)
+            cfg.task.teacher = ":".join(map(file_identity, cfg.task.teacher_path.split(":")))
+
+
+def file_identity(path: str) -> str:
+    """A checkpoint's name, and a hash of a few of each of its weights where the file can be mapped."""
+    name = os.path.basename(path)
+    try:
+        weights = torch.load(path, map_location="cpu", mmap=True)["model"].values()
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        return name  # of an old format; a damaged one is named when it is loaded
+    digest = hashlib.sha256()
+    for weight in weights:
+        if isinstance(weight, torch.Tensor):
+            digest.update(weight.reshape(-1)[:4].double().numpy().tobytes())
+    return f"{name} {digest.hexdigest()[:12]}"
+
+
+def same_teacher(before: Any, now: Any) -> bool:
+    """Whether these may be the same: where one has a name alone (:func:`file_identity`), as trainings kept
+    it once, by that."""
+    one, other = str(before).split(":"), str(now).split(":")
+    return len(one) == len(other) and all(
+        a == b or a == b.rpartition(" ")[0] or a.rpartition(" ")[0] == b
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def plain(cfg: Any) -> dict[str, Any]:

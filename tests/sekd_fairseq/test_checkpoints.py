@@ -1,6 +1,7 @@
 """Checkpoints used elsewhere than they were trained, and trained on with other settings."""
 
 import inspect
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.logits import flat_logits
+from sekd_fairseq.settings import file_identity, same_teacher
 from sekd_fairseq.tasks.self_evolution_kd import SelfEvolutionKDTask
 
 from .conftest import ROOT, command, error_line, train, train_arguments
@@ -64,6 +66,46 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(
     given = ("--lr", "4e-3", "--max-update", "5")
     train(data, save, *base, *given, "--restore-file", save / "checkpoint_last.pt")
     train(data, save, *base, "--lr", "3e-3", "--reset-optimizer", "--max-update", "6")
+
+
+def test_a_teacher_beside_the_student_is_known_again(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    base = ("--criterion", "self_evolution_kd", "--disable-validation", "--teacher-path")
+    train(data, save, *base, teacher, "--max-update", "2")
+    # The same file elsewhere, and another of the same name.
+    for folder in ("moved", "other"):
+        (tmp_path / folder).mkdir()
+    moved, other = (tmp_path / folder / teacher.name for folder in ("moved", "other"))
+    shutil.copy(teacher, moved)
+    state = torch.load(teacher, weights_only=False)
+    for weight in state["model"].values():
+        weight.mul_(1.01)
+    torch.save(state, other)
+    assert '"train_num_updates": "3"' in train(data, save, *base, moved, "--max-update", "3")
+    line = error_line(train(data, save, *base, other, "--max-update", "4", check=False))
+    assert f"--teacher {teacher.name} " in line and "begun with other settings" in line
+    # One that was begun when the name alone was kept.
+    last = save / "checkpoint_last.pt"
+    state = torch.load(last, weights_only=False)
+    state["cfg"]["task"]["teacher"] = teacher.name
+    torch.save(state, last)
+    assert '"train_num_updates": "4"' in train(data, save, *base, other, "--max-update", "4")
+
+
+def test_which_teacher_a_file_is(teacher: Path, tmp_path: Path) -> None:
+    known = file_identity(str(teacher))
+    assert re.fullmatch(rf"{re.escape(teacher.name)} [0-9a-f]{{12}}", known)
+    # A file that cannot be mapped has its name.
+    old = tmp_path / teacher.name
+    torch.save(torch.load(teacher, weights_only=False), old, _use_new_zipfile_serialization=False)
+    assert file_identity(str(old)) == teacher.name
+    assert same_teacher(known, teacher.name) and same_teacher(teacher.name, known)
+    assert same_teacher(f"{known}:{known}", f"{known}:{teacher.name}")
+    assert not same_teacher(f"{teacher.name}:b.pt", teacher.name)
+    for other in (f"{teacher.name} 0123456789ab", "other.pt", f"{known}:{known}", None):
+        assert not same_teacher(known, other)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adafactor", marks=pytest.mark.slow)])
