@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sekd_fairseq.errors import UserError
+from sekd_fairseq.llm.vocabulary import FILE
 from sekd_fairseq.teacher_cache.format import parts_of
 
 
@@ -139,14 +140,21 @@ def readable(config: Any, data: str, split: str) -> Iterator[None]:
     Raises
     ------
     UserError
-        There is no such split.
+        There is no such split, or it has a language model's prompts from target to source.
     """
-    found = stored_as(data, split, config.source_lang, config.target_lang, config.source_lang)
+    source, target = config.source_lang, config.target_lang
+    found = stored_as(data, split, source, target, source)
     if found is None:
         check_splits(data, [split])
         raise UserError(
-            f"{data}: expected split {split!r} in {config.source_lang}-{config.target_lang}, found "
+            f"{data}: expected split {split!r} in {source}-{target}, found "
             "other languages; give --source-lang and --target-lang"
+        )
+    if Path(found[0]).name.startswith(f"{split}.{target}-{source}.") and Path(data, FILE).is_file():
+        raise UserError(
+            f"{data}: expected data from {source} to {target}, found prompts from {target} to {source}; "
+            "make data of the other direction with: python -m sekd_fairseq.prepare_llm_data --source-lang "
+            f"{source} --target-lang {target}"
         )
     # fairseq finds out the others by itself, part by part.
     before, config.dataset_impl = config.dataset_impl, "raw" if found[1] == "raw" else None

@@ -330,6 +330,17 @@ def test_bad_input_ends_with_one_line(
     assert "--tokenizer" in line
 
 
+def test_data_are_read_in_their_own_direction(llm_data: Path, tmp_path: Path) -> None:
+    """Their sources are prompts of one direction; of the other they would be the translations."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FAMILIES["llama"]))
+    options = ("--criterion", "cross_entropy", "--hf-config", config)
+    languages = ("--source-lang", "de", "--target-lang", "en")
+    line = error_line(train_llm(llm_data, tmp_path / "save", *options, *languages, check=False))
+    assert "from en to de" in line
+    assert "sekd_fairseq.prepare_llm_data --source-lang de --target-lang en" in line
+
+
 def test_adapters_travel(
     llm_data: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
