@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sekd_fairseq.errors import UserError
+from sekd_fairseq.errors import UserError, one_line_errors
 from sekd_fairseq.llm.prompts import Prompts
 from sekd_fairseq.llm.tokenizer import load_tokenizer
-from sekd_fairseq.llm.vocabulary import NEW_ROW, TOKENIZER, Vocabulary
+from sekd_fairseq.llm.vocabulary import NEW_ROW, TOKENIZER, UNK, Vocabulary
+
+#: What fairseq writes for the unknown symbol: of a translation, a target, and both where BLEU is computed.
+UNKNOWN = {"<unk>", "<<unk>>", "UNKNOWNTOKENINHYP", "UNKNOWNTOKENINREF"}
 
 
 class LanguageModelText:
@@ -48,6 +51,7 @@ class LanguageModelText:
         symbols = self._vocabulary.symbols(self._tokenizer.encode(text), self._tokenizer)
         return " ".join(self._dictionary[symbol] for symbol in symbols)
 
+    @one_line_errors()  # fairseq's commands call it
     def decode(self, symbols: str) -> str:
         """A translation's symbols to its text, which is one line."""
         return one_line(self._tokenizer.decode(self._until_end(self._tokens(symbols))))
@@ -83,8 +87,18 @@ class LanguageModelText:
 
     def _tokens(self, symbols: str) -> list[int]:
         rows = self._vocabulary.rows
-        found = [self._dictionary.index(symbol) for symbol in symbols.split()]
-        return [rows[i] for i in found if i >= self._dictionary.nspecial and rows[i] != NEW_ROW]
+        found = []
+        for symbol in symbols.split():
+            place = self._dictionary.index(symbol)
+            # fairseq adds the symbols that --remove-bpe makes to its dictionary.
+            if place >= len(rows) or (place == UNK and symbol not in UNKNOWN):
+                raise UserError(
+                    f"expected the data's symbols, found {symbol!r}; leave out --remove-bpe "
+                    "(--eval-bleu-remove-bpe): a language model's data know their text"
+                )
+            if place >= self._dictionary.nspecial and rows[place] != NEW_ROW:
+                found.append(rows[place])
+        return found
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         """Tokens before the tokenizer's own end: a model may end as it is used to."""

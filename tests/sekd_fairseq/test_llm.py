@@ -173,6 +173,28 @@ def test_teacher_cache_student_generation_and_export(
     # Of text, and not of symbols.
     shown = re.search("example reference: (.*)", log)
     assert shown and shown[1] in (llm_data.parent / "valid.de").read_text().splitlines()
+    # Symbols that are joined to words are none.
+    removed = ("--remove-bpe", "sentencepiece")
+    (tmp_path / "one").write_text("one two\n")
+    for program, options in (
+        ("generate", ("--gen-subset", "test")),
+        ("interactive", ("--input", tmp_path / "one")),
+    ):
+        line = error_line(
+            command(
+                f"fairseq_cli.{program}", llm_data, *PLUGIN, "--path", student, "--cpu", "--beam", "1",
+                "--max-len-b", "5", *options, *removed, check=False,
+            )
+        )  # fmt: skip
+        assert "leave out --remove-bpe" in line and len(line) < 300
+    line = error_line(
+        train_llm(
+            llm_data, tmp_path / "bleu", "--criterion", "cross_entropy", *scratch, "--max-update",
+            "1", "--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_b": 5}',
+            "--eval-bleu-remove-bpe", "sentencepiece", check=False,
+        )
+    )  # fmt: skip
+    assert "--eval-bleu-remove-bpe" in line
 
 
 def test_two_processes_train_as_one(llm_data: Path, tokenizer: Path, tmp_path: Path) -> None:
