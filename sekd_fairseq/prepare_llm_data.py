@@ -1,7 +1,7 @@
 """From parallel text to a fairseq data directory for language models.
 
     python -m sekd_fairseq.prepare_llm_data --tokenizer FOLDER_OR_MODEL --train text/train \\
-        --valid text/val --test text/test --source-lang de --target-lang en --output data/llm-de-en
+        --valid text/valid --test text/test --source-lang de --target-lang en --output data/llm-de-en
 
 ``--train text/train`` is the pair of files ``text/train.de`` and ``text/train.en`` (or ``.gz``).
 The source side becomes the whole prompt, the target side the translation, in the tokens that the

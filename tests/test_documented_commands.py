@@ -1,5 +1,6 @@
-"""The README and the docs: the options of every command exist, every block is run, links lead somewhere."""
+"""The README, the docs and the modules' docstrings: the options of every command exist; links lead somewhere."""
 
+import ast
 import contextlib
 import functools
 import io
@@ -32,10 +33,21 @@ def inline(page: Path) -> list[list[str]]:
     return [words for span in spans for words in commands(" ".join(span.split()))]
 
 
+def of_module(path: Path) -> list[list[str]]:
+    """Commands of a module's docstring, without the brackets of what may be left out."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return commands(text.replace("[", "").replace("]", ""))
+
+
 SHOWN = {
     f"{page.name}: {shlex.join(words)}": words
     for page in PAGES
     for words in [*(w for block in blocks(page) for w in commands(block)), *inline(page)]
+} | {
+    f"{path.relative_to(ROOT)}: {shlex.join(words)}": words
+    for folder in ("analysis", "sekd_fairseq")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    for words in of_module(path)
 }
 
 
