@@ -101,12 +101,6 @@ def symbol_of(token: int, piece: str) -> str:
     return f"{token}:{shown}"
 
 
-def token_of(symbol: str) -> int:
-    """The tokenizer's id in a symbol; -1 for a special one."""
-    head = symbol.partition(":")[0]
-    return int(head) if head.isdigit() else NEW_ROW
-
-
 def build_vocabulary(
     pieces: Sequence[str], specials: Sequence[int | None], keep: set[int] | None = None
 ) -> tuple[list[str], list[int]]:
