@@ -5,7 +5,7 @@
 Rows go back to the tokenizer's order, low-rank adapters are merged. Weights are written in half precision
 where that is all of them, as after a training with ``--bf16`` (which fairseq saves as float32). Tokens without a symbol
 (``--prune-vocab``, padding of the matrix) get their rows from ``--base``, the model that the student
-started from (that of its training, if it is still there), or else the mean of all rows, which is never the best token.
+started from (that of its training, a folder or a hub id, if it is still there), or else the mean of all rows, which is never the best token.
 ``AutoModelForCausalLM.from_pretrained(FOLDER)`` then loads it.
 """
 
@@ -58,9 +58,12 @@ def export(checkpoint: str, data: str, output: Path, base: str | None, gguf: str
     if lacking := set(range(max(rows) + 1)).difference(
         rows, range(len(originals.get("input", ())))
     ):
-        start = config.model.hf_model
-        if start and Path(start).exists():
-            originals = vocabulary_parameters(pretrained(start, config.model.hf_gguf_file))
+        start, there = config.model.hf_model, None
+        if start:
+            with suppress(UserError):  # it has moved, or the hub is not reached
+                there = pretrained(start, config.model.hf_gguf_file)
+        if there is not None:
+            originals = vocabulary_parameters(there)
         else:
             print(
                 f"{output}: {len(lacking)} tokens have no symbol and get the mean of all rows, because the "

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from sekd_fairseq import export_hf
+from sekd_fairseq.llm.loading import pretrained as hub
 from sekd_fairseq.llm.tokenizer import load_tokenizer
 from sekd_fairseq.teacher_cache import TeacherCache
 
@@ -285,7 +287,9 @@ def test_adapters_and_fewer_layers(llm_data: Path, tokenizer: Path, tmp_path: Pa
     assert len(model.decoder.model.model.layers) == 1
 
 
-def test_pruned_vocabulary_is_restored(tokenizer: Path, llm_text: Path, tmp_path: Path) -> None:
+def test_pruned_vocabulary_is_restored(
+    tokenizer: Path, llm_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = prepare(tokenizer, llm_text, tmp_path / "data", "--prune-vocab", "--shots", "2")
     assert '"unknown_tokens": 0' in out
     data = tmp_path / "data" / "bin"
@@ -312,6 +316,17 @@ def test_pruned_vocabulary_is_restored(tokenizer: Path, llm_text: Path, tmp_path
     command(*export, "--output", tmp_path / "based", "--base", tmp_path / "moved")
     name = "model.safetensors"
     assert (tmp_path / "based" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    # A student that began from a hub id.
+    state = torch.load(tmp_path / "save" / "checkpoint_last.pt", weights_only=False)
+    state["cfg"]["model"]["hf_model"] = "Org/Model"
+    torch.save(state, tmp_path / "hub.pt")
+    monkeypatch.setattr(
+        export_hf, "pretrained",
+        lambda name, *_: hub({"Org/Model": str(tmp_path / "moved")}[name], None),
+    )  # fmt: skip
+    hub_export = (str(tmp_path / "hub.pt"), str(data), tmp_path / "hub", None, None)
+    export_hf.export(*hub_export)
+    assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
 def test_bad_input_ends_with_one_line(
