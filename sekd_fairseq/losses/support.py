@@ -24,6 +24,7 @@ The passes have two bodies of one signature: :mod:`sekd_fairseq.losses.support_t
 :mod:`sekd_fairseq.losses.support_torch` elsewhere, and wherever there are weights.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
@@ -36,6 +37,8 @@ from torch import Tensor
 from sekd_fairseq.losses import support_torch
 from sekd_fairseq.losses.divergences import NEG_INF
 from sekd_fairseq.losses.support_torch import Reduced, blocks_of
+
+logger = logging.getLogger(__name__)
 
 #: The widest support that the kernels take. They hold all of it, some twenty numbers a slot, in the
 #: registers of 128 threads; a whole vocabulary (``build_cache --top-k 0``) would not fit.
@@ -201,8 +204,29 @@ def _spread(student: SupportLogProbs, gradients: Sequence[Tensor]) -> Tensor:
 
 @cache
 def triton_module(name: str) -> Any:
-    """A module of kernels of this package; None where Triton cannot be imported."""
-    return import_module(f"sekd_fairseq.losses.{name}") if find_spec("triton") else None
+    """A module of kernels of this package; None where Triton does not run."""
+    return import_module(f"sekd_fairseq.losses.{name}") if triton_runs() else None
+
+
+@cache
+def triton_runs() -> bool:
+    """Whether Triton is there and runs kernels; where it fails to, that is told."""
+    if not find_spec("triton"):
+        return False
+    triton = import_module("triton")
+    if triton.knobs.runtime.interpret:
+        return True
+    try:
+        # Compiles C that launches kernels, as the first of them would.
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:
+        logger.warning(
+            "Triton cannot compile its launcher (%r): losses run in torch, slower, with the same numbers "
+            "to rounding; it needs a C compiler (gcc) and Python's headers (python3-dev)",
+            error,
+        )
+        return False
+    return True
 
 
 def kernels_for(logits: Tensor, ids: Tensor, name: str) -> Any:

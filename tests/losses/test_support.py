@@ -190,3 +190,33 @@ def test_kernels_run_where_the_logits_are_on_a_gpu(monkeypatch: pytest.MonkeyPat
     OnGPU.dtype = torch.float64
     assert support.body_for(OnGPU(), ids) is support_torch  # type: ignore[arg-type]
     assert support.body_for(torch.zeros(1), ids) is support_torch
+
+
+def test_without_a_compiler_losses_run_in_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every training with a cache ended in Triton's traceback."""
+    triton = pytest.importorskip("triton")
+
+    def broken(_: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler.")
+
+    class OnGPU:
+        is_cuda, dtype = True, torch.bfloat16
+
+    logits: Any = OnGPU()
+    ids = torch.zeros(2, 4)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(broken))
+    caches = (support.triton_module, support.triton_runs)
+    for one in caches:
+        one.cache_clear()
+    try:
+        for name in ("token_loss_triton", "support_triton"):
+            assert support.kernels_for(logits, ids, name) is None
+        assert support.body_for(logits, ids) is support_torch
+    finally:
+        for one in caches:
+            one.cache_clear()
+    (line,) = caplog.messages
+    assert "Failed to find C compiler." in line and "python3-dev" in line
