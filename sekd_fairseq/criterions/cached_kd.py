@@ -132,7 +132,7 @@ class CachedKDCriterion(DistillationCriterion):
             return adaptive_teaching(events.log_p, events.log_q)
         return divergence(self.divergence, *events, self.divergence_weight)
 
-    def one_kernel(self) -> tuple[SelfEvolution, float] | None:
+    def kernel_settings(self) -> tuple[SelfEvolution, float] | None:
         """Word-level KD of all tokens, with the outside as one event: SE-KD without hard tokens."""
         usual = (self.divergence, self.missing_mass) == ("forward_kl", "bucket")
         if not usual or self.select != "all":

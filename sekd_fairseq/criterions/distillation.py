@@ -35,7 +35,7 @@ from sekd_fairseq.losses.events import SPREAD
 from sekd_fairseq.losses.known_gradient import gradients_of, with_gradient
 from sekd_fairseq.losses.support import (
     gradient_size,
-    one_kernel,
+    kernels_for,
     outside_gradient_size,
     whole_log_probs,
 )
@@ -147,7 +147,7 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
         """
         raise NotImplementedError
 
-    def one_kernel(self) -> tuple[SelfEvolution, float] | None:
+    def kernel_settings(self) -> tuple[SelfEvolution, float] | None:
         """The settings and the threshold in nats by which one kernel computes the whole loss
         (:mod:`~sekd_fairseq.losses.token_loss_triton`); None where it cannot."""
         return None
@@ -244,11 +244,14 @@ class DistillationCriterion(FairseqCriterion):  # type: ignore[misc]
             return blockwise_loss(logits, positions, block_loss, at_once=self.ranks_batch)
         temperature = teacher.temperature
         usual = temperature == 1.0 and teacher.log_weight is None
-        known = self.one_kernel() if usual else None
-        if known is not None and (kernel := one_kernel(logits, teacher.ids)) is not None:
+        known = self.kernel_settings() if usual else None
+        name = "token_loss_triton"
+        if known is not None and (kernels := kernels_for(logits, teacher.ids, name)) is not None:
             settings, gamma = known
             weights = (self.alpha, self.label_smoothing)
-            loss, sums = kernel(logits, positions, teacher, settings, gamma, *weights, overwrite)
+            loss, sums = kernels.token_loss(
+                logits, positions, teacher, settings, gamma, *weights, overwrite
+            )
             return loss, self.sums_of_kernel(sums, positions.numel(), gamma)
         smooth, spread = self.label_smoothing > 0, self.missing_mass in SPREAD
         ids, valid, tail = teacher.ids, teacher.valid, teacher.tail

@@ -232,7 +232,7 @@ class SelfEvolutionKDCriterion(DistillationCriterion):
         output = self_evolution_kd(events, self.settings_now(), gamma, teacher.difficulty)
         return Distilled(output.divergence, difficulty_sums(events, output), output.hard)
 
-    def one_kernel(self) -> tuple[SelfEvolution, float] | None:
+    def kernel_settings(self) -> tuple[SelfEvolution, float] | None:
         """Settings and threshold, if the loss is the forward KL with the outside as one event."""
         settings = self.settings_now()
         usual = (settings.divergence, settings.missing_mass) == ("forward_kl", "bucket")

@@ -25,7 +25,7 @@ The passes have two bodies of one signature: :mod:`sekd_fairseq.losses.support_t
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -240,14 +240,6 @@ def body_for(logits: Tensor, ids: Tensor, weighted: bool = False) -> Any:
     """What has ``reduce`` and ``gradient`` for these logits: the kernels on a GPU, which know no
     weights, else torch."""
     return (None if weighted else kernels_for(logits, ids, "support_triton")) or support_torch
-
-
-def one_kernel(
-    logits: Tensor, ids: Tensor
-) -> Callable[..., tuple[Tensor, dict[str, Tensor]]] | None:
-    """:func:`~sekd_fairseq.losses.token_loss_triton.token_loss` where it can run, else None."""
-    module = kernels_for(logits, ids, "token_loss_triton")
-    return None if module is None else module.token_loss
 
 
 class _SupportLogProbs(torch.autograd.Function):

@@ -185,7 +185,7 @@ def test_kernels_run_where_the_logits_are_on_a_gpu(monkeypatch: pytest.MonkeyPat
 
     ids, vocabulary = torch.zeros(2, 1024), torch.zeros(2, 32_000)
     assert support.body_for(OnGPU(), ids) is chosen  # type: ignore[arg-type]
-    assert support.one_kernel(OnGPU(), vocabulary) is None  # type: ignore[arg-type]
+    assert support.kernels_for(OnGPU(), vocabulary, "") is None  # type: ignore[arg-type]
     assert support.body_for(OnGPU(), vocabulary) is support_torch  # type: ignore[arg-type]
     OnGPU.dtype = torch.float64
     assert support.body_for(OnGPU(), ids) is support_torch  # type: ignore[arg-type]

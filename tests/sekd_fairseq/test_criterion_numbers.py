@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sekd_fairseq.criterions import distillation
 from sekd_fairseq.criterions.cached_kd import CachedKDConfig, CachedKDCriterion
 from sekd_fairseq.criterions.self_evolution_kd import (
     SelfEvolutionKDConfig,
@@ -344,7 +345,8 @@ def test_one_kernel_logs_what_the_plain_path_logs(
     logits = torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(7))
     found, kinds = [], []
     for module in (lambda *_: None, lambda *given: support.triton_module(given[-1])):
-        monkeypatch.setattr(support, "kernels_for", module)
+        for user in (support, distillation):
+            monkeypatch.setattr(user, "kernels_for", module)
         model = Logits(logits.clone())
         with torch.set_grad_enabled(with_gradient):
             loss, _, log = kind(config, task())(model, batch())
