@@ -118,7 +118,15 @@ GRID = [
 
 @pytest.mark.parametrize("config", GRID, ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_value_and_gradient_equal_the_reference(config: dict[str, Any]) -> None:
-    options = SelfEvolution(gamma=0.4, gamma_type="absolute", lambda_max=0.7, scale=1.5, **config)
+    # A divergence's weight other than a half, at which its two sides are exchangeable.
+    options = SelfEvolution(
+        gamma=0.4,
+        gamma_type="absolute",
+        lambda_max=0.7,
+        scale=1.5,
+        divergence_weight=0.2,
+        **config,
+    )
     logits, log_p, target = random_case(seed=3)
     teacher = TeacherTokens.from_top_k(log_p, target, 4)
     logits.requires_grad_()
