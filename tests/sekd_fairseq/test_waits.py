@@ -81,7 +81,8 @@ def test_logging_an_update_reads_no_tensor_one_by_one() -> None:
     keys = ("loss", "nll_loss", "agree", "gamma", "hard", "difficulty", "hard_lambda", "kl_easy")
     keys += ("kl_hard", "easy_gradient", "hard_gradient")
     log = {key: torch.tensor(2.0) for key in keys}
-    log |= {"ntokens": 4, "nsentences": 1, "sample_size": 4, "positions": 10, "padding": 1}
+    log |= {"hard": torch.tensor(1.0), "ntokens": 4, "nsentences": 1, "sample_size": 4}
+    log |= {"positions": 10, "padding": 1}
     metrics.reset()
     with Reads() as mode, metrics.aggregate("test"):
         task.reduce_metrics([log], criterion)
@@ -89,7 +90,10 @@ def test_logging_an_update_reads_no_tensor_one_by_one() -> None:
     metrics.reset()
     assert mode.reads == {}
     assert values["loss"] == pytest.approx(0.5 / math.log(2), abs=1e-3)
-    assert values["hard_share"] == 0.5 and values["kl_hard"] == 1.0 and values["padding"] == 0.1
+    assert values["hard_share"] == 0.25 and values["padding"] == 0.1
+    # By the number of tokens of their kind: one is hard, three are easy.
+    assert values["kl_hard"] == values["hard_gradient"] == values["hard_lambda"] == 2.0
+    assert values["kl_easy"] == values["easy_gradient"] == pytest.approx(2 / 3, abs=1e-3)
 
 
 def language_model_task(cfg: Any, criterion: str) -> tuple[Any, Any, Any, Any]:
