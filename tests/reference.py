@@ -89,14 +89,6 @@ def events(
     raise ValueError(f"unknown missing mass {missing_mass!r}")
 
 
-def sampled_forward_kl(log_p: Vector, log_q: Vector, weights: Vector) -> float:
-    """``Σ_s w_s (log p_s - log q_s)`` over a drawn support; may be negative for one draw.
-
-    Mean and mean gradient are those of ``KL(p||q)`` if each token's mean weight is its ``p``.
-    """
-    return math.fsum(w * (log_p[s] - log_q[s]) for s, w in enumerate(weights) if w > 0.0)
-
-
 def forward_kl(log_p: Vector, log_q: Vector) -> float:
     """``KL(p||q) = Σ p log(p/q)``; in all divergences the teacher (or target) comes first."""
     pairs = zip(log_p, log_q, strict=True)
@@ -214,11 +206,6 @@ def difficulty(e: Events, s: Settings) -> float:
     return forward_kl({"teacher": e.log_p, "prior": prior(e, s.beta)}[s.difficulty], e.log_q)
 
 
-def quantile_threshold(difficulties: Sequence[float], level: float) -> float:
-    """Quantile with linear interpolation; of one batch's real tokens, or of recent batches'."""
-    return float(np.quantile(np.asarray(difficulties, dtype=np.float64), level))
-
-
 def ratio(d: float, gamma: float, s: Settings) -> float:
     """``λ = λ_max s(d)``; 0 for easy tokens, those with ``d <= Γ``."""
     excess = (d - gamma) / s.scale
@@ -319,28 +306,3 @@ def adaptive_teaching(tokens: Sequence[Events]) -> list[float]:
         others = others / u if u > 0.0 else 0.0
         values.append(0.8 * (target + others) if u >= np.median(unsure) else 0.2 * others)
     return values
-
-
-def select_in_batch(cross_entropies: Sequence[float], fraction: float) -> list[bool]:
-    """Marks the ``ceil(r n)`` tokens of highest unsmoothed cross entropy, and any tied."""
-    gate = sorted(cross_entropies, reverse=True)[: math.ceil(fraction * len(cross_entropies))]
-    return [bool(gate) and value >= gate[-1] for value in cross_entropies]
-
-
-def push(queue: list[float], cross_entropies: list[float], size: int) -> list[float]:
-    """The first-in, first-out queue of at most ``size`` values after a batch."""
-    return (queue + cross_entropies)[-size:]
-
-
-def select_by_queue(queue: list[float], batch: Sequence[float], fraction: float) -> list[bool]:
-    """Marks the batch's tokens at or over the ``1-r`` quantile of the queue, pushed before."""
-    gate = quantile_threshold(queue, 1.0 - fraction)
-    return [value >= gate for value in batch]
-
-
-def selective_kd_loss(tokens: Sequence[Token], selected: Sequence[bool], s: Settings) -> float:
-    """``(1-α) CE`` of all tokens plus ``α D`` of the selected (Wang et al. 2021), no padding."""
-    kd = [divergence(e.log_p, e.log_q, s) for e in (t.events(s) for t in tokens)]
-    ce = [cross_entropy(student_log_probs(t.logits), t.gold, s.label_smoothing) for t in tokens]
-    chosen = math.fsum(d for d, marked in zip(kd, selected, strict=True) if marked)
-    return s.alpha * chosen + (1.0 - s.alpha) * math.fsum(ce)

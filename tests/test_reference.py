@@ -148,16 +148,6 @@ def test_renormalize_is_blind_to_the_mass_outside() -> None:
     assert ref.forward_kl(seen.log_p, seen.log_q) > 0.5
 
 
-def test_mean_of_the_sampled_estimate_is_the_kl() -> None:
-    # Two draws from p: a token drawn c times has weight c/2. All 9 pairs, by their probability.
-    p = np.exp(P)
-    mean = 0.0
-    for first, second in itertools.product(DENSE, repeat=2):
-        weights = (np.eye(3)[first] + np.eye(3)[second]) / 2
-        mean += p[first] * p[second] * ref.sampled_forward_kl(P, Q, weights)
-    assert mean == close(ref.forward_kl(P, Q))
-
-
 # Divergences
 
 
@@ -217,7 +207,6 @@ def test_zeros() -> None:
     assert ref.forward_kl(half, one) == math.inf
     assert ref.jsd(one, other, 0.5) == close(log(2))
     assert ref.jsd(one, other, 0.0) == 0.0
-    assert ref.sampled_forward_kl(half, one, np.array([1.0, 0.0])) == close(-log(2))
     assert ref.tvd(one, other) == 1.0
     assert ref.skew_forward_kl(one, other, 0.5) == close(log(2))
 
@@ -316,11 +305,6 @@ def test_difficulty_by_hand() -> None:
 def test_ratio_by_hand(schedule: str, d: float, share: float) -> None:
     s = Settings(lambda_max=0.8, schedule=schedule, scale=2.0)
     assert ref.ratio(d, gamma=1.0, s=s) == close(0.8 * share)
-
-
-def test_quantile_threshold_interpolates() -> None:
-    # Positions 0..3 hold 1, 2, 4, 8; level 0.75 is position 2.25, that is 4 + (8 - 4)/4.
-    assert ref.quantile_threshold([8.0, 1.0, 4.0, 2.0], 0.75) == 5.0
 
 
 def test_integration_by_hand() -> None:
@@ -442,31 +426,3 @@ def test_gradient_is_zero_at_forbidden_tokens_and_sums_to_zero() -> None:
     assert gradient[1] == 0.0
     assert gradient.sum() == pytest.approx(0.0, abs=1e-9)
     assert abs(gradient[0]) > 0.01
-
-
-# Selective knowledge distillation
-
-
-def test_selection_in_the_batch_by_hand() -> None:
-    values = [0.2, 3.0, 1.0, 0.1, 2.0]
-    # ceil(0.5 * 5) = 3 of 5, ceil(0.2 * 5) = 1, and a tie with the last one counts.
-    assert ref.select_in_batch(values, 0.5) == [False, True, True, False, True]
-    assert ref.select_in_batch(values, 0.2) == [False, True, False, False, False]
-    assert ref.select_in_batch([1.0, 1.0], 0.5) == [True, True]
-    assert ref.select_in_batch(values, 0.0) == [False] * 5
-
-
-def test_selection_by_the_queue_by_hand() -> None:
-    # The 9 is pushed out; of 1, 2, 4, 8 the median is 3, and the 0.75 quantile 4 + (8 - 4)/4.
-    queue = ref.push([9.0, 4.0], [1.0, 2.0, 8.0], size=4)
-    assert queue == [4.0, 1.0, 2.0, 8.0]
-    assert ref.select_by_queue(queue, [4.0, 1.0, 2.0, 8.0], 0.5) == [True, False, False, True]
-    assert ref.select_by_queue(queue, [4.0, 1.0, 2.0, 8.0], 0.25) == [False, False, False, True]
-
-
-def test_selective_kd_by_hand() -> None:
-    # CE of gold 2 is log(4/3), of gold 0 log 8: the second is selected.
-    tokens = [example(gold=2), example()]
-    assert ref.select_in_batch([log(4 / 3), log(8)], 0.5) == [False, True]
-    loss = ref.selective_kd_loss(tokens, [False, True], Settings(alpha=0.75))
-    assert loss == close(0.25 * (log(4 / 3) + log(8)) + 0.75 * ref.forward_kl(P, Q))
