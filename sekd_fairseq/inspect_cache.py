@@ -194,8 +194,8 @@ def restoration_error(
     errors = [np.zeros(0)]
     for sentence in progress(chosen, desc=f"compare {cache.manifest.split}", unit="sentence"):
         row = cache[int(sentence)]
-        if len(row.token_id) == len(row.support_size) and not row.outside_mass.any():
-            continue  # skipped as too long: the reference alone, which the teacher did not give
+        if row.without_teacher:
+            continue
         sample = dataset.collater([dataset[int(sentence)]])
         logits = token_logits(models, sample, pad, cache.manifest.temperature)
         log_p = torch.cat([z.log_softmax(dim=-1) for _, z in logits]).double().numpy()

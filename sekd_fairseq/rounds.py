@@ -47,6 +47,7 @@ from sekd_fairseq.splits import (
     training_side,
     write_indexed,
 )
+from sekd_fairseq.teacher_cache import TeacherCache
 from sekd_fairseq.teacher_cache.description import another_teacher
 from sekd_fairseq.teacher_cache.format import Manifest
 from sekd_fairseq.teacher_cache.storage import is_address, split_folder
@@ -305,7 +306,8 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     folder.mkdir(parents=True, exist_ok=True)
     total = len(training_side(settings.data, languages(settings.data, "train")[1]))
     generator = np.random.default_rng([settings.seed, number])
-    chosen = np.sort(generator.permutation(total)[: max(1, round(settings.share * total))])
+    drawn = generator.permutation(total)[: max(1, round(settings.share * total))]
+    chosen = np.setdiff1d(drawn, without_teacher(settings))
     title = f"round {number} of {settings.rounds}"
     sources = folder / "sources"
     own = settings.data if settings.by == "student" else settings.teacher_data
@@ -369,6 +371,16 @@ def one_round(settings: Settings, number: int, student: Path) -> tuple[Path, dic
     }
 
 
+def without_teacher(settings: Settings) -> NDArray[np.int64]:
+    """Training sentences that were too long for the teacher (``--skip-too-long``): it can neither translate
+    them nor be asked about their translations."""
+    cache = TeacherCache.open(split_folder(str(settings.teacher_cache), "train"))
+    looked_at = range(len(cache)) if cache.manifest.quality["one_hot"] else range(0)
+    return np.array(
+        [sentence for sentence in looked_at if cache[sentence].without_teacher], np.int64
+    )
+
+
 def write_part(
     data: Path,
     folder: Path,
@@ -416,7 +428,7 @@ def build_cache(settings: Settings, data: Path, cache: Path) -> None:
     manifest = Manifest.load(cache / "train")
     words = [str(data), "--path", settings.teacher, "--output", str(cache), "--subset", GENERATED]
     words += ["--temperature", str(manifest.temperature), *options_of(manifest.truncation)]
-    words += ["--max-tokens", str(settings.max_tokens), *settings.device]
+    words += ["--max-tokens", str(settings.max_tokens), "--skip-too-long", *settings.device]
     run("sekd_fairseq.build_cache", words)
 
 

@@ -56,6 +56,11 @@ class CachedSentence(NamedTuple):
         values[self.first] = self.gold_logprob
         return values
 
+    @property
+    def without_teacher(self) -> bool:
+        """Whether the reference stands alone at every token, as in a sentence too long for the teacher."""
+        return len(self.token_id) == len(self.support_size) and not self.outside_mass.any()
+
 
 class _MappedShard:
     """NumPy views of one shard's columns, where the manifest says that they are; of the rows nothing

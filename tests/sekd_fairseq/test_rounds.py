@@ -13,7 +13,7 @@ from fairseq.data import indexed_dataset
 from sekd_fairseq import rounds
 from sekd_fairseq.errors import UserError
 from sekd_fairseq.teacher_cache import TeacherCache
-from tests.sekd_fairseq.conftest import command, parameters
+from tests.sekd_fairseq.conftest import command, parameters, train
 
 TRAIN = [
     "--arch", "transformer_tiny", "--share-all-embeddings", "--optimizer", "adam", "--lr", "5e-3",
@@ -110,6 +110,27 @@ def test_another_teacher_than_the_caches_is_named(
     found = capsys.readouterr().out
     assert found.startswith(f"{cache}: {other} (sha256 ")
     assert f"is not the cache's teacher: {teacher.name} (" in found
+
+
+def test_sentences_too_long_for_the_teacher_are_not_drawn(
+    data: Path, tmp_path: Path, commands: list[str]
+) -> None:
+    positions = ["--max-source-positions", "9", "--max-target-positions", "9"]
+    positions.append("--skip-invalid-size-inputs-valid-test")
+    words = ["--criterion", "cross_entropy", "--max-update", "60", "--disable-validation"]
+    train(data, tmp_path / "short", *words, *positions)
+    short = tmp_path / "short" / "checkpoint_last.pt"
+    command(
+        "sekd_fairseq.build_cache", data, "--path", short, "--output", tmp_path / "cache", "--cpu",
+        "--top-k", "6", "--skip-too-long",
+    )  # fmt: skip
+    gold = indexed_dataset.make_dataset(str(data / "train.en-de.en"), "mmap")
+    assert (gold.sizes > 9).any()
+    run = tmp_path / "run"
+    rounds.main([*arguments(data, short, tmp_path / "cache", run, "--rounds", "1"), *positions])
+    drawn = indexed_dataset.make_dataset(str(run / "rounds/1/sources/train.en-de.en"), "mmap")
+    assert 25 < len(drawn) < 51 and (drawn.sizes <= 9).all()
+    assert len(TeacherCache.open(run / "rounds/1/cache/train1")) > 10
 
 
 def test_a_prompt_is_not_counted_in_the_length_of_a_translation(data: Path, llm_data: Path) -> None:
