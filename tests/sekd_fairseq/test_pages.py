@@ -183,11 +183,13 @@ def test_a_language_model_from_raw_text_to_its_export(folder: Path) -> None:
     first = block_with("README.md", "--save-dir runs/llm/teacher")
     run_block(folder, "docs/language-models.md", "--save-dir runs/llm/student")
     assert (folder / "exported" / "model.safetensors").exists()
+    run_block(folder, "docs/language-models.md", "analysis.transfer")
+    assert "BLEU" in (folder / "runs/llm/report/report.md").read_text()
     if importlib.util.find_spec("ctranslate2"):
         run_block(folder, "docs/deploying.md", "ct2-transformers-converter")
         assert (folder / "deployed" / "model.bin").exists()
     printed = run_block(folder, "docs/before-training.md", "--student MODEL")
-    assert printed.count("\n  ok  ") == 2 * CHECKS  # train and valid
+    assert printed.count("\n  ok  ") == 3 * CHECKS  # train, valid and test
     # A teacher as it is: the model that was trained, with examples in its prompts.
     command(
         "sekd_fairseq.export_hf", folder / "runs/llm/teacher/checkpoint_best.pt", "--data", folder / "data/llm/bin",
