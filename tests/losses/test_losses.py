@@ -314,9 +314,9 @@ def test_a_tail_needs_a_law() -> None:
 
 
 @given(seed=st.integers(0, 1000), k=st.integers(1, 11))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_bucket_is_a_lower_bound_that_grows_with_the_support(seed: int, k: int) -> None:
-    logits, log_p, target = random_case(seed)
+    logits, log_p, target = random_case(seed, tokens=50)
     plain = SelfEvolution(lambda_max=0.0)
     for divergence in ("forward_kl", "reverse_kl", "jsd", "tvd"):
         plain = replace(plain, divergence=divergence)
