@@ -100,6 +100,7 @@ class Stamps(logging.Handler):
 def progress_records() -> Iterator[Stamps]:
     """Let fairseq's progress be read and not be printed."""
     logger, stamps = logging.getLogger(PROGRESS), Stamps()
+    before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.addHandler(stamps)
     logger.propagate = False
@@ -107,6 +108,8 @@ def progress_records() -> Iterator[Stamps]:
         yield stamps
     finally:
         logger.removeHandler(stamps)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def train(data: Path, options: Sequence[str], interval: int) -> Run:
