@@ -12,7 +12,7 @@ sys.path[:0] = [str(SCRIPTS / folder) for folder in ("pipeline", "benchmarks", "
 @pytest.fixture
 def teachers_of_fair(tmp_path: Path) -> None:
     """The files by which a study's plan sees that the teachers of the study fair are there."""
-    for direction in ("de-en", "en-cs"):
+    for direction in ("de-en", "en-de", "en-cs", "cs-en"):
         data, runs = (tmp_path / part / "fair" / direction for part in ("data", "runs"))
         for path in (
             runs / "teacher/train.done",

@@ -22,7 +22,7 @@ STUDIES = (
     "multi30k multi30k-shortlist on-test", "multi30k multi30k-warm", "multi30k fair",
     "multi30k fair fair-warm", "multi30k fair fair-medium", "multi30k fair fair-medium fair-medium-warm",
     "multi30k fair other-pieces", "multi30k fair few", "multi30k fair few few-warm",
-    "multi30k fair few few-sizes",
+    "multi30k fair few few-sizes", "multi30k fair few few-reverse",
 )  # fmt: skip
 #: The studies of scripts/gpu_study.sh.
 OTHERS = {"gemma-gpu", "gemma-gpu-news"}

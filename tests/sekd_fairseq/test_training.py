@@ -48,7 +48,8 @@ def test_alpha_zero_is_fairseqs_label_smoothed_cross_entropy(
             assert one[f"{prefix}loss"] == other[f"{prefix}loss"]
             assert one[f"{prefix}nll_loss"] == other[f"{prefix}nll_loss"]
     a, b = (parameters(tmp_path / name / "checkpoint_last.pt") for name in "ab")
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    # The two sum in another order, and how a processor sums in single precision is its own.
+    torch.testing.assert_close(a, b, rtol=0, atol=3e-6)
 
 
 def test_no_ratio_is_word_level_kd_whatever_the_other_options(
