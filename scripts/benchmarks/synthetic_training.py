@@ -128,9 +128,11 @@ def train(data: Path, options: Sequence[str], interval: int) -> Run:
     free_memory()
     on_gpu = torch.cuda.is_available()
     held = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0
+    # Nothing is saved, but the folder for it is made: not where the benchmark was started from.
+    nothing = ["--no-save", "--save-dir", str(data / "save")]
     # A training that logs every update waits for the GPU in every update.
     records = run_fairseq(
-        [str(data), *options, "--no-save", "--max-epoch", "2", "--log-interval", str(interval)]
+        [str(data), *options, *nothing, "--max-epoch", "2", "--log-interval", str(interval)]
     )
     peak = None
     if on_gpu:  # fairseq forgets the peak whenever it logs, so it is taken from the log
